@@ -1,0 +1,236 @@
+"""Heads that share all their parameters between the fused and the unimodal predictions.
+
+Each takes the encoders' features, marks them with ``modulate`` and returns BranchLogits. Where the head is linear, the
+unimodal predictions are pieces of the fused one: M matrix products instead of M+1 zero-padded ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .branches import BranchLogits
+from .functional import modulate
+
+Features = Mapping[str, Tensor] | Sequence[Tensor]
+Dims = Mapping[str, int] | Sequence[int]
+
+
+class _Head(nn.Module):
+    """Names and feature sizes of the modalities; dict or sequence as given."""
+
+    def __init__(self, features: Dims) -> None:
+        super().__init__()
+        if isinstance(features, str) or not isinstance(features, (Mapping, Sequence)) or len(features) == 0:
+            raise TypeError(f"features: got {features!r}, expected feature sizes by modality, as {{'audio': 512, 'visual': 512}}")
+        self.names: list[str] | None = list(features) if isinstance(features, Mapping) else None
+        self.dims: list[int] = list(features.values()) if isinstance(features, Mapping) else list(features)
+        for name, dim in zip(self.names or range(len(self.dims)), self.dims, strict=True):
+            if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+                raise ValueError(f"features[{name!r}]: got {dim!r}, expected a feature size >= 1")
+
+    def _as_list(self, features: Features) -> list[Tensor]:
+        """The features in this head's order, checked."""
+        if self.names is None:
+            if isinstance(features, (Tensor, Mapping)) or len(features) != len(self.dims):
+                raise ValueError(f"features: got {_describe(features)}, expected a sequence of {len(self.dims)} tensors")
+            tensors = list(features)
+        else:
+            if not isinstance(features, Mapping) or set(features) != set(self.names):
+                raise ValueError(f"features: got {_describe(features)}, expected a dict with the keys {self.names}")
+            tensors = [features[name] for name in self.names]
+        for name, z, dim in zip(self.names or range(len(tensors)), tensors, self.dims, strict=True):
+            if not isinstance(z, Tensor) or z.dim() < 2 or z.shape[-1] != dim:
+                got = f"shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+                raise ValueError(f"features[{name!r}]: got {got}, expected [B, {dim}]")
+        return tensors
+
+    def forward(self, features: Features) -> BranchLogits:
+        """Features [B, D_m] by modality -> BranchLogits with logits [B, C]."""
+        tensors, link = modulate(self._as_list(features))
+        fused, unimodal = self.branches(tensors)
+        if self.names is None:
+            return BranchLogits(fused, unimodal, link)
+        return BranchLogits(fused, dict(zip(self.names, unimodal, strict=True)), link)
+
+    def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The fused and the M unimodal logits [B, C] of features [B, D_m]."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"features={dict(zip(self.names, self.dims, strict=True)) if self.names else self.dims}"
+
+
+def _describe(features: object) -> str:
+    if isinstance(features, Mapping):
+        return f"a dict with the keys {list(features)}"
+    if isinstance(features, Tensor):
+        return f"a Tensor of shape {list(features.shape)}"
+    return f"{type(features).__name__} of {len(features)}" if isinstance(features, Sequence) else type(features).__name__
+
+
+def _same_dims(dims: list[int], head: str) -> int:
+    if len(set(dims)) != 1:
+        raise ValueError(f"features: {head} needs one feature size for all modalities, got {dims}")
+    return dims[0]
+
+
+class ConcatHead(_Head):
+    """One linear layer over the concatenated features: x_f = sum_m W_m z_m + b.
+
+    A unimodal branch is the same layer with the other features at zero, x_m = W_m z_m + b (``bias="full"``, as in the
+    release) or, so that the branches sum up to the fused logits, x_m = W_m z_m + b / M (``bias="split"``).
+
+    Args:
+        features: feature size by modality, as {"audio": 512, "visual": 512} or [512, 512].
+        num_classes: C.
+        bias: "full", "split", or False for none.
+
+    Attributes:
+        weight: [C, sum D_m], initialised as ``torch.nn.Linear``; bias: [C] or None.
+    """
+
+    def __init__(self, features: Dims, num_classes: int, bias: str | bool = "full") -> None:
+        super().__init__(features)
+        if bias not in ("full", "split", False):
+            raise ValueError(f"bias: got {bias!r}, expected 'full', 'split' or False")
+        self.bias_mode = bias
+        linear = nn.Linear(sum(self.dims), num_classes, bias=bias is not False)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        parts = [F.linear(z, w) for z, w in zip(features, self.weight.split(self.dims, 1), strict=True)]
+        fused = _sum(parts)
+        if self.bias is None:
+            return fused, parts
+        own = self.bias if self.bias_mode == "full" else self.bias / len(parts)
+        return fused + self.bias, [part + own for part in parts]
+
+
+class SumHead(_Head):
+    """One linear layer per modality, added: x_m = W_m z_m + b_m, x_f = sum_m x_m (the release's "sum" fusion).
+
+    Args:
+        features: feature size by modality.
+        num_classes: C.
+        bias: whether each layer has a bias.
+    """
+
+    def __init__(self, features: Dims, num_classes: int, bias: bool = True) -> None:
+        super().__init__(features)
+        self.layers = nn.ModuleList(nn.Linear(dim, num_classes, bias=bias) for dim in self.dims)
+
+    def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        unimodal = [layer(z) for layer, z in zip(self.layers, features, strict=True)]
+        return _sum(unimodal), unimodal
+
+
+class SharedHead(_Head):
+    """One linear layer for all modalities: x_m = W z_m + b, x_f = sum_m x_m, so that b counts M times, as in the release.
+
+    Args:
+        features: feature size by modality, all equal.
+        num_classes: C.
+        bias: whether the layer has a bias.
+    """
+
+    def __init__(self, features: Dims, num_classes: int, bias: bool = True) -> None:
+        super().__init__(features)
+        self.layer = nn.Linear(_same_dims(self.dims, "SharedHead"), num_classes, bias=bias)
+
+    def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        unimodal = [self.layer(z) for z in features]
+        return _sum(unimodal), unimodal
+
+
+class GatedHead(_Head):
+    """Two modalities, one gating the other: x_f = W (sigmoid(h_g) * h_o) + b with h_m = W_m z_m + b_m.
+
+    The unimodal branch is the release's: a modality gates itself, x_m = W (sigmoid(h_m) * h_m) + b.
+
+    Args:
+        features: feature sizes of two modalities.
+        num_classes: C.
+        hidden: size of h_m; None: the first feature size.
+        gate: which modality gates, its name or position; the first by default.
+    """
+
+    def __init__(self, features: Dims, num_classes: int, hidden: int | None = None, gate: str | int | None = None) -> None:
+        super().__init__(features)
+        if len(self.dims) != 2:
+            raise ValueError(f"features: GatedHead is defined for two modalities, got {len(self.dims)}")
+        names: list[Any] = self.names or [0, 1]
+        if gate is not None and gate not in names:
+            raise ValueError(f"gate: got {gate!r}, expected one of {names}")
+        self.gate = 0 if gate is None else names.index(gate)
+        hidden = hidden or self.dims[0]
+        self.layers = nn.ModuleList(nn.Linear(dim, hidden) for dim in self.dims)
+        self.out = nn.Linear(hidden, num_classes)
+
+    def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        hidden = [layer(z) for layer, z in zip(self.layers, features, strict=True)]
+        gates = [torch.sigmoid(h) for h in hidden]
+        fused = self.out(gates[self.gate] * hidden[1 - self.gate])
+        return fused, [self.out(g * h) for g, h in zip(gates, hidden, strict=True)]
+
+
+class BilinearHead(_Head):
+    """Two modalities, their outer product: x_f = W U vec(z_0 z_1^T); unimodal x_m = W U vec(z_m z_m^T).
+
+    What the release calls "film". At D = 512 the layer U alone has D^2 hidden, 134 million, parameters.
+
+    Args:
+        features: feature sizes of two modalities, both equal.
+        num_classes: C.
+        hidden: size of the layer between the outer product and the logits; None: the feature size.
+    """
+
+    def __init__(self, features: Dims, num_classes: int, hidden: int | None = None) -> None:
+        super().__init__(features)
+        if len(self.dims) != 2:
+            raise ValueError(f"features: BilinearHead is defined for two modalities, got {len(self.dims)}")
+        dim = _same_dims(self.dims, "BilinearHead")
+        self.layer = nn.Linear(dim * dim, hidden or dim)
+        self.out = nn.Linear(hidden or dim, num_classes)
+
+    def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        a, b = features
+        fused, *unimodal = (self.out(self.layer(torch.einsum("...i,...j->...ij", x, y).flatten(-2))) for x, y in ((a, b), (a, a), (b, b)))
+        return fused, unimodal
+
+
+class ZeroedHead(nn.Module):
+    """Any fusion: the fused logits are ``fusion(features)``, modality m's the same with all other features zeroed.
+
+    One call per branch, M+1 in all; use a linear head where the fusion is linear.
+
+    Args:
+        fusion: a callable (an ``nn.Module`` is registered) from features, a dict or a list as given, to logits.
+    """
+
+    def __init__(self, fusion: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        if not callable(fusion):
+            raise TypeError(f"fusion: got {type(fusion).__name__}, expected a callable from features to logits")
+        self.fusion = fusion
+
+    def forward(self, features: Features) -> BranchLogits:
+        """Features of any shape by modality -> BranchLogits of whatever shape the fusion returns."""
+        features, link = modulate(features)
+        fused = self.fusion(features)
+        if isinstance(features, dict):
+            zeros = {name: torch.zeros_like(z) for name, z in features.items()}
+            return BranchLogits(fused, {name: self.fusion({**zeros, name: z}) for name, z in features.items()}, link)
+        blank = [torch.zeros_like(z) for z in features]
+        return BranchLogits(fused, [self.fusion([*blank[:m], z, *blank[m + 1 :]]) for m, z in enumerate(features)], link)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,1 @@
+"""Fused implementations; each is imported only when it is chosen."""

@@ -1,0 +1,143 @@
+"""ARLLoss: the loss as a module, with the presets of the paper and of its release."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .branches import as_branch_logits
+from .functional import packed_loss
+from .options import check_scalar, make_options
+from .stats import BranchStats, unpack
+
+# gamma and T of the paper's experiments; no floor, Eq. 18. Its three-modality data set needs a rule that takes three.
+_PAPER = {
+    "crema-d": dict(gamma=4.0, temperature=8.0, rule="paper"),
+    "ave": dict(gamma=4.0, temperature=4.0, rule="paper"),
+    "ks": dict(gamma=4.0, temperature=4.0, rule="paper"),
+    "mosi": dict(gamma=4.0, temperature=4.0, rule="share"),
+    "ucf101": dict(gamma=4.0, temperature=4.0, rule="paper"),
+}
+# --gamma and --T of the release's scripts; T is inert there, since the coefficients stay at their initial 0.5.
+_RELEASE = {
+    "crema-d": dict(gamma=4.0, temperature=8.0),
+    "ave": dict(gamma=5.0, temperature=4.0),
+    "ks": dict(gamma=3.0, temperature=4.0),
+}
+
+
+class ARLLoss(nn.Module):
+    """Asymmetric Representation Learning as a loss: ``loss = criterion(head(features), target)``.
+
+    Args:
+        gamma: weight of the unimodal losses (Eq. 22), a number >= 0 or a 0-d tensor.
+        temperature: T of the rule, a number or a 0-d tensor.
+        rule: "share", "paper", "constant", "none", or a callable from BranchStats to coefficients [M].
+        dependence: "confidence" or "logit_l1".
+        entropy_floor: smallest entropy share before the inversion; None: 0.6 / number of modalities.
+        gain: "residual" 1 + a_m, "mean_one" M a_m or "plain" a_m.
+        warmup: number of calls in training mode before gamma and the gains take effect (until then gamma = 1 and
+            gain = 1). The counter, the buffer ``steps``, is in the state_dict.
+        weight: [C] class weights; moves with the module and is in the state_dict.
+        ignore_index, label_smoothing, reduction: as in ``torch.nn.CrossEntropyLoss``.
+        sync_stats: True, or a process group, for statistics and means over all processes.
+
+    Shape:
+        output: BranchLogits, a tuple (fused, unimodal[, link]) or a dict {"fused": ..., name: ..., "link": ...}, with
+            logits [B, C] or [B, C, d1, ...].
+        target: class indices [B, d1, ...] or probabilities of the logits' shape.
+        mask: [B, M] bool, False where a modality is absent; optional.
+
+    ``stats`` holds the BranchStats of the last call (None before the first). Errors are those of ``arl_loss``.
+    """
+
+    steps: Tensor
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        gamma: float | Tensor = 1.0,
+        temperature: float | Tensor = 8.0,
+        rule: str | Callable[[BranchStats], Tensor] = "share",
+        dependence: str = "confidence",
+        entropy_floor: float | None = None,
+        gain: str = "residual",
+        warmup: int = 0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        sync_stats: bool | Any = False,
+    ) -> None:
+        super().__init__()
+        self.options = make_options(rule, dependence, entropy_floor, gain, ignore_index, label_smoothing, reduction)
+        check_scalar("gamma", gamma, 0.0)
+        check_scalar("temperature", temperature)
+        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+            raise ValueError(f"warmup: got {warmup!r}, expected a number of steps >= 0")
+        self.gamma = gamma
+        self.temperature = temperature
+        self.warmup = warmup
+        self.sync_stats = sync_stats
+        self.register_buffer("weight", weight)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._packed: Tensor | None = None
+
+    @classmethod
+    def paper(cls, dataset: str, **changes: Any) -> ARLLoss:
+        """The settings that the paper names for "crema-d", "ave", "ks", "mosi" or "ucf101"; ``changes`` override them.
+
+        Eq. 18 is defined for two modalities; for the three of "mosi" the share rule takes its place.
+        """
+        return cls._preset("paper", _PAPER, dataset, changes)
+
+    @classmethod
+    def release(cls, dataset: str, **changes: Any) -> ARLLoss:
+        """What the authors' scripts for "crema-d", "ave" or "ks" would do if they ran; ``changes`` override it.
+
+        The release warms up for five epochs: pass ``warmup=5 * len(loader)``. See docs/errata.md.
+        """
+        fixed = dict(rule="constant", dependence="logit_l1", entropy_floor=0.3)
+        return cls._preset("release", {name: fixed | own for name, own in _RELEASE.items()}, dataset, changes)
+
+    @classmethod
+    def _preset(cls, kind: str, presets: dict[str, dict], dataset: str, changes: dict[str, Any]) -> ARLLoss:
+        if dataset not in presets:
+            raise ValueError(f"dataset: got {dataset!r}, expected one of {', '.join(map(repr, presets))} for ARLLoss.{kind}")
+        return cls(**{**presets[dataset], **changes})
+
+    @property
+    def stats(self) -> BranchStats | None:
+        """BranchStats of the last call: detached device tensors; reading them is what synchronises, if anything does."""
+        return None if self._packed is None else unpack(self._packed)
+
+    def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        fused, unimodal, link = as_branch_logits(output)
+        warming: bool | Tensor = False
+        if self.warmup:
+            if self.steps.device != fused.device and not torch.compiler.is_compiling():
+                self.steps = self.steps.to(fused.device)
+            warming = self.steps < self.warmup  # compared on the device: neither a host read nor a recompilation
+            if self.training:
+                self.steps.add_(1)
+        loss, self._packed = packed_loss(
+            fused,
+            unimodal,
+            target,
+            link,
+            mask,
+            self.weight,
+            self.gamma,
+            self.temperature,
+            warming,
+            self.options,
+            self.sync_stats,
+        )
+        return loss
+
+    def extra_repr(self) -> str:
+        shown = self.options._asdict() | {"gamma": self.gamma, "temperature": self.temperature, "warmup": self.warmup}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
