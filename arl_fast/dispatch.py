@@ -52,7 +52,7 @@ def choose(device: str, name: str | None = None) -> tuple[str, str]:
         if module is None:
             raise RuntimeError(f"ARL_FAST_IMPL={name} cannot serve {device}: {reason}")
         return name, f"ARL_FAST_IMPL={name} asks for it; {reason}"
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in PREFERENCE.get(device, ("reference",)):
         module, reason = load(candidate, device)
         if module is not None:

@@ -63,10 +63,10 @@ def modulate(features: Mapping[str, Tensor] | Sequence[Tensor]) -> tuple[dict[st
     """
     if isinstance(features, Tensor) or not isinstance(features, (Mapping, Sequence)):
         raise TypeError(f"features: got {type(features).__name__}, expected a dict or a sequence of tensors, one per modality")
-    names = list(features) if isinstance(features, Mapping) else range(len(features))
+    names: Sequence[Any] = list(features) if isinstance(features, Mapping) else range(len(features))
     if len(names) == 0:
         raise ValueError("features: got none, expected at least one modality")
-    tensors = [features[name] for name in names]  # type: ignore[index]
+    tensors = [features[name] for name in names]
     for name, z in zip(names, tensors, strict=True):
         if not isinstance(z, Tensor):
             raise TypeError(f"features[{name!r}]: got {type(z).__name__}, expected a Tensor")
@@ -128,8 +128,10 @@ class _ARLLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Any, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Any, ...]:
         link, factor, *grads = ctx.saved_tensors
+        if upstream is None:  # nothing depends on the loss
+            return (None,) * (8 + len(grads))
         keep = torch.compiler.is_compiling() or _graph_is_kept()
         upstream = upstream.reshape(-1) if upstream.dim() else upstream
         scaled = ctx.implementation.scale(grads, upstream, factor, ctx.dtype, keep)

@@ -35,7 +35,7 @@ class BranchStats(NamedTuple):
     dependence_share: Tensor
     coefficients: Tensor
     gains: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count is shadowed on purpose
 
 
 # The packed vector: the fields of BranchStats in order, then `gains - 1` (what backward hands to the link), then the

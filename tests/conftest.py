@@ -1,0 +1,40 @@
+"""Fixtures: every test that takes ``implementation`` runs once for each implementation that can serve a CPU tensor here.
+
+The Triton kernels run on the CPU under Triton's interpreter only: TRITON_INTERPRET=1 pytest -m contract.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from arl_fast import dispatch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+CONTRACT = ["triton"] if INTERPRETING else ["reference", "native"]
+
+
+@pytest.fixture(params=CONTRACT)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of the implementation that serves everything in this test."""
+    module, reason = dispatch.load(request.param, "cpu")
+    if module is None:
+        pytest.skip(f"{request.param}: {reason}")
+    monkeypatch.setattr(dispatch, "override", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty returns NaN: an output element that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
