@@ -181,6 +181,7 @@ def arl_loss(
     sync_stats: bool | Any = False,
     mask: Tensor | None = None,
     warming: bool | Tensor = False,
+    implementation: ModuleType | None = None,
 ) -> tuple[Tensor, BranchStats]:
     """L = CE(fused, y) + gamma * sum_m CE(unimodal_m, y) (Eq. 22), its statistics, and the gains of the encoders.
 
@@ -199,6 +200,7 @@ def arl_loss(
         sync_stats: True, or a process group: statistics and mean over all processes (torch.distributed).
         mask: [B, M] bool, False where a modality is absent: those rows leave its loss and its statistics.
         warming: True, or a 0-d bool tensor, while the warm-up runs: gamma = 1 and all gains 1.
+        implementation: a module that fulfils docs/architecture.md; None: the one that ``python -m arl_fast`` names.
 
     Returns:
         loss: 0-d, or [B, d1, ...] for reduction "none"; float32 (float64 for float64 logits).
@@ -209,7 +211,9 @@ def arl_loss(
         IndexError: a class index out of range, on a CPU. On a GPU, and when compiled, that row's loss is NaN.
     """
     options = make_options(rule, dependence, entropy_floor, gain, ignore_index, label_smoothing, reduction)
-    loss, packed = packed_loss(fused, unimodal, target, link, mask, weight, gamma, temperature, warming, options, sync_stats)
+    loss, packed = packed_loss(
+        fused, unimodal, target, link, mask, weight, gamma, temperature, warming, options, sync_stats, implementation
+    )
     return loss, unpack(packed)
 
 
@@ -229,17 +233,7 @@ def packed_loss(
 ) -> tuple[Tensor, Tensor]:
     """What arl_loss and ARLLoss share: check, choose the implementation, apply. Returns the loss and the packed stats."""
     logits = check_logits(fused, unimodal, link)
-    check_target(target, fused)
-    check_scalar("gamma", gamma, 0.0)
-    check_scalar("temperature", temperature)
-    modalities = len(logits) - 1
-    if options.rule == "paper" and modalities != 2:
-        raise ValueError(f"rule: 'paper' (Eq. 18) is defined for two modalities, got {modalities}; 'share' takes any number")
-    if mask is not None:
-        check_mask(mask, fused, modalities)
-    if weight is not None:
-        check_weight(weight, fused)
-        weight = weight.detach().to(compute_dtype(fused.dtype))
+    weight, schedule, group = prepare(fused, len(logits) - 1, target, mask, weight, gamma, temperature, warming, options, sync_stats)
     if link is None and options.scales and torch.is_grad_enabled() and any(x.requires_grad for x in logits):
         raise ValueError(
             f"link: got None, but rule {options.rule!r} scales the encoders' gradients through it: pass the second result of "
@@ -247,11 +241,36 @@ def packed_loss(
         )
     if implementation is None:
         implementation = dispatch.for_loss(fused, options, gamma)
+    loss, packed = _ARLLoss.apply(implementation, options, schedule, group, target, mask, weight, link, *logits)
+    return loss, packed
+
+
+def prepare(
+    fused: Tensor,
+    modalities: int,
+    target: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    gamma: float | Tensor,
+    temperature: float | Tensor,
+    warming: bool | Tensor,
+    options: Options,
+    sync_stats: bool | Any,
+) -> tuple[Tensor | None, rules.Schedule, Any]:
+    """Check all that comes with logits like ``fused``: the class weights in the compute dtype, the schedule and the process group."""
+    check_target(target, fused)
+    check_scalar("gamma", gamma, 0.0)
+    check_scalar("temperature", temperature)
+    if options.rule == "paper" and modalities != 2:
+        raise ValueError(f"rule: 'paper' (Eq. 18) is defined for two modalities, got {modalities}; 'share' takes any number")
+    if mask is not None:
+        check_mask(mask, fused, modalities)
+    if weight is not None:
+        check_weight(weight, fused)
+        weight = weight.detach().to(compute_dtype(fused.dtype))
     group = None
     if sync_stats is not False:
         from .distributed import resolve_group
 
         group = resolve_group(sync_stats)
-    schedule = _schedule(gamma, temperature, warming, fused)
-    loss, packed = _ARLLoss.apply(implementation, options, schedule, group, target, mask, weight, link, *logits)
-    return loss, packed
+    return weight, _schedule(gamma, temperature, warming, fused), group

@@ -78,6 +78,8 @@ class ARLLoss(nn.Module):
         check_scalar("temperature", temperature)
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
             raise ValueError(f"warmup: got {warmup!r}, expected a number of steps >= 0")
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"weight: got {type(weight).__name__}, expected a Tensor [C] of class weights")
         self.gamma = gamma
         self.temperature = temperature
         self.warmup = warmup
@@ -116,13 +118,6 @@ class ARLLoss(nn.Module):
 
     def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
         fused, unimodal, link = as_branch_logits(output)
-        warming: bool | Tensor = False
-        if self.warmup:
-            if self.steps.device != fused.device and not torch.compiler.is_compiling():
-                self.steps = self.steps.to(fused.device)
-            warming = self.steps < self.warmup  # compared on the device: neither a host read nor a recompilation
-            if self.training:
-                self.steps.add_(1)
         loss, self._packed = packed_loss(
             fused,
             unimodal,
@@ -132,11 +127,22 @@ class ARLLoss(nn.Module):
             self.weight,
             self.gamma,
             self.temperature,
-            warming,
+            self._warming(fused),
             self.options,
             self.sync_stats,
         )
         return loss
+
+    def _warming(self, like: Tensor) -> bool | Tensor:
+        """Whether this call is one of the first ``warmup``; counts it in training mode."""
+        if not self.warmup:
+            return False
+        if isinstance(like, Tensor) and self.steps.device != like.device and not torch.compiler.is_compiling():
+            self.steps = self.steps.to(like.device)
+        warming = self.steps < self.warmup  # compared on the device: neither a host read nor a recompilation
+        if self.training:
+            self.steps.add_(1)
+        return warming
 
     def extra_repr(self) -> str:
         shown = self.options._asdict() | {"gamma": self.gamma, "temperature": self.temperature, "warmup": self.warmup}
