@@ -61,10 +61,13 @@ def choose(device: str, name: str | None = None) -> tuple[str, str]:
     raise AssertionError("the reference is always available")
 
 
-@torch.compiler.assume_constant_result
 def _name(device: str, name: str | None) -> str:
-    """torch.compile must not trace imports and caches: for it the choice is a constant."""
     return choose(device, name)[0]
+
+
+# torch.compile must not trace imports and caches: for it the choice is a constant. This is what
+# torch.compiler.assume_constant_result sets; calling that would import torch._dynamo with the package.
+_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def for_tensor(x: Tensor) -> ModuleType:

@@ -51,10 +51,12 @@ class _Head(nn.Module):
 
     def forward(self, features: Features) -> BranchLogits:
         """Features [B, D_m] by modality -> BranchLogits with logits [B, C]."""
-        tensors, link = modulate(self._as_list(features))
-        fused, unimodal = self.branches(tensors)
         if self.names is None:
+            tensors, link = modulate(self._as_list(features))
+            fused, unimodal = self.branches(tensors)
             return BranchLogits(fused, unimodal, link)
+        named, link = modulate(dict(zip(self.names, self._as_list(features), strict=True)))
+        fused, unimodal = self.branches(list(named.values()))
         return BranchLogits(fused, dict(zip(self.names, unimodal, strict=True)), link)
 
     def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

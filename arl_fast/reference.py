@@ -6,13 +6,16 @@ Any device, float64 to float16, traceable by torch.compile. An implementation of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .options import Options
 from .rules import Schedule, finish
+from .stats import BranchStats
 
 aten = torch.ops.aten
 _SUM = 2  # at::Reduction::Sum
@@ -174,3 +177,10 @@ def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[
     """g_m * (1 + link_m) for every modality, rounded once to each gradient's dtype (Eq. 19, with link_m = gain_m - 1)."""
     gain = 1 + link
     return [None if g is None else (g.to(link.dtype) * gain[m]).to(g.dtype) for m, g in enumerate(grads)]
+
+
+def arl_loss(*args: Any, **kwargs: Any) -> tuple[Tensor, BranchStats]:
+    """``arl_fast.arl_loss``, with its arguments, computed in plain torch whatever else could serve the device."""
+    from .functional import arl_loss  # which is built on this module
+
+    return arl_loss(*args, **{**kwargs, "implementation": sys.modules[__name__]})

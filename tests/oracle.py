@@ -107,7 +107,7 @@ def arl(
         loss = loss.reshape(target.shape[:1] + target.shape[2:] if soft else target.shape)
     if n:
         grads = torch.autograd.grad((loss * upstream).sum(), leaves, allow_unused=True)
-        grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves)]
+        grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
     else:
         grads = [torch.zeros_like(x) for x in leaves]
 

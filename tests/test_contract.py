@@ -55,12 +55,14 @@ def check(logits, target, tolerance=None, upstream=None, **options):
     assert relative(loss, truth.loss) < exact
     for name, want in truth.stats.items():
         got = getattr(stats, name)
-        assert got.dtype == statistics_dtype and not got.requires_grad
+        assert got.dtype == statistics_dtype
+        assert not got.requires_grad
         torch.testing.assert_close(
             got.double(), torch.tensor(want, dtype=torch.float64), rtol=exact, atol=exact, msg=lambda m, n=name: f"{n}: {m}"
         )
     for branch, (got, want) in enumerate(zip(grads, truth.grads, strict=True)):
-        assert got.dtype == dtype and got.shape == want.shape
+        assert got.dtype == dtype
+        assert got.shape == want.shape
         assert relative(got, want) < tolerance, f"gradient of branch {branch}"
     return loss, grads, stats
 
@@ -312,7 +314,7 @@ def test_custom_rule(implementation):
 def test_evaluation_needs_no_link_and_keeps_no_graph(implementation):
     logits, target = make()
     with torch.no_grad():
-        loss, stats = arl_loss(logits[0], logits[1:], target)
+        loss, _ = arl_loss(logits[0], logits[1:], target)
     truth = oracle.arl(logits, target)
     assert relative(loss, truth.loss) < 1e-6
     assert not loss.requires_grad
