@@ -1,0 +1,106 @@
+// Which kernel serves which shape: one pure function, written down once and tested without a GPU.
+#pragma once
+
+#include <cstdint>
+
+namespace arl {
+namespace cuda {
+
+enum DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+constexpr int element_size(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+constexpr int compute_size(int dtype) { return dtype == kFloat64 ? 8 : 4; }
+// A loss scale must be applied before a gradient is rounded to float16, so gradients of float16 logits are float32.
+constexpr int grad_dtype(int dtype) { return dtype == kFloat16 ? int(kFloat32) : dtype; }
+
+// What the rule needs to know about a device.
+struct Device {
+  int multiprocessors;
+  int shared_memory;  // bytes that one block may have at most (opt-in)
+};
+
+enum Family : int {
+  kSmall = 0,  // 1 to 32 threads per row, up to kHeld elements each: many rows per block
+  kWarp = 1,   // one warp per row, up to kHeld 16-byte vectors per thread
+  kBlock = 2,  // one block per row: registers, then shared memory, then what is left is read twice
+};
+
+constexpr int kHeld = 8;             // elements (kSmall) or vectors that a thread holds in registers
+constexpr int kVectorBytes = 16;
+constexpr int kRowsThreads = 256;    // block size of kSmall and kWarp
+constexpr int kResidentThreads = 1024;  // per multiprocessor, at the 64 registers per thread that every kernel keeps to
+constexpr int kStaticShared = 8192;  // bound on the static shared memory of a kernel
+constexpr int64_t kCountInlineRows = 8192;
+constexpr int kCountBlocks = 64;
+constexpr int kCountRowsPerBlock = 2048;
+
+struct Shape {
+  int dtype;
+  int branches;
+  int64_t rows;
+  int64_t classes;
+  bool per_row_loss;  // reduction "none"
+  bool counts;        // gradients have to be divided by a norm that is not given and not known to be `rows`
+};
+
+struct Plan {
+  int family;
+  int threads;          // per block
+  int threads_per_row;
+  int rows_per_block;
+  int grid_x;           // blocks over the rows, which loop ...
+  int grid_y;           // ... over the branches; one for a per-row loss: a thread then adds up the branches of its rows
+  int shared_vectors;   // kBlock: vectors per thread kept in dynamic shared memory
+  int count_blocks;     // 0: no counting launch
+  int64_t workspace_bytes;
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline Plan plan(const Shape& shape, const Device& device) {
+  Plan p = {};
+  const int per_vector = kVectorBytes / element_size(shape.dtype);
+  const int64_t vectors = shape.classes / per_vector;
+  p.grid_y = shape.per_row_loss ? 1 : shape.branches;
+  if (shape.classes <= 32 * kHeld) {
+    p.family = kSmall;
+    p.threads = kRowsThreads;
+    p.threads_per_row = 1;
+    while (p.threads_per_row * kHeld < shape.classes) p.threads_per_row *= 2;
+  } else if (vectors <= 32 * kHeld) {
+    p.family = kWarp;
+    p.threads = kRowsThreads;
+    p.threads_per_row = 32;
+  } else {
+    p.family = kBlock;
+    p.threads = 128;
+    while (p.threads < 1024 && int64_t(p.threads) * kHeld < vectors) p.threads *= 2;
+    // Too few rows to fill the device: more threads share a row, as long as each has a vector.
+    const int64_t all_rows = shape.rows * p.grid_y;
+    while (p.threads < 1024 && 2 * p.threads <= vectors &&
+           2 * p.threads * all_rows <= int64_t(device.multiprocessors) * kResidentThreads) {
+      p.threads *= 2;
+    }
+    p.threads_per_row = p.threads;
+    const int64_t beyond = ceil_div(vectors, p.threads) - kHeld;
+    const int64_t room = (device.shared_memory - kStaticShared) / (int64_t(kVectorBytes) * p.threads);
+    p.shared_vectors = int(beyond < 0 ? 0 : beyond < room ? beyond : room);
+  }
+  p.rows_per_block = p.threads / p.threads_per_row;
+  // A persistent grid: no more blocks than are resident at once, so that partial sums and counting stay few.
+  int64_t resident = int64_t(device.multiprocessors) * (kResidentThreads / p.threads) / p.grid_y;
+  const int64_t needed = ceil_div(shape.rows, p.rows_per_block);
+  if (resident > needed) resident = needed;
+  p.grid_x = int(resident < 1 ? 1 : resident);
+  // Every block can count the targets itself, out of L2, as long as they are few; else one small launch does it.
+  if (shape.counts && shape.rows > kCountInlineRows) {
+    const int64_t blocks = ceil_div(shape.rows, kCountRowsPerBlock);
+    p.count_blocks = int(blocks < kCountBlocks ? blocks : kCountBlocks);
+  }
+  // Ticket, then the partial sums [6, branches, grid_x], then the partial norms [branches, count_blocks].
+  p.workspace_bytes = 16 + int64_t(shape.branches) * compute_size(shape.dtype) * (6 * int64_t(p.grid_x) + p.count_blocks);
+  return p;
+}
+
+}  // namespace cuda
+}  // namespace arl
