@@ -100,22 +100,25 @@ class _ARLLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         grad = any(ctx.needs_input_grad[8:])
-        rows = [_to_rows(x) for x in logits]
+        norm, local_options = None, options
+        if group is not None:  # `synchronise` divides by the norm of all processes, and runs a callable rule, once
+            norm = torch.ones(len(logits), dtype=compute_dtype(logits[0].dtype), device=logits[0].device)
+            local_options = options if isinstance(options.rule, str) else options._replace(rule="constant")
         loss, packed, grads = implementation.forward(
-            rows,
+            [_to_rows(x) for x in logits],
             _to_rows(target) if target.is_floating_point() else target.reshape(-1),
             _mask_rows(mask, logits[0]),
             weight,
-            None,
+            norm,
             schedule,
-            options,
+            local_options,
             grad,
         )
         factor = None
         if group is not None:
             from .distributed import synchronise
 
-            loss, packed, factor = synchronise(loss, packed, schedule, options, group)
+            loss, packed, factor = synchronise(loss, packed, schedule, options, group, norm)
         if grad:
             ctx.implementation = implementation
             ctx.shape, ctx.dtype = logits[0].shape, logits[0].dtype
@@ -234,15 +237,20 @@ def packed_loss(
     """What arl_loss and ARLLoss share: check, choose the implementation, apply. Returns the loss and the packed stats."""
     logits = check_logits(fused, unimodal, link)
     weight, schedule, group = prepare(fused, len(logits) - 1, target, mask, weight, gamma, temperature, warming, options, sync_stats)
+    require_link(link, logits, options)
+    if implementation is None:
+        implementation = dispatch.for_loss(fused, options, gamma)
+    loss, packed = _ARLLoss.apply(implementation, options, schedule, group, target, mask, weight, link, *logits)
+    return loss, packed
+
+
+def require_link(link: Tensor | None, logits: Sequence[Tensor], options: Options) -> None:
+    """While gradients are recorded a rule that would scale needs a link: silently doing nothing is the classic failure."""
     if link is None and options.scales and torch.is_grad_enabled() and any(x.requires_grad for x in logits):
         raise ValueError(
             f"link: got None, but rule {options.rule!r} scales the encoders' gradients through it: pass the second result of "
             "arl_fast.modulate(features) (the heads of arl_fast do), or rule='none' for the losses alone"
         )
-    if implementation is None:
-        implementation = dispatch.for_loss(fused, options, gamma)
-    loss, packed = _ARLLoss.apply(implementation, options, schedule, group, target, mask, weight, link, *logits)
-    return loss, packed
 
 
 def prepare(
