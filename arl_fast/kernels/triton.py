@@ -1,0 +1,321 @@
+"""The Triton implementation (docs/architecture.md, the contract): host side, from tensors to launches.
+
+Serves any GPU that Triton serves, without a compiler at hand, and CPU tensors under TRITON_INTERPRET=1, for tests. Under
+torch.compile the three functions are the registered ops ``arl_fast::triton_*``; in eager they launch directly.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import rules
+from ..options import Options
+from ..reference import check_targets, compute_dtype, grad_dtype
+from ..stats import packed_length
+from . import triton_rule
+from .triton_forward import count_kernel, forward_kernel
+from .triton_multiply import modulate_kernel, scale_kernel
+
+INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
+MINIMUM = (3, 6)
+ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INT32 = 2**31 - 1
+
+
+def unavailable(device: str) -> str | None:
+    """Why this implementation cannot serve a type of device, or None."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < MINIMUM:
+        return f"Triton {triton.__version__} is older than {MINIMUM[0]}.{MINIMUM[1]}"
+    if device == "cpu":
+        return None if INTERPRETED else "Triton serves a CPU only in its interpreter (TRITON_INTERPRET=1), for tests"
+    if device != "cuda":
+        return f"Triton's kernels are written for cuda devices, got {device}"
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "needs compute capability 8.0"
+    return None
+
+
+def describe(device: str) -> str:
+    """One line for ``python -m arl_fast``."""
+    how = "interpreted, for tests" if INTERPRETED else "compiled at first use"
+    return f"Triton {triton.__version__}, {how}"
+
+
+# Device state
+
+
+@functools.cache
+def multiprocessors(index: int) -> int:
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+class Tickets:
+    """Counters by which programs find out who is last; each kernel leaves its counter at zero.
+
+    One counter per device and stream, because launches on one stream run one after the other. A launch that is being
+    captured gets a counter of its own, since its graph may be replayed on any stream. All come from one buffer per device,
+    allocated by the first launch or by ``warm_up``; where it is missing or used up, a captured or eager memset replaces it.
+    """
+
+    SLOTS = 4096
+    STRIDE = 8  # a slot fills a 32-byte sector
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, list[Tensor]] = {}
+        self.streams: dict[tuple[int, int], Tensor] = {}
+        self.lock = threading.Lock()
+
+    def take(self, device: torch.device) -> Tensor:
+        if device.type == "cpu":
+            return torch.zeros(1, dtype=torch.int32)
+        index = device.index
+        capturing = torch.cuda.is_current_stream_capturing()
+        key = (index, torch._C._cuda_getCurrentRawStream(index))
+        if not capturing and (ticket := self.streams.get(key)) is not None:
+            return ticket
+        with self.lock:
+            if index not in self.buffers and not capturing:
+                buffer = torch.zeros(self.SLOTS, self.STRIDE, dtype=torch.int32, device=device)
+                torch.cuda.current_stream(device).synchronize()  # once: other streams may use it next
+                self.buffers[index] = list(buffer.unbind(0))
+            free = self.buffers.get(index)
+            if not free:
+                return torch.zeros(1, dtype=torch.int32, device=device)
+            ticket = free.pop()
+            if not capturing:
+                self.streams[key] = ticket
+            return ticket
+
+
+tickets = Tickets()
+
+
+class _Guard:
+    """Launch on the tensor's device; costs nothing on the current one."""
+
+    def __new__(cls, device: torch.device) -> Any:
+        if device.type == "cpu" or torch._C._cuda_getDevice() == device.index:
+            return _no_guard
+        return torch.cuda.device(device)
+
+
+class _NoGuard:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_no_guard = _NoGuard()
+
+
+# forward
+
+
+def _addressable(rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
+    """The rows as the kernel addresses them: columns adjacent, one row stride for all branches. Others are copied."""
+    first = rows[0].stride()
+    if first[1] == 1 and all(x.stride() == first for x in rows):
+        return tuple(rows), first[0]
+    rows = tuple(x.contiguous() for x in rows)
+    return rows, rows[0].shape[1]  # not stride(0): meaningless where there is one row
+
+
+def _schedule(schedule: rules.Schedule) -> tuple[Tensor | None, float, float, int]:
+    if isinstance(schedule, Tensor):
+        return schedule, 1.0, 0.0, 0
+    return None, float(schedule[0]), float(schedule[1]), int(schedule[2])
+
+
+def _launch_forward(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    norm: Tensor | None,
+    schedule: rules.Schedule,
+    options: Options,
+    grad: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """All but a callable rule, which needs plain torch."""
+    x0 = logits[0]
+    device, dtype = x0.device, compute_dtype(x0.dtype)
+    rows, classes = x0.shape
+    branches = len(logits)
+    inputs, stride = _addressable(logits)
+    soft = target.is_floating_point()
+    target = target.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    on_device, gamma, temperature, warming = _schedule(schedule)
+
+    plan = triton_rule.plan(classes, x0.element_size())
+    sms = multiprocessors(device.index)
+    programs = triton_rule.programs(rows, branches, plan, sms)
+    loss = torch.empty((), dtype=dtype, device=device)
+    packed = torch.empty(packed_length(branches - 1), dtype=dtype, device=device)
+    work = torch.empty(branches * 6 * programs, dtype=dtype, device=device)
+    per_row = torch.empty((branches, rows), dtype=dtype, device=device) if options.reduction == "none" else None
+    grads = [torch.empty((rows, classes), dtype=grad_dtype(x0.dtype), device=device) for _ in logits] if grad else []
+
+    with _Guard(device):
+        parts = 1
+        if grad and options.reduction == "mean" and norm is None and (counting := triton_rule.counting_programs(rows)):
+            norm, parts = torch.empty((branches, counting), dtype=dtype, device=device), counting
+            count_kernel[(counting, branches)](
+                target, mask, weight, norm, rows, classes, branches, options.ignore_index, soft, triton_rule.COUNT_BLOCK
+            )
+        forward_kernel[(programs, branches)](
+            inputs,
+            tuple(grads) if grad else None,
+            target,
+            mask,
+            weight,
+            norm if grad and options.reduction == "mean" else None,
+            on_device,
+            per_row,
+            work,
+            tickets.take(device),
+            loss,
+            packed,
+            rows,
+            stride,
+            gamma,
+            temperature,
+            warming,
+            classes,
+            branches,
+            parts,
+            soft,
+            options.ignore_index,
+            options.label_smoothing,
+            options.reduction,
+            options.dependence,
+            options.rule if isinstance(options.rule, str) else "constant",
+            options.gain,
+            options.entropy_floor,
+            plan.online,
+            plan.rows,
+            plan.block,
+            plan.steps,
+            triton_rule.COUNT_BLOCK,
+            num_warps=plan.warps,
+        )
+    if per_row is not None:  # Eq. 22 by row
+        if on_device is not None:
+            gamma_row = torch.where(on_device[2] != 0, 1.0, on_device[0])
+        else:
+            gamma_row = 1.0 if warming else gamma
+        loss = per_row[0] + gamma_row * per_row[1:].sum(0)
+    return loss, packed, grads
+
+
+def forward(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    norm: Tensor | None,
+    schedule: rules.Schedule,
+    options: Options,
+    grad: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """As reference.forward, in one launch (two where more than triton_rule.COUNT_IN_PLACE rows are to be averaged)."""
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        on_device, gamma, temperature, warming = _schedule(schedule)
+        rule = options.rule if isinstance(options.rule, str) else "constant"
+        loss, packed, grads = torch.ops.arl_fast.triton_forward(
+            list(logits), target, mask, weight, norm, on_device, gamma, temperature, bool(warming), rule, *options[1:], grad
+        )
+    else:
+        if target.device.type == "cpu" and not target.is_floating_point():
+            check_targets(target, logits[0].shape[1], options.ignore_index)
+        loss, packed, grads = _launch_forward(logits, target, mask, weight, norm, schedule, options, grad)
+    if not isinstance(options.rule, str):
+        packed = rules.apply_rule(packed, schedule, options)
+    return loss, packed, grads
+
+
+# backward
+
+
+def _launch_scale(
+    grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, in_place: bool
+) -> list[Tensor]:
+    first = grads[0]
+    upstream = upstream.contiguous()
+    results = list(grads) if in_place else [torch.empty_like(g, dtype=dtype) for g in grads]
+    size = first.numel()
+    if size == 0:
+        return results
+    programs = triton_rule.flat_programs(size, len(grads), multiprocessors(first.device.index))
+    with _Guard(first.device):
+        scale_kernel[(programs, len(grads))](
+            tuple(grads),
+            tuple(results),
+            upstream,
+            factor,
+            size,
+            first.shape[1],
+            len(grads),
+            upstream.dim() > 0,
+            in_place,
+            triton_rule.FLAT_BLOCK,
+        )
+    return results
+
+
+def scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool) -> Sequence[Tensor]:
+    """As reference.scale: one launch, in place unless the graph is kept or the dtype changes."""
+    if torch.compiler.is_compiling():
+        return torch.ops.arl_fast.triton_scale(list(grads), upstream, factor, dtype)
+    return _launch_scale(grads, upstream, factor, dtype, not keep and grads[0].dtype == dtype)
+
+
+def _launch_modulate(grads: Sequence[Tensor], modalities: Sequence[int], link: Tensor) -> list[Tensor]:
+    """One launch per dtype among the gradients; with one dtype, one."""
+    results = [torch.empty_like(g, memory_format=torch.contiguous_format) for g in grads]
+    link = link.contiguous()
+    for dtype in dict.fromkeys(g.dtype for g in grads):
+        group = [i for i, g in enumerate(grads) if g.dtype == dtype and g.numel()]
+        if not group:
+            continue
+        largest = max(grads[i].numel() for i in group)
+        programs = triton_rule.flat_programs(largest, len(group), multiprocessors(link.device.index))
+        with _Guard(link.device):
+            modulate_kernel[(programs, len(group))](
+                tuple(grads[i].contiguous() for i in group),
+                tuple(results[i] for i in group),
+                tuple(grads[i].numel() for i in group),
+                link,
+                tuple(modalities[i] for i in group),
+                len(group),
+                triton_rule.FLAT_BLOCK,
+            )
+    return results
+
+
+def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[Tensor | None]:
+    """As reference.modulate_backward, in one launch for all features of one dtype."""
+    some = [(m, g) for m, g in enumerate(grads) if g is not None]
+    modalities, present = [m for m, _ in some], [g for _, g in some]
+    if torch.compiler.is_compiling():
+        scaled = torch.ops.arl_fast.triton_modulate(present, modalities, link)
+    else:
+        scaled = _launch_modulate(present, modalities, link)
+    results: list[Tensor | None] = [None] * len(grads)
+    for m, g in zip(modalities, scaled, strict=True):
+        results[m] = g
+    return results
