@@ -3,6 +3,7 @@
 from .branches import BranchLogits
 from .functional import arl_loss, modulate
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
+from .linear import LinearARLLoss, linear_arl_loss
 from .loss import ARLLoss
 from .stats import BranchStats
 
@@ -15,9 +16,11 @@ __all__ = [
     "BranchStats",
     "ConcatHead",
     "GatedHead",
+    "LinearARLLoss",
     "SharedHead",
     "SumHead",
     "ZeroedHead",
     "arl_loss",
+    "linear_arl_loss",
     "modulate",
 ]

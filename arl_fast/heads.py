@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from .branches import BranchLogits
 from .functional import modulate
+from .linear import apply_criterion, linear_arl_loss
+from .loss import ARLLoss
+from .stats import BranchStats
 
 Features = Mapping[str, Tensor] | Sequence[Tensor]
 Dims = Mapping[str, int] | Sequence[int]
@@ -67,6 +70,51 @@ class _Head(nn.Module):
         return f"features={dict(zip(self.names, self.dims, strict=True)) if self.names else self.dims}"
 
 
+class _LinearHead(_Head):
+    """A head of linear layers: with its loss it fuses into one function that never holds all logits."""
+
+    fusion: str
+    bias_mode: str | bool = "full"
+
+    def weights_and_bias(self) -> tuple[Any, Any]:
+        """Weights and biases as ``linear_arl_loss`` takes them for this head's fusion."""
+        raise NotImplementedError
+
+    def loss(
+        self,
+        features: Features,
+        target: Tensor,
+        criterion: ARLLoss | None = None,
+        mask: Tensor | None = None,
+        chunk: int | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, BranchStats]:
+        """``loss, stats = head.loss(features, target)`` in the place of ``criterion(head(features), target)``.
+
+        Never holds more than a chunk of logits (``linear_arl_loss``). The layers' parameters are read directly: forward
+        hooks on the layers do not run.
+
+        Args:
+            features: as for the head.
+            target, mask, chunk: as for ``linear_arl_loss``.
+            criterion: the ARLLoss whose options, class weights and warm-up count; None: ``options``.
+            options: those of ``linear_arl_loss``, where no criterion is given.
+
+        Returns:
+            loss and BranchStats, which are also in ``criterion.stats``.
+        """
+        tensors = self._as_list(features)
+        weights, bias = self.weights_and_bias()
+        mode = "split" if self.bias_mode == "split" else "full"
+        if criterion is None:
+            return linear_arl_loss(tensors, weights, bias, target, fusion=self.fusion, bias_mode=mode, mask=mask, chunk=chunk, **options)
+        if not isinstance(criterion, ARLLoss):
+            raise TypeError(f"criterion: got {type(criterion).__name__}, expected an ARLLoss, or its options by name")
+        if options:
+            raise TypeError(f"criterion: got one and also {', '.join(options)}; options belong to the criterion")
+        return apply_criterion(criterion, tensors, weights, bias, target, mask, self.fusion, mode, chunk)
+
+
 def _describe(features: object) -> str:
     if isinstance(features, Mapping):
         return f"a dict with the keys {list(features)}"
@@ -81,7 +129,7 @@ def _same_dims(dims: list[int], head: str) -> int:
     return dims[0]
 
 
-class ConcatHead(_Head):
+class ConcatHead(_LinearHead):
     """One linear layer over the concatenated features: x_f = sum_m W_m z_m + b.
 
     A unimodal branch is the same layer with the other features at zero, x_m = W_m z_m + b (``bias="full"``, as in the
@@ -95,6 +143,8 @@ class ConcatHead(_Head):
     Attributes:
         weight: [C, sum D_m], initialised as ``torch.nn.Linear``; bias: [C] or None.
     """
+
+    fusion = "concat"
 
     def __init__(self, features: Dims, num_classes: int, bias: str | bool = "full") -> None:
         super().__init__(features)
@@ -112,8 +162,11 @@ class ConcatHead(_Head):
         own = self.bias if self.bias_mode == "full" else self.bias / len(parts)
         return fused + self.bias, [part + own for part in parts]
 
+    def weights_and_bias(self) -> tuple[Any, Any]:
+        return self.weight, self.bias
 
-class SumHead(_Head):
+
+class SumHead(_LinearHead):
     """One linear layer per modality, added: x_m = W_m z_m + b_m, x_f = sum_m x_m (the release's "sum" fusion).
 
     Args:
@@ -121,6 +174,8 @@ class SumHead(_Head):
         num_classes: C.
         bias: whether each layer has a bias.
     """
+
+    fusion = "sum"
 
     def __init__(self, features: Dims, num_classes: int, bias: bool = True) -> None:
         super().__init__(features)
@@ -130,8 +185,12 @@ class SumHead(_Head):
         unimodal = [layer(z) for layer, z in zip(self.layers, features, strict=True)]
         return _sum(unimodal), unimodal
 
+    def weights_and_bias(self) -> tuple[Any, Any]:
+        biases = [layer.bias for layer in self.layers]
+        return [layer.weight for layer in self.layers], None if biases[0] is None else biases
 
-class SharedHead(_Head):
+
+class SharedHead(_LinearHead):
     """One linear layer for all modalities: x_m = W z_m + b, x_f = sum_m x_m, so that b counts M times, as in the release.
 
     Args:
@@ -140,6 +199,8 @@ class SharedHead(_Head):
         bias: whether the layer has a bias.
     """
 
+    fusion = "shared"
+
     def __init__(self, features: Dims, num_classes: int, bias: bool = True) -> None:
         super().__init__(features)
         self.layer = nn.Linear(_same_dims(self.dims, "SharedHead"), num_classes, bias=bias)
@@ -147,6 +208,9 @@ class SharedHead(_Head):
     def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         unimodal = [self.layer(z) for z in features]
         return _sum(unimodal), unimodal
+
+    def weights_and_bias(self) -> tuple[Any, Any]:
+        return self.layer.weight, self.layer.bias
 
 
 class GatedHead(_Head):
