@@ -46,12 +46,23 @@ def as_branch_logits(output: object) -> BranchLogits:
     )
 
 
+def check_not_dtensor(label: str, x: Tensor) -> None:
+    """A DTensor's link and statistics would be each process's own while its values look like the whole batch's."""
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{label}: got a DTensor, expected this process's Tensor: pass .to_local(), for logits sharded over the batch with "
+            "sync_stats=True, for logits sharded over the classes to arl_fast.distributed.sharded_arl_loss"
+        )
+
+
 def check_logits(fused: Tensor, unimodal: Unimodal, link: Tensor | None) -> tuple[Tensor, ...]:
     """All branches as a tuple, the fused one first, after checking type, dtype, shape, device and order."""
     if not isinstance(fused, Tensor):
         raise TypeError(f"fused: got {type(fused).__name__}, expected a Tensor of logits [B, C] or [B, C, d1, ...]")
     if isinstance(unimodal, Tensor) or not isinstance(unimodal, (Mapping, Sequence)):
         raise TypeError(f"unimodal: got {type(unimodal).__name__}, expected a dict or a sequence of logits, one per modality")
+    if type(fused) is not Tensor:
+        check_not_dtensor("fused", fused)
     if not fused.is_floating_point():
         raise TypeError(f"fused: got dtype {fused.dtype}, expected floating-point logits")
     if fused.dim() < 2 or fused.shape[1] == 0:
@@ -65,6 +76,8 @@ def check_logits(fused: Tensor, unimodal: Unimodal, link: Tensor | None) -> tupl
         label = f"unimodal[{name!r}]"
         if not isinstance(x, Tensor):
             raise TypeError(f"{label}: got {type(x).__name__}, expected a Tensor of logits")
+        if type(x) is not Tensor:
+            check_not_dtensor(label, x)
         if x.shape != fused.shape:
             raise ValueError(f"{label}: got shape {list(x.shape)}, expected that of the fused logits, {list(fused.shape)}")
         if x.dtype != fused.dtype:

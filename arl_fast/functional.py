@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, rules
-from .branches import Unimodal, check_logits, check_mask, check_target, check_weight
+from .branches import Unimodal, check_logits, check_mask, check_not_dtensor, check_target, check_weight
 from .options import Options, check_scalar, make_options
 from .reference import compute_dtype
 from .stats import BranchStats, link_gradient, unpack
@@ -70,6 +70,8 @@ def modulate(features: Mapping[str, Tensor] | Sequence[Tensor]) -> tuple[dict[st
     for name, z in zip(names, tensors, strict=True):
         if not isinstance(z, Tensor):
             raise TypeError(f"features[{name!r}]: got {type(z).__name__}, expected a Tensor")
+        if type(z) is not Tensor:
+            check_not_dtensor(f"features[{name!r}]", z)
         if not z.is_floating_point():
             raise TypeError(f"features[{name!r}]: got dtype {z.dtype}, expected floating point")
         if z.device != tensors[0].device:
