@@ -15,6 +15,11 @@ from arl_fast import dispatch
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 CONTRACT = ["triton"] if INTERPRETING else ["reference", "native"]
 
+if INTERPRETING:
+    from triton_interpreter import round_bfloat16
+
+    round_bfloat16()
+
 
 @pytest.fixture(params=CONTRACT)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

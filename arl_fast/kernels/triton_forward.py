@@ -180,7 +180,7 @@ def stream_row(
 
 @triton.jit(do_not_specialize=["rows", "gamma", "temperature", "warming"])
 def forward_kernel(
-    logits,  # tuple of M+1 [rows, C] of one row stride, columns adjacent
+    logits,  # tuple of M+1 [rows, C] of row stride STRIDE, columns adjacent
     grads,  # tuple of M+1 [rows, C] contiguous, or None: nothing is written
     target,  # [rows] class indices or [rows, C] contiguous probabilities
     mask,  # [rows, M] contiguous bool, or None
@@ -193,11 +193,11 @@ def forward_kernel(
     loss,  # []
     packed,  # [16 M + 9]
     rows,
-    stride,
     gamma: tl.float64,
     temperature: tl.float64,
     warming,
     C: tl.constexpr,
+    STRIDE: tl.constexpr,  # a constant like C: its divisors decide how wide loads may be
     BRANCHES: tl.constexpr,
     NORM_PARTS: tl.constexpr,
     SOFT: tl.constexpr,
@@ -252,7 +252,7 @@ def forward_kernel(
         if not SOFT:
             bad = valid & ((y < 0) | (y >= C))
             y = tl.where(valid & (y >= 0) & (y < C), y, 0)
-            x_y = tl.load(x + row * stride + y, mask=valid, other=0.0).to(T)
+            x_y = tl.load(x + row * STRIDE + y, mask=valid, other=0.0).to(T)
             if weight is not None:
                 w = tl.load(weight + y, mask=valid, other=0.0)
             else:
@@ -263,7 +263,7 @@ def forward_kernel(
             base = (tile + tl.zeros((), tl.int64)).to(tl.int64)
             row_valid = tl.sum(valid.to(tl.int32), 0) > 0
             top, s, sz, first, u_sum, uz, te, first_t, l1 = stream_row(
-                x, target, weight, base * stride, base * C, row_valid, T, C, BLOCK, STEPS, SMOOTHING, SOFT, NEEDS_L1
+                x, target, weight, base * STRIDE, base * C, row_valid, T, C, BLOCK, STEPS, SMOOTHING, SOFT, NEEDS_L1
             )
         else:
             cols = tl.arange(0, BLOCK)
@@ -271,7 +271,7 @@ def forward_kernel(
             keep = real & valid[:, None]
             # rows that are not valid are not read: zeros stand in, so that nothing of theirs becomes NaN
             filler = tl.where(valid, float("-inf"), 0.0)[:, None]
-            raw = tl.load(x + (row * stride)[:, None] + cols[None, :], mask=keep, other=filler).to(T)
+            raw = tl.load(x + (row * STRIDE)[:, None] + cols[None, :], mask=keep, other=filler).to(T)
             top = tl.max(raw, 1)
             z = raw - top[:, None]
             e = tl.exp2(z * LOG2E)
@@ -337,7 +337,7 @@ def forward_kernel(
                     cols = start + tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
                     keep = cols < C
                     read = keep & row_valid
-                    raw = tl.load(x + base * stride + cols, mask=read, other=0.0, eviction_policy="evict_first").to(T)
+                    raw = tl.load(x + base * STRIDE + cols, mask=read, other=0.0, eviction_policy="evict_first").to(T)
                     z = tl.where(row_valid, raw - top, 0.0)
                     d = tl.exp2(z * LOG2E) * pull_row
                     if USES_U:
