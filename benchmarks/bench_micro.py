@@ -63,7 +63,7 @@ class Session:
                 self.facts[contender.name] = self._facts(found) | {"errors": {k: float(f"{v:.2g}") for k, v in errors.items()}}
             except Rejected as reason:
                 found = str(reason)
-            except Exception as error:  # noqa: BLE001 - a contender that breaks is reported, the others go on
+            except Exception as error:  # a contender that breaks is reported, the others go on
                 found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
             self.steps[contender.name] = found
         if isinstance(found, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import platform
 import re
@@ -49,6 +50,10 @@ def triton_version() -> str | None:
     except ImportError:
         return None
     return triton.__version__
+
+
+def have_pytest_benchmark() -> bool:
+    return importlib.util.find_spec("pytest_benchmark") is not None
 
 
 @functools.cache
