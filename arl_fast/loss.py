@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class ARLLoss(nn.Module):
         dependence: "confidence" or "logit_l1".
         entropy_floor: smallest entropy share before the inversion; None: 0.6 / number of modalities.
         gain: "residual" 1 + a_m, "mean_one" M a_m or "plain" a_m.
-        warmup: number of calls in training mode before gamma and the gains take effect (until then gamma = 1 and
+        warmup: number of calls in training mode, with gradients, before gamma and the gains take effect (until then gamma = 1 and
             gain = 1). The counter, the buffer ``steps``, is in the state_dict.
         weight: [C] class weights; moves with the module and is in the state_dict.
         ignore_index, label_smoothing, reduction: as in ``torch.nn.CrossEntropyLoss``.
@@ -51,7 +51,8 @@ class ARLLoss(nn.Module):
         target: class indices [B, d1, ...] or probabilities of the logits' shape.
         mask: [B, M] bool, False where a modality is absent; optional.
 
-    ``stats`` holds the BranchStats of the last call (None before the first). Errors are those of ``arl_loss``.
+    ``stats`` holds the BranchStats of the last call (None before the first), ``modalities`` the names in its unimodal logits
+    (None for a sequence). Errors are those of ``arl_loss``.
     """
 
     steps: Tensor
@@ -87,6 +88,7 @@ class ARLLoss(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._packed: Tensor | None = None
+        self.modalities: tuple[str, ...] | None = None
 
     @classmethod
     def paper(cls, dataset: str, **changes: Any) -> ARLLoss:
@@ -118,6 +120,7 @@ class ARLLoss(nn.Module):
 
     def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
         fused, unimodal, link = as_branch_logits(output)
+        self.modalities = tuple(unimodal) if isinstance(unimodal, Mapping) else None
         loss, self._packed = packed_loss(
             fused,
             unimodal,
@@ -134,13 +137,13 @@ class ARLLoss(nn.Module):
         return loss
 
     def _warming(self, like: Tensor) -> bool | Tensor:
-        """Whether this call is one of the first ``warmup``; counts it in training mode."""
+        """Whether this call is one of the first ``warmup``; counts it in training mode, where gradients are recorded."""
         if not self.warmup:
             return False
         if isinstance(like, Tensor) and self.steps.device != like.device and not torch.compiler.is_compiling():
             self.steps = self.steps.to(like.device)
         warming = self.steps < self.warmup  # compared on the device: neither a host read nor a recompilation
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.steps.add_(1)
         return warming
 
