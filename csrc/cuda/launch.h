@@ -12,8 +12,8 @@
 namespace arl {
 namespace cuda {
 
-// More branches than this (31 modalities) are refused with cudaErrorInvalidValue: the caller takes the reference.
-constexpr int kMaxBranches = 32;
+// More branches than this (15 modalities) are refused with cudaErrorInvalidValue: the caller takes the reference.
+constexpr int kMaxBranches = 16;
 
 // Class indices come as int64 or int32, class probabilities in the compute dtype (float64 for float64 logits, else float32).
 enum Target : int { kInt64 = 0, kInt32 = 1, kProbabilities = 2 };
@@ -76,7 +76,7 @@ struct ScaleArgs {
 // grads * upstream * factor for all branches in one launch.
 int scale(const ScaleArgs& args, void* stream);
 
-constexpr int kMaxTensors = 32;  // more are refused: the caller calls again
+constexpr int kMaxTensors = 16;  // more are refused: the caller calls again
 
 struct ModulateArgs {
   int count;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace arl {
 namespace cuda {
@@ -28,7 +29,9 @@ enum Family : int {
 constexpr int kHeld = 8;             // elements (kSmall) or vectors that a thread holds in registers
 constexpr int kVectorBytes = 16;
 constexpr int kRowsThreads = 256;    // block size of kSmall and kWarp
-constexpr int kResidentThreads = 1024;  // per multiprocessor, at the 64 registers per thread that every kernel keeps to
+constexpr int kMaxRowThreads = 768;  // block size of kBlock: 128, 256, 384 or 768
+constexpr int kElementwiseBlocks = 8;  // of kRowsThreads, resident per multiprocessor
+constexpr int kTicketBytes = 16;
 constexpr int kStaticShared = 8192;  // bound on the static shared memory of a kernel
 constexpr int64_t kCountInlineRows = 8192;
 constexpr int kCountBlocks = 64;
@@ -55,6 +58,9 @@ struct Plan {
   int64_t workspace_bytes;
 };
 
+// Threads resident per multiprocessor: kernels keep to 64 registers per thread (kSmall) and 80, so that 64 K registers suffice.
+constexpr int resident_threads(int family) { return family == kSmall ? 1024 : 768; }
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Plan plan(const Shape& shape, const Device& device) {
@@ -73,13 +79,13 @@ inline Plan plan(const Shape& shape, const Device& device) {
     p.threads_per_row = 32;
   } else {
     p.family = kBlock;
-    p.threads = 128;
-    while (p.threads < 1024 && int64_t(p.threads) * kHeld < vectors) p.threads *= 2;
-    // Too few rows to fill the device: more threads share a row, as long as each has a vector.
+    // Enough threads to hold the row in registers; where there are too few rows to fill the device more threads share a
+    // row, as long as each has a vector.
     const int64_t all_rows = shape.rows * p.grid_y;
-    while (p.threads < 1024 && 2 * p.threads <= vectors &&
-           2 * p.threads * all_rows <= int64_t(device.multiprocessors) * kResidentThreads) {
-      p.threads *= 2;
+    for (const int threads : {128, 256, 384, 768}) {
+      p.threads = threads;
+      const bool larger_helps = threads * 2 <= vectors && threads * 2 * all_rows <= device.multiprocessors * int64_t(kMaxRowThreads);
+      if (int64_t(threads) * kHeld >= vectors && !larger_helps) break;
     }
     p.threads_per_row = p.threads;
     const int64_t beyond = ceil_div(vectors, p.threads) - kHeld;
@@ -88,7 +94,7 @@ inline Plan plan(const Shape& shape, const Device& device) {
   }
   p.rows_per_block = p.threads / p.threads_per_row;
   // A persistent grid: no more blocks than are resident at once, so that partial sums and counting stay few.
-  int64_t resident = int64_t(device.multiprocessors) * (kResidentThreads / p.threads) / p.grid_y;
+  int64_t resident = int64_t(device.multiprocessors) * (resident_threads(p.family) / p.threads) / p.grid_y;
   const int64_t needed = ceil_div(shape.rows, p.rows_per_block);
   if (resident > needed) resident = needed;
   p.grid_x = int(resident < 1 ? 1 : resident);
@@ -98,8 +104,15 @@ inline Plan plan(const Shape& shape, const Device& device) {
     p.count_blocks = int(blocks < kCountBlocks ? blocks : kCountBlocks);
   }
   // Ticket, then the partial sums [6, branches, grid_x], then the partial norms [branches, count_blocks].
-  p.workspace_bytes = 16 + int64_t(shape.branches) * compute_size(shape.dtype) * (6 * int64_t(p.grid_x) + p.count_blocks);
+  p.workspace_bytes = kTicketBytes + int64_t(shape.branches) * compute_size(shape.dtype) * (6 * int64_t(p.grid_x) + p.count_blocks);
   return p;
+}
+
+// Blocks per tensor of an elementwise launch over several tensors: one vector per thread, or what fills the device.
+inline int elementwise_blocks(int64_t size, int dtype, int tensors, const Device& device) {
+  const int64_t needed = ceil_div(size, int64_t(kRowsThreads) * (kVectorBytes / element_size(dtype)));
+  const int64_t resident = int64_t(device.multiprocessors) * kElementwiseBlocks / tensors;
+  return int(needed < resident ? needed : resident < 1 ? 1 : resident);
 }
 
 }  // namespace cuda

@@ -1,0 +1,277 @@
+// What the kernels share: element types, 16-byte vectors, exponentials, reductions in a fixed order.
+//
+// Compiled by nvcc, or as plain C++ after an emulation of CUDA (tests/emulation/cuda_emulation.h), hence few intrinsics.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "launch.h"
+
+namespace arl {
+namespace cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+int current_device(Device& device);  // properties, asked for once per device
+
+#if defined(__CUDACC__)
+__device__ inline uint4* dynamic_shared() {
+  extern __shared__ uint4 arl_dynamic_shared[];
+  return arl_dynamic_shared;
+}
+
+template <typename Params>
+int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void* stream, Params params) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), arguments, shared_bytes,
+                          static_cast<cudaStream_t>(stream));
+}
+#endif
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+__device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+// As in hardware: a NaN operand loses. A NaN logit still shows, in the sum of exponentials.
+__device__ inline float maximum(float a, float b) { return fmaxf(a, b); }
+__device__ inline double maximum(double a, double b) { return fmax(a, b); }
+__device__ inline int minimum(int a, int b) { return a < b ? a : b; }
+__device__ inline float absolute(float a) { return fabsf(a); }
+__device__ inline double absolute(double a) { return fabs(a); }
+
+__device__ inline float power_of_two(float a) {
+#if defined(__CUDA_ARCH__)
+  float result;  // one instruction; results below 2^-126 become 0, which no output can tell from what they were
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+#else
+  return exp2f(a);
+#endif
+}
+__device__ inline double power_of_two(double a) { return exp2(a); }
+
+template <typename C>
+struct Constants {
+  static constexpr C log2e = C(1.4426950408889634074);
+  static constexpr C ln2 = C(0.69314718055994530942);
+  static constexpr C lowest = C(-1e30);  // stands for log p = -inf where p = 0 multiplies it: 0 log 0 = 0
+};
+
+// ---- element types --------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Element;  // compute type, type of the gradient, two words of -inf
+
+template <>
+struct Element<double> {
+  using Compute = double;
+  using Grad = double;
+  static constexpr unsigned minus_infinity[2] = {0u, 0xfff00000u};
+};
+template <>
+struct Element<float> {
+  using Compute = float;
+  using Grad = float;
+  static constexpr unsigned minus_infinity[2] = {0xff800000u, 0xff800000u};
+};
+template <>
+struct Element<__nv_bfloat16> {
+  using Compute = float;
+  using Grad = __nv_bfloat16;
+  static constexpr unsigned minus_infinity[2] = {0xff80ff80u, 0xff80ff80u};
+};
+template <>
+struct Element<__half> {
+  using Compute = float;
+  using Grad = float;
+  static constexpr unsigned minus_infinity[2] = {0xfc00fc00u, 0xfc00fc00u};
+};
+
+__device__ inline double widen(double a) { return a; }
+__device__ inline float widen(float a) { return a; }
+__device__ inline float widen(__nv_bfloat16 a) { return __bfloat162float(a); }
+__device__ inline float widen(__half a) { return __half2float(a); }
+
+template <typename T>
+struct Narrow;
+template <>
+struct Narrow<double> {
+  __device__ static double from(double a) { return a; }
+};
+template <>
+struct Narrow<float> {
+  __device__ static float from(float a) { return a; }
+};
+template <>
+struct Narrow<__nv_bfloat16> {
+  __device__ static __nv_bfloat16 from(float a) { return __float2bfloat16_rn(a); }
+};
+template <>
+struct Narrow<__half> {
+  __device__ static __half from(float a) { return __float2half_rn(a); }
+};
+
+// ---- 16-byte vectors ------------------------------------------------------------------------------------------------
+
+template <typename T>
+constexpr int kPerVector = kVectorBytes / int(sizeof(T));
+
+template <typename T>
+__device__ inline bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+}
+
+template <typename T>
+__device__ inline uint4 padding_vector() {
+  constexpr unsigned low = Element<T>::minus_infinity[0], high = Element<T>::minus_infinity[1];
+  return make_uint4(low, high, low, high);
+}
+
+__device__ inline void decode(const uint4& raw, double (&v)[2], double) { memcpy(v, &raw, kVectorBytes); }
+__device__ inline void decode(const uint4& raw, float (&v)[4], float) { memcpy(v, &raw, kVectorBytes); }
+__device__ inline void decode(const uint4& raw, float (&v)[8], __nv_bfloat16) {
+  const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // a bfloat16 is the upper half of a float
+    const unsigned low = words[i] << 16, high = words[i] & 0xffff0000u;
+    memcpy(&v[2 * i], &low, 4);
+    memcpy(&v[2 * i + 1], &high, 4);
+  }
+}
+__device__ inline void decode(const uint4& raw, float (&v)[8], __half) {
+  __half items[8];
+  memcpy(items, &raw, kVectorBytes);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = __half2float(items[i]);
+}
+
+// Makes the compiler forget what it knows of a value, so that it unpacks a vector again in each pass over a row instead of
+// keeping 8 floats in the place of 4 registers; and, without a value, finish what it has begun before it loads more.
+__device__ inline void forget(uint4& raw) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+#else
+  (void)raw;
+#endif
+}
+__device__ inline void finish_loads() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
+// 16 bytes of results of type G, from v[first] on.
+template <int n>
+__device__ inline uint4 encode(const double (&v)[n], int first, double) {
+  uint4 raw;
+  memcpy(&raw, v + first, kVectorBytes);
+  return raw;
+}
+template <int n>
+__device__ inline uint4 encode(const float (&v)[n], int first, float) {
+  uint4 raw;
+  memcpy(&raw, v + first, kVectorBytes);
+  return raw;
+}
+template <int n>
+__device__ inline uint4 encode(const float (&v)[n], int first, __nv_bfloat16) {
+  unsigned words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(v[first + 2 * i], v[first + 2 * i + 1]);
+    memcpy(&words[i], &pair, 4);
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+template <int n>
+__device__ inline uint4 encode(const float (&v)[n], int first, __half) {
+  unsigned words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __half2 pair = __floats2half2_rn(v[first + 2 * i], v[first + 2 * i + 1]);
+    memcpy(&words[i], &pair, 4);
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// n results to adjacent addresses: 16 bytes at a time where the address allows it.
+template <typename G, typename C, int n>
+__device__ inline void store(G* out, const C (&v)[n], bool aligned) {
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < n; i += kPerVector<G>) *reinterpret_cast<uint4*>(out + i) = encode(v, i, G());
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) out[i] = Narrow<G>::from(v[i]);
+  }
+}
+
+// ---- reductions: butterflies, so that every thread has the result and the order is fixed ---------------------------------
+
+struct Add {
+  template <typename V>
+  __device__ V operator()(V a, V b) const { return a + b; }
+};
+struct Maximum {
+  template <typename V>
+  __device__ V operator()(V a, V b) const { return maximum(a, b); }
+};
+struct Minimum {
+  __device__ int operator()(int a, int b) const { return minimum(a, b); }
+};
+
+// Over groups of `lanes` (a power of two) adjacent lanes of a warp, all of whose lanes take part.
+template <int n, typename V, typename Op>
+__device__ inline void reduce_lanes(V (&v)[n], int lanes, Op op) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) v[i] = op(v[i], __shfl_xor_sync(kAllLanes, v[i], offset));
+  }
+}
+
+template <int n, typename V, typename Op>
+__device__ inline void reduce_warp(V (&v)[n], Op op) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) v[i] = op(v[i], __shfl_xor_sync(kAllLanes, v[i], offset));
+  }
+}
+
+// Over the block, with one barrier. The buffer [n, 32] may be used again after any later barrier of the block.
+template <int n, typename V, typename Op>
+__device__ inline void reduce_block(V (&v)[n], V* buffer, V identity, Op op) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  reduce_warp(v, op);
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) buffer[i * 32 + warp] = v[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] = lane < warps ? buffer[i * 32 + lane] : identity;
+  reduce_warp(v, op);
+}
+
+// gamma, temperature, warming: three numbers of the host, or of the device.
+template <typename C>
+__device__ inline Schedule<C> read_schedule(const void* pointer, double gamma, double temperature, double warming) {
+  if (pointer == nullptr) return effective(C(gamma), C(temperature), C(warming));
+  const C* values = static_cast<const C*>(pointer);
+  return effective(values[0], values[1], values[2]);
+}
+
+}  // namespace cuda
+}  // namespace arl

@@ -1,0 +1,575 @@
+// Loss, statistics, coefficients and gradients of all branches in one launch.
+//
+// A block walks over rows of one branch (of all, for a per-row loss). It reads a row once, keeps it on chip, reduces it
+// (top; then Z = sum 2^v and sum v 2^v with v = (x - top) log2 e; entropy, cross-entropy and p_y follow), writes the row's
+// gradient and adds the row to six sums. The block that finishes last adds up the sums of all blocks, in the same order
+// whoever is last, and turns them into the loss and the packed statistics with arl::finish.
+#pragma once
+
+#include <type_traits>
+
+#include "device.cuh"
+
+namespace arl {
+namespace cuda {
+
+struct ForwardParams {
+  ForwardArgs args;
+  unsigned* ticket;
+  void* partials;  // [6, branches, grid_x]
+  void* norms;     // [branches, count_blocks]
+  int count_blocks;
+  int threads_per_row;
+  int shared_vectors;
+  bool grad;
+};
+
+// ---- targets ----------------------------------------------------------------------------------------------------------
+
+struct RowTarget {
+  int index;   // class index; 0 for probabilities and where it is out of range
+  bool valid;  // not ignored, modality present
+  bool bad;    // out of range: everything about this row is NaN
+};
+
+__device__ inline RowTarget read_target(const ForwardArgs& a, int branch, int64_t row) {
+  RowTarget target = {0, true, false};
+  if (a.target_kind != kProbabilities) {
+    const int64_t at = row * a.target_stride;
+    const int64_t index = a.target_kind == kInt64 ? static_cast<const int64_t*>(a.target)[at] : static_cast<const int*>(a.target)[at];
+    target.valid = index != a.options.ignore_index;
+    target.bad = target.valid && (index < 0 || index >= a.classes);
+    target.index = target.valid && !target.bad ? int(index) : 0;
+  }
+  if (branch > 0 && a.mask != nullptr && !a.mask[row * a.mask_row_stride + (branch - 1) * a.mask_column_stride]) {
+    target.valid = target.bad = false;
+  }
+  return target;
+}
+
+// What a row adds to its branch's norm: 1, or with class indices its class weight.
+template <typename C>
+__device__ inline C row_norm(const ForwardArgs& a, const RowTarget& target) {
+  if (!target.valid || target.bad) return C(0);
+  return a.weight != nullptr && a.target_kind != kProbabilities ? static_cast<const C*>(a.weight)[target.index] : C(1);
+}
+
+template <typename C>
+__device__ inline C count_rows(const ForwardArgs& a, int branch, int64_t first, int64_t step) {
+  C norm = C(0);
+  for (int64_t row = first; row < a.rows; row += step) norm += row_norm<C>(a, read_target(a, branch, row));
+  return norm;
+}
+
+// The divisor of a branch's gradients. All threads of the block call it and get the same value in every block.
+template <typename C>
+__device__ inline C gradient_norm(const ForwardParams& p, int branch, C* buffer) {
+  const ForwardArgs& a = p.args;
+  if (!p.grad || a.options.reduction != kMean) return C(1);
+  if (a.norm != nullptr) return static_cast<const C*>(a.norm)[branch];
+  if (a.target_kind == kProbabilities && a.mask == nullptr) return C(a.rows);
+  C norm[1] = {C(0)};
+  if (p.count_blocks > 0) {
+    const C* norms = static_cast<const C*>(p.norms) + branch * p.count_blocks;
+    for (int i = threadIdx.x % 32; i < p.count_blocks; i += 32) norm[0] += norms[i];
+    reduce_warp(norm, Add());
+  } else {
+    norm[0] = count_rows<C>(a, branch, threadIdx.x, blockDim.x);
+    __syncthreads();  // the buffer may still be in use for the branch before
+    reduce_block(norm, buffer, C(0), Add());
+  }
+  return norm[0];
+}
+
+// The separate counting launch: partial norms [branches, count_blocks].
+template <typename C>
+__global__ void __launch_bounds__(kRowsThreads) count_kernel(const __grid_constant__ ForwardParams p) {
+  __shared__ C buffer[32];
+  C norm[1] = {count_rows<C>(p.args, blockIdx.y, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x)};
+  reduce_block(norm, buffer, C(0), Add());
+  if (threadIdx.x == 0) static_cast<C*>(p.norms)[blockIdx.y * gridDim.x + blockIdx.x] = norm[0];
+}
+
+// ---- rows on chip -------------------------------------------------------------------------------------------------------
+// Both kinds offer: load; visit(f), f(x, class) for every element, padding of -inf included, where `keep` stores what f made
+// of x; visit_real(f), the same without padding; emit(f), which stores f(2^v, class) as the gradient.
+
+// kSmall: up to kHeld scalars per thread, adjacent threads hold adjacent classes.
+template <typename T>
+struct ScalarRow {
+  using C = typename Element<T>::Compute;
+  using G = typename Element<T>::Grad;
+  C held[kHeld];
+  int classes, lane, lanes;
+
+  __device__ ScalarRow(const ForwardParams& p)
+      : classes(int(p.args.classes)), lane(threadIdx.x % p.threads_per_row), lanes(p.threads_per_row) {}
+
+  __device__ int place() const { return lane; }
+
+  __device__ void load(const T* row, bool valid) {
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int c = lane + k * lanes;
+      held[k] = valid && c < classes ? widen(row[c]) : C(-INFINITY);
+    }
+  }
+  template <bool keep, typename F>
+  __device__ void visit(F f) {
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      C x = held[k];
+      f(x, lane + k * lanes);
+      if (keep) held[k] = x;
+    }
+  }
+  template <bool keep, typename F>
+  __device__ void visit_real(F f) {
+    visit<keep>([&](C& x, int c) {
+      if (c < classes) f(x, c);
+    });
+  }
+  template <typename F>
+  __device__ void emit(G* grad, C, F f) {
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int c = lane + k * lanes;
+      if (c < classes) grad[c] = Narrow<G>::from(f(held[k], c));
+    }
+  }
+};
+
+// kWarp and kBlock: the row's 16-byte vectors, dealt out in turn. The few elements before the first and after the last
+// aligned vector go one to a thread. Vectors beyond the registers and the shared memory are read again for every pass,
+// out of L2 mostly: rows that long are few at a time.
+template <typename T, int kFamily>
+struct VectorRow {
+  using C = typename Element<T>::Compute;
+  using G = typename Element<T>::Grad;
+  static constexpr int kN = kPerVector<T>;
+  static constexpr bool kKeeps = sizeof(T) >= sizeof(float);  // room for 2^v in the place of x; else it is computed again
+
+  uint4 held[kHeld];
+  C edge;
+  int edge_class;
+  int classes, thread, threads, shared_vectors;
+  int head;     // elements before the first vector
+  int vectors;
+  const uint4* body;
+
+  __device__ VectorRow(const ForwardParams& p)
+      : classes(int(p.args.classes)),
+        thread(kFamily == kWarp ? threadIdx.x % 32 : threadIdx.x),
+        threads(kFamily == kWarp ? 32 : blockDim.x),
+        shared_vectors(p.shared_vectors) {}
+
+  __device__ int place() const { return thread; }
+
+  __device__ uint4* slot(int k) const { return dynamic_shared() + (k * threads + thread); }
+
+  __device__ void load(const T* row, bool) {
+    const int misaligned = int(reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kN;
+    head = misaligned == 0 ? 0 : kN - misaligned;  // rows here are longer than a vector
+    vectors = (classes - head) / kN;
+    body = reinterpret_cast<const uint4*>(row + head);
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int j = thread + k * threads;
+      held[k] = j < vectors ? __ldg(body + j) : padding_vector<T>();
+    }
+    if constexpr (kFamily == kBlock) {
+      for (int k = 0; k < shared_vectors; ++k) {
+        const int j = thread + (kHeld + k) * threads;
+        *slot(k) = j < vectors ? __ldg(body + j) : padding_vector<T>();
+      }
+    }
+    edge_class = thread < head ? thread : vectors * kN + thread;
+    if (edge_class >= classes) edge_class = -1;
+    edge = edge_class < 0 ? C(-INFINITY) : widen(row[edge_class]);
+  }
+
+  template <typename F>
+  __device__ void visit_vector(C (&v)[kN], int j, F& f) {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) f(v[i], head + j * kN + i);
+  }
+  template <bool keep, bool real, typename F>
+  __device__ void visit_all(F& f) {
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int j = thread + k * threads;
+      if (real && j >= vectors) continue;
+      C v[kN];
+      if constexpr (!kKeeps) forget(held[k]);
+      decode(held[k], v, T());
+      visit_vector(v, j, f);
+      if constexpr (real) finish_loads();
+      if constexpr (keep && kKeeps) held[k] = encode(v, 0, T());
+    }
+    if constexpr (kFamily == kBlock) {
+      for (int k = 0; k < shared_vectors; ++k) {
+        const int j = thread + (kHeld + k) * threads;
+        if (real && j >= vectors) break;
+        C v[kN];
+        decode(*slot(k), v, T());
+        visit_vector(v, j, f);
+      }
+      for (int j = thread + (kHeld + shared_vectors) * threads; j < vectors; j += threads) {
+        C v[kN];
+        decode(__ldg(body + j), v, T());
+        visit_vector(v, j, f);
+      }
+    }
+    if (edge_class >= 0) {
+      C x = edge;
+      f(x, edge_class);
+    }
+  }
+  template <bool keep, typename F>
+  __device__ void visit(F f) { visit_all<keep, false>(f); }
+  template <bool keep, typename F>
+  __device__ void visit_real(F f) { visit_all<keep, true>(f); }
+
+  template <bool kept, typename F>
+  __device__ void emit_vector(const uint4& raw, int j, G* grad, bool aligned, C shift, F& f) {
+    C v[kN];
+    decode(raw, v, T());
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const C power = kept ? v[i] : power_of_two(multiply_add(v[i], Constants<C>::log2e, -shift));
+      v[i] = f(power, head + j * kN + i);
+    }
+    store(grad + head + j * kN, v, aligned);
+  }
+  template <typename F>
+  __device__ void emit(G* grad, C shift, F f) {
+    const bool aligned = is_aligned(grad + head);
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int j = thread + k * threads;
+      if constexpr (!kKeeps) forget(held[k]);
+      if (j < vectors) emit_vector<kKeeps>(held[k], j, grad, aligned, shift, f);
+    }
+    if constexpr (kFamily == kBlock) {
+      for (int k = 0; k < shared_vectors; ++k) {
+        const int j = thread + (kHeld + k) * threads;
+        if (j < vectors) emit_vector<false>(*slot(k), j, grad, aligned, shift, f);
+      }
+      for (int j = thread + (kHeld + shared_vectors) * threads; j < vectors; j += threads) {
+        emit_vector<false>(__ldg(body + j), j, grad, aligned, shift, f);
+      }
+    }
+    if (edge_class >= 0) {
+      grad[edge_class] = Narrow<G>::from(f(power_of_two(multiply_add(edge, Constants<C>::log2e, -shift)), edge_class));
+    }
+  }
+
+  // The thread that stores a class in emit().
+  __device__ bool owns(int c) const {
+    const int inside = c - head;
+    return inside >= 0 && inside < vectors * kN ? inside / kN % threads == thread : c == edge_class;
+  }
+};
+
+// ---- one row -------------------------------------------------------------------------------------------------------------
+
+// Buffers of the block-wide reductions of a row. Two in turn, so that each reduction needs one barrier only.
+template <typename C>
+struct RowBuffers {
+  C top[2 * 32];
+  C sums[8 * 32];
+  int first[2 * 32];
+};
+
+template <int kFamily, int n, typename V, typename Op>
+__device__ inline void reduce_row(V (&v)[n], int lanes, V* buffer, V identity, Op op) {
+  if constexpr (kFamily == kSmall) {
+    reduce_lanes(v, lanes, op);
+  } else if constexpr (kFamily == kWarp) {
+    reduce_warp(v, op);
+  } else {
+    reduce_block(v, buffer, identity, op);
+  }
+}
+
+// A block's sums over the rows of a branch. All threads of a row know its addends: where a row has at least a warp, thread
+// i keeps sum i, one register in the place of six; else the row's first thread keeps all.
+template <typename C, int kFamily>
+struct BranchSums {
+  C own = C(0);
+  __device__ void add(const C (&row)[kSums], int place) {
+    C addend = C(0);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) addend = place == i ? row[i] : addend;
+    own += addend;
+  }
+  __device__ void spread(C (&v)[kSums]) const {
+    const int place = kFamily == kWarp ? threadIdx.x % 32 : threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) v[i] = place == i ? own : C(0);
+  }
+};
+template <typename C>
+struct BranchSums<C, kSmall> {
+  C sums[kSums] = {};
+  __device__ void add(const C (&row)[kSums], int place) {
+    if (place != 0) return;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] += row[i];
+  }
+  __device__ void spread(C (&v)[kSums]) const {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) v[i] = sums[i];
+  }
+};
+
+// kDense: the target's distribution differs from class to class (probabilities, or label smoothing under class weights).
+// `scale` multiplies the gradient. Returns the row's loss.
+template <typename T, int kFamily, bool kDense, typename C = typename Element<T>::Compute>
+__device__ inline C process_row(const ForwardParams& p, int branch, int64_t row, bool inside, C scale, RowBuffers<C>& buffers,
+                                BranchSums<C, kFamily>& sums) {
+  using G = typename Element<T>::Grad;
+  using Row = std::conditional_t<kFamily == kSmall, ScalarRow<T>, VectorRow<T, kFamily>>;
+  const ForwardArgs& a = p.args;
+  RowTarget target = {0, false, false};
+  if (inside) target = read_target(a, branch, row);
+  const T* x = static_cast<const T*>(a.logits[branch]) + row * a.row_stride[branch];
+  G* grad = p.grad && inside ? static_cast<G*>(a.grads[branch]) + row * a.classes : nullptr;
+  Row held(p);
+
+  if constexpr (kFamily != kSmall) {  // all threads of the row, whole warps, agree
+    if (!target.valid) {
+      if (grad != nullptr) {
+        for (int c = held.thread; c < held.classes; c += held.threads) grad[c] = Narrow<G>::from(C(0));
+      }
+      return C(0);
+    }
+  }
+  held.load(x, target.valid);
+
+  // The target's distribution: w_c ((1 - smoothing) t_c + smoothing / classes), with w_y on the whole of t_y for indices.
+  const bool soft = kDense && a.target_kind == kProbabilities;
+  const C smoothing = C(a.options.label_smoothing);
+  const C uniform = smoothing / C(a.classes);
+  const C* weight = static_cast<const C*>(a.weight);
+  const C* probabilities = static_cast<const C*>(a.target) + (soft ? row * a.target_stride : 0);
+  const auto spread = [&](int c) {  // the part of it that is spread over the classes
+    const C share = soft ? multiply_add(C(1) - smoothing, probabilities[c], uniform) : uniform;
+    return weight != nullptr ? share * weight[c] : share;
+  };
+  const C norm = row_norm<C>(a, target);
+  const C target_share = soft ? C(0) : (C(1) - smoothing) * norm;  // the part of it that class y has on top
+  const C target_logit = !soft && target.valid ? widen(x[target.index]) : C(0);
+
+  C top[2] = {C(-INFINITY), C(-INFINITY)};
+  held.template visit<false>([&](C& v, int) { top[0] = maximum(top[0], v); });
+  if (soft) {
+    if (target.valid) held.template visit_real<false>([&](C&, int c) { top[1] = maximum(top[1], probabilities[c]); });
+    reduce_row<kFamily>(top, p.threads_per_row, buffers.top, C(-INFINITY), Maximum());
+  } else {
+    C only[1] = {top[0]};
+    reduce_row<kFamily>(only, p.threads_per_row, buffers.top, C(-INFINITY), Maximum());
+    top[0] = only[0];
+  }
+
+  // v_c = x_c log2 e - shift, one fused multiply-add. `shift` is rounded, but the same for all classes: with
+  // slack = v_top (0 but for that rounding) every quantity below is exact in the shift.
+  const C shift = top[0] * Constants<C>::log2e;
+  const C slack = multiply_add(top[0], Constants<C>::log2e, -shift);
+  enum { kZ, kEnergy, kEarlier, kShifts, kAbsolute, kCross, kMass, kExpected, kRowSums };
+  C s[kRowSums] = {};
+  int first[2] = {held.classes, held.classes};  // probabilities: the first largest logit and the first largest target
+  const bool l1 = a.options.dependence == kLogitL1;
+  const bool extra = l1 || smoothing > C(0);
+  if (!soft && target_logit == top[0]) {  // is an earlier class as large?
+    held.template visit<false>([&](C& v, int c) { s[kEarlier] += v == top[0] && c < target.index ? C(1) : C(0); });
+  }
+  if (extra && target.valid) {
+    held.template visit_real<false>([&](C& v, int) {
+      s[kShifts] += multiply_add(v, Constants<C>::log2e, -shift);
+      s[kAbsolute] += absolute(v);
+    });
+  }
+  if constexpr (kDense) {
+    if (target.valid) {
+      held.template visit_real<false>([&](C& v, int c) {
+        const C share = spread(c);
+        s[kCross] = multiply_add(share, v - top[0], s[kCross]);
+        s[kMass] += share;
+        if (soft) {
+          s[kExpected] = multiply_add(probabilities[c], power_of_two(multiply_add(v, Constants<C>::log2e, -shift)), s[kExpected]);
+          if (v == top[0]) first[0] = minimum(first[0], c);
+          if (probabilities[c] == top[1]) first[1] = minimum(first[1], c);
+        }
+      });
+    }
+  }
+  held.template visit<true>([&](C& v, int) {
+    const C exponent = multiply_add(v, Constants<C>::log2e, -shift);
+    v = power_of_two(exponent);
+    s[kZ] += v;
+    s[kEnergy] = multiply_add(v, maximum(exponent, Constants<C>::lowest), s[kEnergy]);
+  });
+
+  if constexpr (kDense) {
+    reduce_row<kFamily>(s, p.threads_per_row, buffers.sums, C(0), Add());
+    if (soft) reduce_row<kFamily>(first, p.threads_per_row, buffers.first, held.classes, Minimum());
+  } else if (extra) {
+    C some[5] = {s[kZ], s[kEnergy], s[kEarlier], s[kShifts], s[kAbsolute]};
+    reduce_row<kFamily>(some, p.threads_per_row, buffers.sums, C(0), Add());
+    for (int i = 0; i < 5; ++i) s[i] = some[i];
+  } else {
+    C some[3] = {s[kZ], s[kEnergy], s[kEarlier]};
+    reduce_row<kFamily>(some, p.threads_per_row, buffers.sums, C(0), Add());
+    for (int i = 0; i < 3; ++i) s[i] = some[i];
+  }
+
+  // Relative to the top: Z = sum exp(x - top), E = sum exp(x - top) (x - top).
+  const C relative = power_of_two(-slack);
+  const RowPass<C> pass = {top[0], s[kZ] * relative, Constants<C>::ln2 * relative * (s[kEnergy] - slack * s[kZ])};
+  const C inverse = C(1) / s[kZ];
+  const C target_p = power_of_two(multiply_add(target_logit, Constants<C>::log2e, -shift)) * inverse;
+  const C log_z = log(pass.partition);
+  C loss, mass, dependence;
+  bool correct;
+  if (soft) {
+    loss = s[kMass] * log_z - s[kCross];
+    mass = s[kMass];
+    dependence = s[kExpected] * inverse;
+    correct = first[0] == first[1];
+  } else {
+    loss = -target_share * log_probability(pass, target_logit);
+    mass = target_share;
+    if (kDense) {
+      loss += s[kMass] * log_z - s[kCross];
+      mass += s[kMass];
+    } else if (smoothing > C(0)) {  // sum over all classes of -log p
+      loss += uniform * (C(a.classes) * (log_z + Constants<C>::ln2 * slack) - Constants<C>::ln2 * s[kShifts]);
+      mass = C(1);
+    }
+    dependence = target_p;
+    correct = target_logit == top[0] && s[kEarlier] == C(0);
+  }
+  if (l1) dependence = s[kAbsolute];
+  const C poison = target.bad ? C(NAN) : C(0);
+  loss += poison;
+  mass += poison;
+
+  if (target.valid) {
+    const C row_sums[kSums] = {loss, norm, C(1), (correct ? C(1) : C(0)) + poison, row_entropy(pass) + poison, dependence + poison};
+    sums.add(row_sums, held.place());
+  }
+
+  // Gradient: scale (p_c sum_k t_k - t_c) with t the target's distribution; sum_k t_k = 1 without class weights.
+  if (grad != nullptr) {
+    const C slope = scale * mass * inverse;
+    const C at_target = scale * (mass * target_p - target_share - (kDense ? (soft ? C(0) : spread(target.index)) : uniform));
+    if constexpr (kFamily == kSmall) {
+      held.emit(grad, shift, [&](C power, int c) {
+        if (!target.valid) return C(0);
+        if (!soft && c == target.index) return at_target;
+        return multiply_add(power, slope, -scale * (kDense ? spread(c) : uniform));
+      });
+    } else {
+      const C offset = -scale * uniform;
+      held.emit(grad, shift, [&](C power, int c) {
+        return multiply_add(power, slope, kDense ? -scale * spread(c) : offset);
+      });
+      // The same thread overwrites its own store, once per row, instead of comparing every class with the target.
+      if (!soft && held.owns(target.index)) grad[target.index] = Narrow<G>::from(at_target);
+    }
+  }
+  return target.valid ? loss : C(0);
+}
+
+// ---- the kernel --------------------------------------------------------------------------------------------------------
+
+template <typename C>
+__device__ inline Schedule<C> read_schedule(const ForwardArgs& a) {
+  return read_schedule<C>(a.schedule, a.gamma, a.temperature, a.warming);
+}
+
+template <typename C>
+__device__ inline void finish_block(const ForwardParams& p) {
+  __shared__ C packed[packed_length(kMaxBranches - 1)];
+  const ForwardArgs& a = p.args;
+  const int modalities = a.branches - 1, columns = kSums * a.branches, blocks = gridDim.x;
+  C* sums = packed + sums_offset(modalities);
+  const C* partials = static_cast<const C*>(p.partials);
+  for (int column = threadIdx.x / 32; column < columns; column += blockDim.x / 32) {
+    C sum[1] = {C(0)};
+    for (int i = threadIdx.x % 32; i < blocks; i += 32) sum[0] += __ldcg(partials + int64_t(column) * blocks + i);
+    reduce_warp(sum, Add());
+    if (threadIdx.x % 32 == 0) sums[column] = sum[0];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const C total = finish(sums, modalities, read_schedule<C>(a), a.options, packed);
+    if (a.options.reduction != kNoReduction) *static_cast<C*>(a.loss) = total;
+    *p.ticket = 0;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < packed_length(modalities); i += blockDim.x) static_cast<C*>(a.packed)[i] = packed[i];
+}
+
+template <typename T, int kFamily, bool kDense>
+__global__ void __launch_bounds__(kFamily == kBlock ? kMaxRowThreads : kRowsThreads,
+                                  kFamily == kBlock ? 1 : resident_threads(kFamily) / kRowsThreads)
+    forward_kernel(const __grid_constant__ ForwardParams p) {
+  using C = typename Element<T>::Compute;
+  __shared__ RowBuffers<C> buffers;
+  __shared__ C block_sums[kSums * 32];
+  __shared__ bool last;
+  const ForwardArgs& a = p.args;
+  const int rows_per_block = kFamily == kBlock ? 1 : blockDim.x / p.threads_per_row;
+  const int own = kFamily == kBlock ? 0 : threadIdx.x / p.threads_per_row;
+  const bool leads = kFamily == kBlock ? threadIdx.x == 0 : threadIdx.x % p.threads_per_row == 0;
+
+  for (int branch = blockIdx.y; branch < a.branches; branch += gridDim.y) {
+    const C scale = (branch == 0 ? C(1) : read_schedule<C>(a).gamma) / gradient_norm(p, branch, block_sums);
+    BranchSums<C, kFamily> sums;
+    for (int64_t base = int64_t(blockIdx.x) * rows_per_block; base < a.rows; base += int64_t(gridDim.x) * rows_per_block) {
+      const int64_t row = base + own;
+      const bool inside = row < a.rows;
+      const C loss = process_row<T, kFamily, kDense>(p, branch, row, inside, scale, buffers, sums);
+      // Per-row loss: one thread adds up the branches of a row, one after the other.
+      if (a.options.reduction == kNoReduction && leads && inside) {
+        C* out = static_cast<C*>(a.loss) + row;
+        *out = branch == 0 ? loss : *out + scale * loss;  // the norm is 1
+      }
+    }
+    C total[kSums];
+    sums.spread(total);
+    __syncthreads();  // block_sums held the norm
+    reduce_block(total, block_sums, C(0), Add());
+    if (threadIdx.x == 0) {
+      C* partials = static_cast<C*>(p.partials);
+      for (int i = 0; i < kSums; ++i) partials[(int64_t(i) * a.branches + branch) * gridDim.x + blockIdx.x] = total[i];
+    }
+  }
+  if (threadIdx.x == 0) {
+    __threadfence();  // the partial sums are visible before the ticket says so
+    last = atomicAdd(p.ticket, 1u) == gridDim.x * gridDim.y - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (last) finish_block<C>(p);
+}
+
+// Enqueues the kernel of one dtype. Instantiated once per dtype, in forward_*.cu, so that they compile in parallel.
+template <typename T>
+int launch_forward(const Plan& plan, const ForwardParams& params, bool dense, void* stream);
+
+#define ARL_INSTANTIATE_FORWARD(T)                                                                                     \
+  template <>                                                                                                          \
+  int launch_forward<T>(const Plan& plan, const ForwardParams& params, bool dense, void* stream) {                      \
+    using Kernel = void (*)(ForwardParams);                                                                            \
+    constexpr Kernel kernels[3][2] = {{forward_kernel<T, kSmall, false>, forward_kernel<T, kSmall, true>},              \
+                                      {forward_kernel<T, kWarp, false>, forward_kernel<T, kWarp, true>},                \
+                                      {forward_kernel<T, kBlock, false>, forward_kernel<T, kBlock, true>}};             \
+    const int shared_bytes = plan.shared_vectors * plan.threads * kVectorBytes;                                        \
+    return launch(kernels[plan.family][dense], dim3(plan.grid_x, plan.grid_y), plan.threads, shared_bytes, stream, params); \
+  }
+
+}  // namespace cuda
+}  // namespace arl

@@ -1,0 +1,333 @@
+// Enough of CUDA to run the kernels of csrc/cuda on a CPU, compiled as plain C++ after this header (g++ -include).
+//
+// Blocks run one after the other, in random order. The threads of a block are fibers that switch only where CUDA threads
+// wait for one another: at a barrier (all threads of the block) and at a shuffle (all lanes of the warp). Between two of
+// those they run in random order, so a missing barrier shows as a wrong result. Static shared memory keeps what the block
+// before left in it, and dynamic shared memory is filled with NaN before each block.
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+// ---- language -----------------------------------------------------------------------------------------------------------
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+// ---- 16-bit floating point, rounded to nearest even -------------------------------------------------------------------------
+
+struct __half {
+  uint16_t bits;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half2 {
+  __half x, y;
+};
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline float __bfloat162float(__nv_bfloat16 a) {
+  const uint32_t bits = uint32_t(a.bits) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if (f != f) return {0x7fff};
+  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+inline float __half2float(__half a) {
+  const int exponent = (a.bits >> 10) & 31, mantissa = a.bits & 1023;
+  const float sign = a.bits & 0x8000 ? -1.0f : 1.0f;
+  if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+  return sign * (exponent ? std::ldexp(float(1024 + mantissa), exponent - 25) : std::ldexp(float(mantissa), -24));
+}
+inline __half __float2half_rn(float f) {
+  const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
+  const float a = std::fabs(f);
+  if (f != f) return {0x7fff};
+  if (a == 0.0f) return {sign};
+  if (a >= 65520.0f) return {uint16_t(sign | 0x7c00)};
+  int exponent;
+  std::frexp(a, &exponent);
+  exponent = std::max(exponent - 1, -14);  // a = m 2^(exponent - 10), m rounded to an integer below 2048
+  const int mantissa = int(std::nearbyint(std::ldexp(a, 10 - exponent)));
+  return {uint16_t(sign | (mantissa + ((exponent + 14) << 10)))};  // a carry into the exponent is the right one
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)}; }
+inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
+
+// ---- threads ----------------------------------------------------------------------------------------------------------------
+
+namespace emulation {
+
+struct Random {  // xorshift
+  uint64_t state = 88172645463325252ull;
+  uint64_t operator()() {
+    state ^= state << 13;
+    state ^= state >> 7;
+    return state ^= state << 17;
+  }
+};
+
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr int kWarpSize = 32;
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf resume;
+  bool started, done;
+  int waits_for;          // 0: nothing, 1: the warp, 2: the block
+  unsigned parity;        // of the warp's exchange slots
+  char* stack = nullptr;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<uint64_t> slots;  // [2][threads]: what lanes exchange
+  std::vector<uint4> dynamic;
+  jmp_buf scheduler;
+  int threads = 0, current = 0;
+  void (*body)(void*) = nullptr;
+  void* argument = nullptr;
+};
+
+struct State {
+  Block block;
+  Random random;
+  std::vector<std::pair<int, int>> devices = {{3, 232448}};  // multiprocessors, shared memory: callers may ask once per device
+  int device = 0;
+  int64_t launches = 0, memsets = 0;
+};
+inline State& state() {
+  static State s;
+  return s;
+}
+
+inline dim3 thread_index, block_index, block_dim, grid_dim;
+
+// A fiber gives way and comes back when all it waits for have arrived.
+inline void wait(int what) {
+  Block& b = state().block;
+  Fiber& self = b.fibers[b.current];
+  self.waits_for = what;
+  if (!_setjmp(self.resume)) _longjmp(b.scheduler, 1);
+  thread_index = dim3(b.current);
+}
+
+inline void entry() {
+  Block& b = state().block;
+  thread_index = dim3(b.current);
+  b.body(b.argument);
+  b.fibers[b.current].done = true;
+  _longjmp(b.scheduler, 1);
+}
+
+inline void run_fiber(int i) {
+  Block& b = state().block;
+  Fiber& f = b.fibers[i];
+  b.current = i;
+  f.waits_for = 0;
+  if (_setjmp(b.scheduler)) return;
+  if (f.started) _longjmp(f.resume, 1);
+  f.started = true;
+  setcontext(&f.start);
+}
+
+// Whether everybody from first to last waits for the same thing (or, at the block's barrier, has ended).
+inline bool all_wait(int first, int last, int what) {
+  Block& b = state().block;
+  for (int i = first; i < last; ++i) {
+    if (!(b.fibers[i].waits_for == what || (what == 2 && b.fibers[i].done))) return false;
+  }
+  return true;
+}
+
+inline void run_block() {
+  State& s = state();
+  Block& b = s.block;
+  if (int(b.fibers.size()) < b.threads) b.fibers.resize(b.threads);
+  b.slots.assign(2 * b.threads, 0);
+  std::fill(b.dynamic.begin(), b.dynamic.end(), make_uint4(~0u, ~0u, ~0u, ~0u));
+  for (int i = 0; i < b.threads; ++i) {
+    Fiber& f = b.fibers[i];
+    if (!f.stack) {
+      f.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    }
+    getcontext(&f.start);
+    f.start.uc_stack.ss_sp = f.stack;
+    f.start.uc_stack.ss_size = kStackBytes;
+    f.start.uc_link = nullptr;
+    makecontext(&f.start, entry, 0);
+    f.started = f.done = false;
+    f.waits_for = 0;
+    f.parity = 0;
+  }
+  const int warps = b.threads / kWarpSize;
+  for (;;) {
+    bool ran = false;
+    const int shift = int(s.random() % b.threads), stride = 2 * int(s.random() % 16) + 1;  // odd: visits every lane of a warp
+    for (int n = 0; n < warps; ++n) {
+      const int warp = (n + shift) % warps;
+      const int first = warp * kWarpSize, last = first + kWarpSize;
+      // A warp goes on until it waits for the block or has ended.
+      for (;;) {
+        bool progress = false;
+        for (int lane = 0; lane < kWarpSize; ++lane) {
+          const int i = first + (lane * stride + shift) % kWarpSize;
+          if (!b.fibers[i].done && b.fibers[i].waits_for == 0) {
+            run_fiber(i);
+            progress = true;
+          }
+        }
+        if (all_wait(first, last, 1)) {
+          for (int i = first; i < last; ++i) b.fibers[i].waits_for = 0;
+          progress = true;
+        }
+        ran |= progress;
+        if (!progress) break;
+      }
+    }
+    if (!ran) {
+      bool done = true;
+      for (int i = 0; i < b.threads; ++i) done &= b.fibers[i].done;
+      if (done) return;
+      if (!all_wait(0, b.threads, 2)) {
+        fprintf(stderr, "emulation: deadlock, threads wait for different things\n");
+        abort();
+      }
+      for (int i = 0; i < b.threads; ++i) b.fibers[i].waits_for = 0;
+    }
+  }
+}
+
+template <typename Params>
+struct Launch {
+  void (*kernel)(Params);
+  const Params* params;
+  static void body(void* self) {
+    Launch* launch = static_cast<Launch*>(self);
+    launch->kernel(*launch->params);
+  }
+};
+
+}  // namespace emulation
+
+#define threadIdx emulation::thread_index
+#define blockIdx emulation::block_index
+#define blockDim emulation::block_dim
+#define gridDim emulation::grid_dim
+
+inline void __syncthreads() { emulation::wait(2); }
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned before = *address;
+  *address += value;
+  return before;
+}
+
+template <typename V>
+V __shfl_xor_sync(unsigned mask, V value, int lane_mask) {
+  static_assert(sizeof(V) <= 8, "");
+  emulation::Block& b = emulation::state().block;
+  if (mask != 0xffffffffu) abort();
+  const int i = b.current;
+  const unsigned parity = b.fibers[i].parity++ & 1;
+  memcpy(&b.slots[parity * b.threads + i], &value, sizeof(V));
+  emulation::wait(1);
+  memcpy(&value, &b.slots[parity * b.threads + (i ^ lane_mask)], sizeof(V));
+  return value;
+}
+
+template <typename V>
+V __ldg(const V* p) {
+  if (reinterpret_cast<uintptr_t>(p) % alignof(V)) abort();  // as the hardware would
+  return *p;
+}
+template <typename V>
+V __ldcg(const V* p) {
+  return __ldg(p);
+}
+
+// ---- runtime -------------------------------------------------------------------------------------------------------------------
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = emulation::state().device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const emulation::State& s = emulation::state();
+  const std::pair<int, int>& properties = s.devices[s.device];
+  *value = attribute == cudaDevAttrMultiProcessorCount ? properties.first : properties.second;
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t error) { return error ? "error" : "no error"; }
+inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+  memset(pointer, value, bytes);
+  ++emulation::state().memsets;
+  return cudaSuccess;
+}
+
+namespace arl {
+namespace cuda {
+
+inline uint4* dynamic_shared() { return emulation::state().block.dynamic.data(); }
+
+template <typename Params>
+int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void*, Params params) {
+  emulation::State& s = emulation::state();
+  if (threads % emulation::kWarpSize || shared_bytes > s.devices[s.device].second || !grid.x || !grid.y || grid.y > 65535) return cudaErrorInvalidValue;
+  ++s.launches;
+  emulation::Launch<Params> launch{kernel, &params};
+  s.block.threads = threads;
+  s.block.body = emulation::Launch<Params>::body;
+  s.block.argument = &launch;
+  s.block.dynamic.resize(shared_bytes / sizeof(uint4));
+  emulation::block_dim = dim3(threads);
+  emulation::grid_dim = grid;
+  std::vector<unsigned> order(grid.x * grid.y);
+  std::iota(order.begin(), order.end(), 0u);
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[s.random() % i]);
+  for (const unsigned i : order) {
+    emulation::block_index = dim3(i % grid.x, i / grid.x);
+    emulation::run_block();
+  }
+  return cudaSuccess;
+}
+
+}  // namespace cuda
+}  // namespace arl

@@ -1,0 +1,38 @@
+// The CUDA sources as a shared library for ctypes. Compiled with -include cuda_emulation.h.
+#include "../../csrc/cuda/backward.cu"
+#include "../../csrc/cuda/forward.cu"
+#include "../../csrc/cuda/forward_bf16.cu"
+#include "../../csrc/cuda/forward_f16.cu"
+#include "../../csrc/cuda/forward_f32.cu"
+#include "../../csrc/cuda/forward_f64.cu"
+
+using namespace arl::cuda;
+
+extern "C" {
+
+int64_t emulated_workspace_bytes(const ForwardArgs* args) { return forward_workspace_bytes(*args); }
+int emulated_forward(const ForwardArgs* args) { return forward(*args, nullptr); }
+int emulated_scale(const ScaleArgs* args) { return scale(*args, nullptr); }
+int emulated_modulate(const ModulateArgs* args) { return modulate_backward(*args, nullptr); }
+int emulated_finish(const FinishArgs* args) { return finish_sums(*args, nullptr); }
+
+void plan_of(const Shape* shape, const Device* device, Plan* result) { *result = plan(*shape, *device); }
+
+// Sizes of the structures, so that their ctypes mirrors cannot drift unnoticed.
+int size_of(int which) {
+  const int sizes[] = {sizeof(ForwardArgs), sizeof(ScaleArgs), sizeof(ModulateArgs), sizeof(FinishArgs), sizeof(Shape), sizeof(Device), sizeof(Plan)};
+  return sizes[which];
+}
+
+void set_seed(uint64_t seed) { emulation::state().random.state = seed * 2862933555777941757ull + 3037000493ull; }
+void set_device(int multiprocessors, int shared_memory) {
+  auto& s = emulation::state();
+  const auto properties = std::make_pair(multiprocessors, shared_memory);
+  const auto found = std::find(s.devices.begin(), s.devices.end(), properties);
+  s.device = int(found - s.devices.begin());
+  if (found == s.devices.end()) s.devices.push_back(properties);
+}
+int64_t launches() { return emulation::state().launches; }
+int64_t memsets() { return emulation::state().memsets; }
+
+}  // extern "C"

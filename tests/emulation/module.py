@@ -1,0 +1,262 @@
+"""The CUDA launchers, emulated, as an implementation of the contract (docs/architecture.md) for CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_bool, c_double, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from arl_fast import reference, rules
+from arl_fast.options import DEPENDENCES, GAINS, REDUCTIONS, RULES, Options
+from arl_fast.stats import packed_length
+
+from . import build
+
+MAX_BRANCHES = 16
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+TARGETS = {torch.int64: 0, torch.int32: 1}
+
+# What tests turn: where buffers come from, and whether the caller keeps a ticket.
+allocate = torch.empty
+ticket: Tensor | None = torch.zeros(1, dtype=torch.int32)
+
+
+class COptions(Structure):
+    _fields_ = [
+        ("rule", c_int),
+        ("dependence", c_int),
+        ("gain", c_int),
+        ("reduction", c_int),
+        ("entropy_floor", c_double),
+        ("label_smoothing", c_double),
+        ("ignore_index", c_int64),
+    ]
+
+
+class ForwardArgs(Structure):
+    _fields_ = [
+        ("dtype", c_int),
+        ("branches", c_int),
+        ("rows", c_int64),
+        ("classes", c_int64),
+        ("logits", c_void_p * MAX_BRANCHES),
+        ("row_stride", c_int64 * MAX_BRANCHES),
+        ("grads", c_void_p * MAX_BRANCHES),
+        ("target", c_void_p),
+        ("target_kind", c_int),
+        ("target_stride", c_int64),
+        ("mask", c_void_p),
+        ("mask_row_stride", c_int64),
+        ("mask_column_stride", c_int64),
+        ("weight", c_void_p),
+        ("norm", c_void_p),
+        ("schedule", c_void_p),
+        ("gamma", c_double),
+        ("temperature", c_double),
+        ("warming", c_double),
+        ("options", COptions),
+        ("loss", c_void_p),
+        ("packed", c_void_p),
+        ("workspace", c_void_p),
+        ("ticket", c_void_p),
+    ]
+
+
+class ScaleArgs(Structure):
+    _fields_ = [
+        ("dtype", c_int),
+        ("branches", c_int),
+        ("rows", c_int64),
+        ("classes", c_int64),
+        ("grads", c_void_p * MAX_BRANCHES),
+        ("out", c_void_p * MAX_BRANCHES),
+        ("upstream", c_void_p),
+        ("per_row", c_bool),
+        ("upstream_stride", c_int64),
+        ("factor", c_void_p),
+    ]
+
+
+class ModulateArgs(Structure):
+    _fields_ = [
+        ("count", c_int),
+        ("dtype", c_int * MAX_BRANCHES),
+        ("grads", c_void_p * MAX_BRANCHES),
+        ("out", c_void_p * MAX_BRANCHES),
+        ("size", c_int64 * MAX_BRANCHES),
+        ("link_index", c_int * MAX_BRANCHES),
+        ("link", c_void_p),
+        ("link_dtype", c_int),
+    ]
+
+
+class FinishArgs(Structure):
+    _fields_ = [
+        ("dtype", c_int),
+        ("modalities", c_int),
+        ("sums", c_void_p),
+        ("schedule", c_void_p),
+        ("gamma", c_double),
+        ("temperature", c_double),
+        ("warming", c_double),
+        ("options", COptions),
+        ("loss", c_void_p),
+        ("packed", c_void_p),
+    ]
+
+
+class Shape(Structure):
+    _fields_ = [
+        ("dtype", c_int),
+        ("branches", c_int),
+        ("rows", c_int64),
+        ("classes", c_int64),
+        ("per_row_loss", c_bool),
+        ("counts", c_bool),
+    ]
+
+
+class Device(Structure):
+    _fields_ = [("multiprocessors", c_int), ("shared_memory", c_int)]
+
+
+class Plan(Structure):
+    _fields_ = [
+        ("family", c_int),
+        ("threads", c_int),
+        ("threads_per_row", c_int),
+        ("rows_per_block", c_int),
+        ("grid_x", c_int),
+        ("grid_y", c_int),
+        ("shared_vectors", c_int),
+        ("count_blocks", c_int),
+        ("workspace_bytes", c_int64),
+    ]
+
+
+def library() -> ctypes.CDLL:
+    lib = build.library()
+    if not hasattr(lib, "checked"):
+        for which, mirror in enumerate((ForwardArgs, ScaleArgs, ModulateArgs, FinishArgs, Shape, Device, Plan)):
+            assert lib.size_of(which) == ctypes.sizeof(mirror), mirror.__name__
+        lib.emulated_workspace_bytes.restype = lib.launches.restype = lib.memsets.restype = c_int64
+        lib.emulated_workspace_bytes.argtypes = [POINTER(ForwardArgs)]
+        lib.set_seed.argtypes = [ctypes.c_uint64]
+        lib.checked = True
+    return lib
+
+
+def plan(shape: Shape, device: Device) -> Plan:
+    result = Plan()
+    library().plan_of(byref(shape), byref(device), byref(result))
+    return result
+
+
+def unavailable(device: str) -> str | None:
+    return "emulates a GPU on a CPU" if device != "cpu" else build.unavailable()
+
+
+def describe(device: str) -> str:
+    return "CUDA kernels, emulated"
+
+
+def _options(options: Options) -> COptions:
+    return COptions(
+        RULES.index(options.rule if isinstance(options.rule, str) else "constant"),
+        DEPENDENCES.index(options.dependence),
+        GAINS.index(options.gain),
+        REDUCTIONS.index(options.reduction),
+        -1.0 if options.entropy_floor is None else options.entropy_floor,
+        options.label_smoothing,
+        options.ignore_index,
+    )
+
+
+def _pointers(tensors: Sequence[Tensor]):
+    return (c_void_p * MAX_BRANCHES)(*(x.data_ptr() for x in tensors))
+
+
+def _schedule(args: ForwardArgs | FinishArgs, schedule: rules.Schedule) -> None:
+    if isinstance(schedule, Tensor):
+        args.schedule = schedule.data_ptr()
+    else:
+        args.gamma, args.temperature, args.warming = (float(value) for value in schedule)
+
+
+def forward(logits, target, mask, weight, norm, schedule, options, grad, check=True):
+    first = logits[0]
+    rows, classes = first.shape
+    dtype = reference.compute_dtype(first.dtype)
+    logits = [x if x.stride(1) == 1 or classes == 1 else x.contiguous() for x in logits]
+    args = ForwardArgs(dtype=DTYPES[first.dtype], branches=len(logits), rows=rows, classes=classes, options=_options(options))
+    args.logits = _pointers(logits)
+    args.row_stride = (c_int64 * MAX_BRANCHES)(*(x.stride(0) for x in logits))
+    grads = [allocate((rows, classes), dtype=reference.grad_dtype(first.dtype)) for _ in logits] if grad else []
+    args.grads = _pointers(grads)
+    if target.is_floating_point():
+        target = target.to(dtype)
+        target = target if target.stride(1) == 1 or classes == 1 else target.contiguous()
+        args.target_kind = 2
+    else:
+        if check:
+            reference.check_targets(target, classes, options.ignore_index)
+        args.target_kind = TARGETS[target.dtype]
+    args.target, args.target_stride = target.data_ptr(), target.stride(0)
+    if mask is not None:
+        args.mask, args.mask_row_stride, args.mask_column_stride = mask.data_ptr(), mask.stride(0), mask.stride(1)
+    if weight is not None:
+        weight = weight.contiguous()
+        args.weight = weight.data_ptr()
+    args.norm = None if norm is None else norm.data_ptr()
+    _schedule(args, schedule)
+    loss = allocate((rows,) if options.reduction == "none" else (), dtype=dtype)
+    packed = allocate((packed_length(len(logits) - 1),), dtype=dtype)
+    args.loss, args.packed = loss.data_ptr(), packed.data_ptr()
+    lib = library()
+    workspace = allocate((lib.emulated_workspace_bytes(byref(args)),), dtype=torch.uint8)
+    args.workspace = workspace.data_ptr()
+    args.ticket = None if ticket is None else ticket.data_ptr()
+    assert lib.emulated_forward(byref(args)) == 0
+    assert ticket is None or int(ticket) == 0
+    if not isinstance(options.rule, str):
+        packed = rules.apply_rule(packed, schedule, options)
+    return loss, packed, grads
+
+
+def scale(grads, upstream, factor, dtype, keep):
+    args = ScaleArgs(dtype=DTYPES[dtype], branches=len(grads), rows=grads[0].shape[0], classes=grads[0].shape[1])
+    out = [allocate(g.shape, dtype=dtype) for g in grads] if keep or dtype != grads[0].dtype else grads
+    args.grads, args.out = _pointers(grads), _pointers(out)
+    args.upstream, args.per_row = upstream.data_ptr(), upstream.dim() == 1
+    args.upstream_stride = upstream.stride(0) if upstream.dim() else 0
+    args.factor = None if factor is None else factor.data_ptr()
+    assert library().emulated_scale(byref(args)) == 0
+    return out
+
+
+def modulate_backward(grads, link):
+    given = [(m, g.contiguous()) for m, g in enumerate(grads) if g is not None]
+    out = [allocate(g.shape, dtype=g.dtype) for _, g in given]
+    args = ModulateArgs(count=len(given), link=link.data_ptr(), link_dtype=DTYPES[link.dtype])
+    args.dtype = (c_int * MAX_BRANCHES)(*(DTYPES[g.dtype] for _, g in given))
+    args.grads, args.out = _pointers([g for _, g in given]), _pointers(out)
+    args.size = (c_int64 * MAX_BRANCHES)(*(g.numel() for _, g in given))
+    args.link_index = (c_int * MAX_BRANCHES)(*(m for m, _ in given))
+    assert library().emulated_modulate(byref(args)) == 0
+    result: list[Tensor | None] = [None] * len(grads)
+    for (m, _), g in zip(given, out, strict=True):
+        result[m] = g
+    return result
+
+
+def finish(sums: Tensor, schedule: rules.Schedule, options: Options) -> tuple[Tensor, Tensor]:
+    modalities = sums.shape[1] - 1
+    args = FinishArgs(dtype=DTYPES[sums.dtype], modalities=modalities, sums=sums.data_ptr(), options=_options(options))
+    _schedule(args, schedule)
+    loss, packed = allocate((), dtype=sums.dtype), allocate((packed_length(modalities),), dtype=sums.dtype)
+    args.loss, args.packed = loss.data_ptr(), packed.data_ptr()
+    assert library().emulated_finish(byref(args)) == 0
+    return loss, packed
