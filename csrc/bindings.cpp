@@ -1,0 +1,47 @@
+// The Python module arl_fast._C. Importing it also registers the ops of ops.cpp with torch.
+#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/forward.h"
+#include "cpu/memory.h"
+#include "ops.h"
+
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+using MaybeTensor = std::optional<at::Tensor>;
+
+arl::Options options_from(int rule, int dependence, double entropy_floor, int gain, int64_t ignore_index, double label_smoothing,
+                          int reduction) {
+  return {rule, dependence, gain, reduction, entropy_floor, label_smoothing, ignore_index};
+}
+
+auto forward(const Tensors& logits, const at::Tensor& target, const MaybeTensor& mask, const MaybeTensor& weight,
+             const MaybeTensor& norm, const MaybeTensor& schedule, double gamma, double temperature, bool warming,
+             const arl::Options& options, bool grad) {
+  pybind11::gil_scoped_release release;
+  return arl::forward(logits, target, mask, weight, norm, schedule, gamma, temperature, warming, options, grad);
+}
+
+auto scale(const Tensors& grads, const at::Tensor& upstream, const MaybeTensor& factor, at::ScalarType dtype, bool reuse) {
+  pybind11::gil_scoped_release release;
+  return arl::scale(grads, upstream, factor, dtype, reuse);
+}
+
+auto modulate_backward(const Tensors& grads, const at::Tensor& link, const std::vector<int64_t>& modality) {
+  pybind11::gil_scoped_release release;
+  return arl::modulate_backward(grads, link, modality);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Native kernels of arl_fast; arl_fast/kernels/native.py is their interface.";
+  pybind11::class_<arl::Options>(module, "Options").def(pybind11::init(&options_from));
+  module.def("forward", &forward);
+  module.def("scale", &scale);
+  module.def("modulate_backward", &modulate_backward);
+  module.def("available_isas", &arl::cpu::available_isas);
+  module.def("isa", &arl::cpu::isa);
+  module.def("set_isa", &arl::cpu::set_isa);
+  module.def("kept_memory", &arl::cpu::kept_memory);
+}

@@ -1,0 +1,302 @@
+#include "forward.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "memory.h"
+
+namespace arl::cpu {
+namespace {
+
+std::vector<const Isa*> find_isas() {
+  std::vector<const Isa*> isas;
+#if defined(ARL_FAST_X86_ISAS)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512) isas.push_back(&isa_avx512);
+  if (avx2) isas.push_back(&isa_avx2);
+#endif
+  isas.push_back(&isa_baseline);
+  return isas;
+}
+
+const std::vector<const Isa*>& isas() {
+  static const std::vector<const Isa*> found = find_isas();
+  return found;
+}
+
+const Isa* named(const std::string& name) {
+  for (const Isa* candidate : isas()) {
+    if (name == candidate->name) return candidate;
+  }
+  std::string known;
+  for (const Isa* candidate : isas()) known += std::string(known.empty() ? "" : ", ") + candidate->name;
+  TORCH_CHECK_VALUE(false, "ARL_FAST_ISA: got ", name, ", expected one of ", known, " on this CPU");
+}
+
+const Isa*& chosen() {
+  static const Isa* isa = [] {
+    const char* name = std::getenv("ARL_FAST_ISA");
+    return name != nullptr && *name != '\0' ? named(name) : isas().front();
+  }();
+  return isa;
+}
+
+constexpr int64_t kGrain = 16384;  // fewest logits worth another thread
+constexpr int64_t kCountRows = 1 << 15;
+
+struct RowCount {
+  double count = 0, norm = 0;  // valid rows, and the sum of their weights
+};
+
+// Valid rows of each branch and what "mean" divides by, before any gradient is written; checks the class indices.
+template <class T, class Index>
+void count_chunk(const Loss& loss, int64_t begin, int64_t end, RowCount* counts) {
+  const Index* target = static_cast<const Index*>(loss.target);
+  const T* weight = static_cast<const T*>(loss.weight);
+  if (target != nullptr) {
+    bool bad = false;
+    int64_t valid = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const bool used = int64_t(target[i]) != loss.ignore_index;
+      bad |= used && uint64_t(int64_t(target[i])) >= uint64_t(loss.classes);
+      valid += used;
+    }
+    if (bad) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t y = target[i];
+        TORCH_CHECK_INDEX(y == loss.ignore_index || (y >= 0 && y < loss.classes), "target: got class ", y,
+                          ", expected 0 <= target < ", loss.classes, " or ignore_index=", loss.ignore_index);
+      }
+    }
+    if (loss.mask == nullptr && weight == nullptr) {
+      for (int b = 0; b < loss.branches; ++b) counts[b] = {double(valid), double(valid)};
+      return;
+    }
+  }
+  for (int b = 0; b < loss.branches; ++b) {
+    RowCount own;
+    for (int64_t i = begin; i < end; ++i) {
+      if (!loss.valid(b, i)) continue;
+      own.count += 1;
+      own.norm += weight != nullptr && target != nullptr ? double(weight[target[i]]) : 1;
+    }
+    counts[b] = own;
+  }
+}
+
+template <class T>
+void count_rows(const Loss& loss, RowCount* counts) {
+  const auto count = loss.target_is_int64 ? &count_chunk<T, int64_t> : &count_chunk<T, int32_t>;
+  if (loss.rows <= kCountRows) return count(loss, 0, loss.rows, counts);
+  const int64_t chunks = (loss.rows + kCountRows - 1) / kCountRows;
+  std::vector<RowCount> parts(chunks * loss.branches);
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      count(loss, i * kCountRows, std::min(loss.rows, (i + 1) * kCountRows), &parts[i * loss.branches]);
+    }
+  });
+  for (int64_t i = 0; i < chunks; ++i) {
+    for (int b = 0; b < loss.branches; ++b) {
+      counts[b].count += parts[i * loss.branches + b].count;
+      counts[b].norm += parts[i * loss.branches + b].norm;
+    }
+  }
+}
+
+void* thread_scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    size = (bytes + 63) / 64 * 64;
+    memory.reset(std::aligned_alloc(64, size));
+    TORCH_CHECK(memory != nullptr, "out of memory: ", size, " bytes");
+  }
+  return memory.get();
+}
+
+// Runs the row kernel over all chunks of all branches. The chunks depend on the shape alone and are added in order, so
+// that the result does not depend on the number of threads.
+void run_rows(const Loss& loss, RowsFn rows, size_t element, ChunkSums* totals) {
+  const int64_t chunk = std::clamp<int64_t>(8192 / loss.classes, 1, kChunkRows);
+  const int64_t chunks = (loss.rows + chunk - 1) / chunk;
+  const int64_t items = chunks * loss.branches;
+  std::vector<ChunkSums> parts(items);
+  const size_t scratch = size_t(scratch_elements(loss.classes)) * element;
+  const auto run = [&](int64_t begin, int64_t end) {
+    void* memory = thread_scratch(scratch);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % chunks * chunk;
+      rows(loss, int(i / chunks), first, std::min(loss.rows, first + chunk), memory, &parts[i]);
+    }
+  };
+  const int64_t grain = std::max<int64_t>(1, kGrain / (chunk * loss.classes));
+  if (items <= grain || at::get_num_threads() == 1) {
+    run(0, items);
+  } else {
+    at::parallel_for(0, items, grain, run);
+  }
+  for (int64_t i = 0; i < items; ++i) {
+    ChunkSums& total = totals[i / chunks];
+    total.loss += parts[i].loss;
+    total.correct += parts[i].correct;
+    total.entropy += parts[i].entropy;
+    total.dependence += parts[i].dependence;
+  }
+}
+
+template <class T>
+void run(Loss& loss, const Options& options, const Inputs& inputs, const T* norm, T* packed, T* out) {
+  const int branches = loss.branches;
+  const Schedule<T> schedule = effective<T>(T(inputs.gamma), T(inputs.temperature), T(inputs.warming));
+  RowCount counts[kMaxBranches];
+  count_rows<T>(loss, counts);
+  for (int b = 0; b < branches; ++b) {
+    loss.grad_scale[b] = b == 0 ? 1.0 : double(schedule.gamma);
+    if (options.reduction == kMean) loss.grad_scale[b] /= norm != nullptr ? double(norm[b]) : counts[b].norm;
+  }
+  ChunkSums totals[kMaxBranches] = {};
+  if (loss.rows > 0) run_rows(loss, chosen()->rows[loss.dtype], sizeof(T), totals);
+
+  T* sums = packed + sums_offset(branches - 1);
+  for (int b = 0; b < branches; ++b) {
+    sums[kLoss * branches + b] = T(totals[b].loss);
+    sums[kNorm * branches + b] = T(counts[b].norm);
+    sums[kCount * branches + b] = T(counts[b].count);
+    sums[kCorrect * branches + b] = T(totals[b].correct);
+    sums[kEntropy * branches + b] = T(totals[b].entropy);
+    sums[kDependence * branches + b] = T(totals[b].dependence);
+  }
+  const T total = finish<T>(sums, branches - 1, schedule, options, packed);
+  if (options.reduction != kNoReduction) {
+    *out = total;
+    return;
+  }
+  const T* row_loss = static_cast<const T*>(loss.row_loss);
+  for (int64_t i = 0; i < loss.rows; ++i) {
+    T unimodal = 0;
+    for (int b = 1; b < branches; ++b) unimodal += row_loss[b * loss.rows + i];
+    out[i] = row_loss[i] + schedule.gamma * unimodal;
+  }
+}
+
+Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return kFloat64;
+    case at::kFloat:
+      return kFloat32;
+    case at::kBFloat16:
+      return kBFloat16;
+    case at::kHalf:
+      return kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "logits: got dtype ", type, ", expected float64, float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace
+
+Outputs forward(const Inputs& inputs, const Options& options) {
+  const int branches = int(inputs.logits.size());
+  TORCH_CHECK_VALUE(branches >= 2 && branches <= kMaxBranches, "logits: got ", branches, " branches, expected 2 to ", kMaxBranches);
+  const at::Tensor& fused = inputs.logits[0];
+  const at::ScalarType type = fused.scalar_type();
+  const at::ScalarType compute = type == at::kDouble ? at::kDouble : at::kFloat;
+
+  Loss loss = {};
+  loss.branches = branches;
+  loss.rows = fused.size(0);
+  loss.classes = fused.size(1);
+  loss.dtype = dtype_of(type);
+  Outputs outputs;
+  outputs.grads.resize(branches);
+  c10::SmallVector<at::Tensor, 4> copies;
+  for (int b = 0; b < branches; ++b) {
+    const at::Tensor* x = &inputs.logits[b];
+    TORCH_CHECK_VALUE(x->dim() == 2 && x->size(0) == loss.rows && x->size(1) == loss.classes && x->scalar_type() == type && x->is_cpu(),
+                      "logits: expected tensors of one shape [N, C] and one dtype on the CPU");
+    if (x->stride(1) != 1 && loss.classes > 1) {
+      copies.push_back(x->contiguous());
+      x = &copies.back();
+    }
+    loss.logits[b] = x->const_data_ptr();
+    loss.row_stride[b] = x->stride(0);
+    if (inputs.wanted >> b & 1) {
+      outputs.grads[b] = empty_gradient(loss.rows, loss.classes, type == at::kHalf ? at::kFloat : type);
+      loss.grad[b] = outputs.grads[b].mutable_data_ptr();
+    }
+  }
+  if (inputs.wanted == 0) release_kept_memory();
+
+  at::Tensor target = *inputs.target, weight, mask, norm, row_loss;
+  if (target.is_floating_point()) {
+    TORCH_CHECK_VALUE(target.sizes() == fused.sizes(), "target: expected probabilities of the shape of the logits");
+    target = target.to(compute).contiguous();
+    loss.soft_target = target.const_data_ptr();
+  } else {
+    TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == loss.rows, "target: expected [N] class indices");
+    TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt, "target: expected int64 or int32 class indices");
+    if (!target.is_contiguous()) target = target.contiguous();
+    loss.target = target.const_data_ptr();
+    loss.target_is_int64 = target.scalar_type() == at::kLong;
+  }
+  loss.weight_total = double(loss.classes);
+  if (inputs.weight != nullptr) {
+    weight = inputs.weight->to(compute).contiguous();
+    TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == loss.classes, "weight: expected [C]");
+    loss.weight = weight.const_data_ptr();
+    if (options.label_smoothing != 0) loss.weight_total = weight.sum(at::kDouble).item<double>();
+  }
+  if (inputs.mask != nullptr) {
+    mask = *inputs.mask;
+    TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool && mask.dim() == 2 && mask.size(0) == loss.rows && mask.size(1) == branches - 1,
+                      "mask: expected bool [N, M]");
+    loss.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+    loss.mask_row_stride = mask.stride(0);
+    loss.mask_stride = mask.stride(1);
+  }
+  if (inputs.norm != nullptr) norm = inputs.norm->to(compute).contiguous();
+  loss.label_smoothing = options.label_smoothing;
+  loss.ignore_index = options.ignore_index;
+  loss.logit_l1 = options.dependence == kLogitL1;
+
+  outputs.packed = at::detail::empty_cpu({packed_length(branches - 1)}, compute);
+  if (options.reduction == kNoReduction) {
+    outputs.loss = at::detail::empty_cpu({loss.rows}, compute);
+    row_loss = at::detail::empty_cpu({branches, loss.rows}, compute);
+    loss.row_loss = row_loss.mutable_data_ptr();
+  } else {
+    outputs.loss = at::detail::empty_cpu({}, compute);
+  }
+  const void* norm_data = norm.defined() ? norm.const_data_ptr() : nullptr;
+  void* packed = outputs.packed.mutable_data_ptr();
+  void* out = outputs.loss.mutable_data_ptr();
+  if (compute == at::kDouble) {
+    run<double>(loss, options, inputs, static_cast<const double*>(norm_data), static_cast<double*>(packed), static_cast<double*>(out));
+  } else {
+    run<float>(loss, options, inputs, static_cast<const float*>(norm_data), static_cast<float*>(packed), static_cast<float*>(out));
+  }
+  return outputs;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa* isa : isas()) names.emplace_back(isa->name);
+  return names;
+}
+
+std::string isa() { return chosen()->name; }
+
+void set_isa(const std::string& name) { chosen() = named(name); }
+
+}  // namespace arl::cpu

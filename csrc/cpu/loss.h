@@ -1,0 +1,79 @@
+// What the row kernels of the CPU are given, and the table of them per instruction set. No torch headers here.
+#pragma once
+
+#include <cstdint>
+
+#include "../arl_math.h"
+
+#define ARL_ALWAYS inline __attribute__((always_inline))
+
+namespace arl::cpu {
+
+enum Dtype : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kDtypes = 4 };
+
+constexpr int kMaxBranches = 64;  // M+1; more modalities than this are served by the reference
+constexpr int kChunkRows = 64;    // most rows of one unit of work
+constexpr int64_t kNarrowClasses = 48;  // up to here the kernel gives each row a vector lane
+constexpr int kMostLanes = 16;
+
+// One call of the loss: M+1 branches of [rows, classes]. T below is the compute type, double for float64 and float for
+// all others. Gradients are contiguous, of the logits' type, but float for float16 logits.
+struct Loss {
+  int branches;
+  int64_t rows, classes;
+  Dtype dtype;
+  const void* logits[kMaxBranches];  // class stride 1
+  int64_t row_stride[kMaxBranches];  // in elements
+  void* grad[kMaxBranches];          // null: not wanted
+  double grad_scale[kMaxBranches];   // of the branch's term in the loss: gamma and the divisor of the mean
+
+  const void* target;  // [rows] int64 or int32, or null
+  bool target_is_int64;
+  const void* soft_target;  // T [rows, classes], contiguous, or null
+  const uint8_t* mask;      // [rows, modalities], or null
+  int64_t mask_row_stride, mask_stride;
+  const void* weight;   // T [classes], or null
+  double weight_total;  // their sum; the number of classes without
+  double label_smoothing;
+  int64_t ignore_index;
+  bool logit_l1;  // the dependence is sum_c |x_c| instead of the confidence
+
+  void* row_loss;      // T [branches, rows] for reduction "none", or null
+
+  // Inlined always: a copy made for one instruction set must not serve another.
+  ARL_ALWAYS int64_t class_index(int64_t row) const {
+    return target_is_int64 ? static_cast<const int64_t*>(target)[row] : static_cast<const int32_t*>(target)[row];
+  }
+  ARL_ALWAYS bool present(int branch, int64_t row) const {
+    return branch == 0 || mask == nullptr || mask[row * mask_row_stride + (branch - 1) * mask_stride] != 0;
+  }
+  ARL_ALWAYS bool valid(int branch, int64_t row) const {
+    return present(branch, row) && (soft_target != nullptr || class_index(row) != ignore_index);
+  }
+};
+
+// What a chunk adds to the sums of its branch; norm and count are known before (see count_rows in loss.cpp).
+struct ChunkSums {
+  double loss, correct, entropy, dependence;
+};
+
+// Rows [begin, end), at most kChunkRows, of one branch: their gradients, and their share of the sums. `scratch` has
+// scratch_elements() elements of T, aligned to 64 bytes.
+using RowsFn = void (*)(const Loss& loss, int branch, int64_t begin, int64_t end, void* scratch, ChunkSums* sums);
+
+constexpr int64_t scratch_elements(int64_t classes) {
+  return classes <= kNarrowClasses ? kNarrowClasses * kMostLanes : 2 * ((classes + 15) / 16 * 16);
+}
+
+struct Isa {
+  const char* name;
+  RowsFn rows[kDtypes];
+};
+
+extern const Isa isa_baseline;
+#if defined(ARL_FAST_X86_ISAS)
+extern const Isa isa_avx2;
+extern const Isa isa_avx512;
+#endif
+
+}  // namespace arl::cpu

@@ -1,0 +1,345 @@
+// The row kernel: statistics and gradient of a chunk of rows, each read from memory once.
+//
+// Few classes: one row per vector lane. Many: one row at a time, kept in scratch between the passes (the largest logit;
+// the exponentials and their sums; the gradient). Both leave what the statistics need per row in a Chunk, whose rows
+// are then finished as vectors.
+#pragma once
+
+#include "loss.h"
+#include "vec.h"
+
+namespace arl::ARL_ISA {
+
+using cpu::ChunkSums;
+using cpu::kChunkRows;
+using cpu::kNarrowClasses;
+using cpu::Loss;
+
+// Per row: the row loss is A log Z - B with A = sum_c t_c and B = sum_c t_c (x_c - top), where t is the target
+// distribution after smoothing and class weights. A row that is not valid has A = B = E = 0 and Z = 1.
+template <class T>
+struct alignas(64) Chunk {
+  T a[kChunkRows], b[kChunkRows];
+  T partition[kChunkRows];  // Z = sum_c exp(x_c - top)
+  T energy[kChunkRows];     // E = sum_c exp(x_c - top) (x_c - top)
+  T confidence[kChunkRows], l1[kChunkRows], correct[kChunkRows];
+};
+
+// Cross-entropy A log Z - B and entropy H = log Z - E / Z of all rows of the chunk, and their sums.
+template <class T>
+ARL_INLINE void finish_rows(const Loss& loss, int branch, int64_t begin, int rows, Chunk<T>& chunk, ChunkSums* sums) {
+  constexpr int L = Vector<T>::lanes;
+  for (int i = rows; i % L != 0; ++i) {
+    chunk.a[i] = chunk.b[i] = chunk.energy[i] = chunk.confidence[i] = chunk.l1[i] = chunk.correct[i] = T(0);
+    chunk.partition[i] = T(1);
+  }
+  const T* dependences = loss.logit_l1 ? chunk.l1 : chunk.confidence;
+  V<T> loss_sum{}, correct{}, entropy_sum{}, dependence{};
+  for (int i = 0; i < rows; i += L) {
+    const V<T> partition = load<T>(chunk.partition + i);
+    const V<T> log_z = log_positive<T>(partition);
+    const V<T> row_loss = load<T>(chunk.a + i) * log_z - load<T>(chunk.b + i);
+    const V<T> entropy = log_z - load<T>(chunk.energy + i) / partition;
+    loss_sum += row_loss;
+    entropy_sum += entropy < T(0) ? V<T>{} : entropy;  // rounding only; a NaN stays
+    dependence += load<T>(dependences + i);
+    correct += load<T>(chunk.correct + i);
+    store<T>(chunk.a + i, row_loss);
+  }
+  if (loss.row_loss != nullptr) {
+    T* out = static_cast<T*>(loss.row_loss) + branch * loss.rows + begin;
+    for (int i = 0; i < rows; ++i) out[i] = chunk.a[i];
+  }
+  *sums = {double(sum<T>(loss_sum)), double(sum<T>(correct)), double(sum<T>(entropy_sum)), double(sum<T>(dependence))};
+}
+
+template <class T>
+ARL_INLINE T weight_of(const Loss& loss, int64_t c) {
+  return loss.weight == nullptr ? T(1) : static_cast<const T*>(loss.weight)[c];
+}
+
+template <class T>
+ARL_INLINE void skip_row(Chunk<T>& chunk, int i) {
+  chunk.a[i] = chunk.b[i] = chunk.energy[i] = chunk.confidence[i] = chunk.l1[i] = chunk.correct[i] = T(0);
+  chunk.partition[i] = T(1);
+}
+
+// Class indices and few classes: lane l of every vector belongs to row begin + l.
+template <class T, class S, class G>
+ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int rows, T* scratch, Chunk<T>& chunk, int first) {
+  constexpr int L = Vector<T>::lanes;
+  const int64_t classes = loss.classes;
+  const S* logits = static_cast<const S*>(loss.logits[branch]);
+  const S* x[L];
+  int64_t y[L];
+  bool valid[L];
+  for (int l = 0; l < L; ++l) {  // lanes past the last row repeat it, and are dropped
+    const int64_t row = begin + (l < rows ? l : rows - 1);
+    x[l] = logits + row * loss.row_stride[branch];
+    valid[l] = l < rows && loss.valid(branch, row);
+    y[l] = valid[l] ? loss.class_index(row) : 0;
+  }
+
+  // The first largest logit; a NaN counts as the largest, as in torch.argmax.
+  V<T> top = splat<T>(-T(__builtin_inf())), l1{};
+  Bits<T> where{};
+  for (int64_t c = 0; c < classes; ++c) {
+    V<T> v;
+    for (int l = 0; l < L; ++l) v[l] = to_float(x[l][c]);
+    const Bits<T> above = ~(v <= top) & (top == top);
+    top = above ? v : top;
+    where = above ? Bits<T>{} + decltype(where[0] + 0)(c) : where;
+    l1 += absolute<T>(v);
+    store<T>(scratch + c * L, v);
+  }
+  const T smooth = T(loss.label_smoothing / double(classes));
+  V<T> partition{}, energy{}, smooth_b{};
+  for (int64_t c = 0; c < classes; ++c) {
+    V<T> d = load<T>(scratch + c * L) - top;
+    if (loss.label_smoothing != 0) smooth_b += smooth * weight_of<T>(loss, c) * d;
+    const V<T> e = exp_nonpositive<T>(d);
+    partition += e;
+    energy += e * d;
+    store<T>(scratch + c * L, e);
+  }
+
+  V<T> a, weighted, p_y{};
+  for (int l = 0; l < L; ++l) {
+    const int i = first + l;
+    if (l >= rows) {
+      weighted[l] = a[l] = 0;
+      continue;
+    }
+    if (!valid[l]) {
+      skip_row(chunk, i);
+      weighted[l] = a[l] = 0;
+      continue;
+    }
+    weighted[l] = T(1 - loss.label_smoothing) * weight_of<T>(loss, y[l]);
+    a[l] = weighted[l] + smooth * T(loss.weight_total);
+    chunk.a[i] = a[l];
+    chunk.b[i] = weighted[l] * (T(to_float(x[l][y[l]])) - top[l]) + smooth_b[l];
+    chunk.partition[i] = partition[l];
+    chunk.energy[i] = energy[l];
+    p_y[l] = scratch[y[l] * L + l] / partition[l];
+    chunk.confidence[i] = p_y[l];
+    chunk.l1[i] = l1[l];
+    chunk.correct[i] = where[l] == y[l];
+  }
+
+  // d(row loss)/dx_c = A p_c - t_c
+  if (loss.grad[branch] == nullptr) return;
+  const T scale = T(loss.grad_scale[branch]);
+  const V<T> factor = a * scale / partition;
+  for (int64_t c = 0; c < classes; ++c) {
+    V<T> g = load<T>(scratch + c * L) * factor;
+    if (loss.label_smoothing != 0) g -= smooth * weight_of<T>(loss, c) * scale;
+    store<T>(scratch + c * L, g);
+  }
+  G* grad = static_cast<G*>(loss.grad[branch]) + begin * classes;
+  for (int l = 0; l < rows; ++l) {
+    G* out = grad + l * classes;
+    if (!valid[l]) {
+      for (int64_t c = 0; c < classes; ++c) out[c] = G{};
+      continue;
+    }
+    const T at_y = weighted[l] + smooth * weight_of<T>(loss, y[l]);  // t_y; this order makes p_y = 1 give exactly 0
+    scratch[y[l] * L + l] = (a[l] * p_y[l] - at_y) * scale;
+    for (int64_t c = 0; c < classes; ++c) out[c] = from_float<G>(scratch[c * L + l]);
+  }
+}
+
+// Whether the first largest logit of a row (a NaN counts as the largest) has the index `y`.
+template <class T, class S>
+static bool first_largest_is(const S* x, int64_t classes, int64_t y, T top) {
+  if (top != top) {
+    int64_t c = 0;
+    while (c < classes && to_float(x[c]) == to_float(x[c])) ++c;
+    return c == y;
+  }
+  if (to_float(x[y]) != top) return false;
+  bool earlier = false;
+  for (int64_t c = 0; c < y; ++c) earlier |= to_float(x[c]) == top;
+  return !earlier;
+}
+
+template <class T>
+static int64_t first_largest(const T* x, int64_t classes) {
+  int64_t best = 0;
+  for (int64_t c = 1; c < classes && x[best] == x[best]; ++c) {
+    if (!(x[c] <= x[best])) best = c;
+  }
+  return best;
+}
+
+// A row into scratch, as T and padded with -inf to whole vectors. Returns its largest element; NaNs may be missed.
+template <class T, class S, bool L1>
+ARL_INLINE T copy_row(const S* x, int64_t classes, T* scratch, T* l1) {
+  constexpr int L = Vector<T>::lanes;
+  constexpr T lowest = -T(__builtin_inf());
+  V<T> top0 = splat<T>(lowest), top1 = top0, top2 = top0, top3 = top0, l1_sum{};
+  int64_t c = 0;
+  for (; c + 4 * L <= classes; c += 4 * L) {
+    const V<T> v0 = load<T>(x + c), v1 = load<T>(x + c + L), v2 = load<T>(x + c + 2 * L), v3 = load<T>(x + c + 3 * L);
+    top0 = larger<T>(v0, top0);
+    top1 = larger<T>(v1, top1);
+    top2 = larger<T>(v2, top2);
+    top3 = larger<T>(v3, top3);
+    if (L1) l1_sum += absolute<T>(v0) + absolute<T>(v1) + (absolute<T>(v2) + absolute<T>(v3));
+    store<T>(scratch + c, v0);
+    store<T>(scratch + c + L, v1);
+    store<T>(scratch + c + 2 * L, v2);
+    store<T>(scratch + c + 3 * L, v3);
+  }
+  for (; c + L <= classes; c += L) {
+    const V<T> v = load<T>(x + c);
+    top0 = larger<T>(v, top0);
+    if (L1) l1_sum += absolute<T>(v);
+    store<T>(scratch + c, v);
+  }
+  if (c < classes) {
+    V<T> v = splat<T>(lowest);
+    for (int l = 0; l < L; ++l) {
+      if (c + l < classes) {
+        v[l] = to_float(x[c + l]);
+        if (L1) l1_sum[l] += v[l] < 0 ? -v[l] : v[l];
+      }
+    }
+    top0 = larger<T>(v, top0);
+    store<T>(scratch + c, v);
+  }
+  if (L1) *l1 = sum<T>(l1_sum);
+  return largest<T>(larger<T>(larger<T>(top0, top1), larger<T>(top2, top3)));
+}
+
+// One row at a time. `General`: soft targets or label smoothing, whose target distribution is kept in scratch as well.
+template <class T, class S, class G, bool General>
+ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, T* target_row, Chunk<T>& chunk, int i) {
+  constexpr int L = Vector<T>::lanes;
+  const int64_t classes = loss.classes;
+  const int64_t padded = (classes + L - 1) / L * L;
+  const S* x = static_cast<const S*>(loss.logits[branch]) + row * loss.row_stride[branch];
+  const S* next = row + 1 < loss.rows ? x + loss.row_stride[branch] : x;
+  G* grad = static_cast<G*>(loss.grad[branch]);
+  if (grad != nullptr) grad += row * classes;
+  if (!loss.valid(branch, row)) {
+    skip_row(chunk, i);
+    if (grad != nullptr) {
+      for (int64_t c = 0; c < classes; ++c) grad[c] = G{};
+    }
+    return;
+  }
+
+  T l1 = 0;
+  const T top = loss.logit_l1 ? copy_row<T, S, true>(x, classes, scratch, &l1) : copy_row<T, S, false>(x, classes, scratch, &l1);
+  const T* soft = loss.soft_target == nullptr ? nullptr : static_cast<const T*>(loss.soft_target) + row * classes;
+  const int64_t y = soft == nullptr ? loss.class_index(row) : first_largest(soft, classes);
+
+  // A = sum_c t_c, B = sum_c t_c (x_c - top); the class index is added to the smooth part of t by hand
+  const T on_class = soft == nullptr ? T(1 - loss.label_smoothing) * weight_of<T>(loss, y) : T(0);
+  T a = on_class, b = soft == nullptr ? on_class * (scratch[y] - top) : T(0);
+  if (General) {
+    const T keep = T(1 - loss.label_smoothing), smooth = T(loss.label_smoothing / double(classes));
+    const T* weight = static_cast<const T*>(loss.weight);
+    if (soft != nullptr) {
+      for (int64_t c = 0; c < classes; ++c) target_row[c] = soft[c] * keep + smooth;
+      if (weight != nullptr) {
+        for (int64_t c = 0; c < classes; ++c) target_row[c] *= weight[c];
+      }
+    }
+    V<T> a_sum{}, b_sum{};
+    int64_t c = 0;
+    for (; c + L <= classes; c += L) {
+      const V<T> t = load<T>(target_row + c);
+      a_sum += t;
+      b_sum += t * (load<T>(scratch + c) - top);
+    }
+    for (; c < classes; ++c) {
+      a += target_row[c];
+      b += target_row[c] * (scratch[c] - top);
+    }
+    a += sum<T>(a_sum);
+    b += sum<T>(b_sum);
+  }
+
+  // The exponentials; meanwhile the next row is fetched.
+  V<T> z0{}, z1{}, e0{}, e1{};
+  int64_t c = 0;
+  for (; c + 2 * L <= padded; c += 2 * L) {
+    __builtin_prefetch(next + (c < classes ? c : 0));
+    V<T> d0 = load<T>(scratch + c) - top, d1 = load<T>(scratch + c + L) - top;
+    const V<T> p0 = exp_nonpositive<T>(d0), p1 = exp_nonpositive<T>(d1);
+    z0 += p0;
+    z1 += p1;
+    e0 += p0 * d0;
+    e1 += p1 * d1;
+    store<T>(scratch + c, p0);
+    store<T>(scratch + c + L, p1);
+  }
+  for (; c < padded; c += L) {
+    V<T> d = load<T>(scratch + c) - top;
+    const V<T> p = exp_nonpositive<T>(d);
+    z0 += p;
+    e0 += p * d;
+    store<T>(scratch + c, p);
+  }
+  const T partition = sum<T>(z0 + z1);
+  const T inverse = T(1) / partition;
+
+  const T p_y = scratch[y] * inverse;
+  T confidence = p_y;
+  if (General && soft != nullptr) {  // the expected probability sum_c t_c p_c, of the targets as given
+    V<T> expected{};
+    confidence = 0;
+    for (c = 0; c + L <= classes; c += L) expected += load<T>(soft + c) * load<T>(scratch + c);
+    for (; c < classes; ++c) confidence += soft[c] * scratch[c];
+    confidence = (confidence + sum<T>(expected)) * inverse;
+  }
+  chunk.a[i] = a;
+  chunk.b[i] = b;
+  chunk.partition[i] = partition;
+  chunk.energy[i] = sum<T>(e0 + e1);
+  chunk.confidence[i] = confidence;
+  chunk.l1[i] = l1;
+  chunk.correct[i] = first_largest_is<T, S>(x, classes, y, partition == partition ? top : partition);
+
+  // d(row loss)/dx_c = A p_c - t_c
+  if (grad == nullptr) return;
+  const T scale = T(loss.grad_scale[branch]);
+  const T factor = a * scale * inverse;
+  for (c = 0; c + L <= classes; c += L) {
+    V<T> g = load<T>(scratch + c) * factor;
+    if (General) g -= load<T>(target_row + c) * scale;
+    store(grad + c, g);
+  }
+  for (; c < classes; ++c) {
+    grad[c] = from_float<G>(scratch[c] * factor - (General ? target_row[c] * scale : T(0)));
+  }
+  if (soft == nullptr) grad[y] = from_float<G>((a * p_y - (on_class + (General ? target_row[y] : T(0)))) * scale);
+}
+
+template <class T, class S, class G>
+static void rows(const Loss& loss, int branch, int64_t begin, int64_t end, void* scratch_memory, ChunkSums* sums) {
+  constexpr int L = Vector<T>::lanes;
+  T* scratch = static_cast<T*>(scratch_memory);
+  Chunk<T> chunk;
+  const int count = int(end - begin);
+  const int64_t classes = loss.classes;
+  if (loss.soft_target == nullptr && classes <= kNarrowClasses) {
+    for (int i = 0; i < count; i += L) {
+      narrow_rows<T, S, G>(loss, branch, begin + i, count - i < L ? count - i : L, scratch, chunk, i);
+    }
+  } else if (loss.soft_target == nullptr && loss.label_smoothing == 0) {
+    for (int i = 0; i < count; ++i) wide_row<T, S, G, false>(loss, branch, begin + i, scratch, nullptr, chunk, i);
+  } else {
+    T* target_row = scratch + (classes + 15) / 16 * 16;
+    if (loss.soft_target == nullptr) {
+      const T smooth = T(loss.label_smoothing / double(classes));
+      for (int64_t c = 0; c < classes; ++c) target_row[c] = smooth * weight_of<T>(loss, c);
+    }
+    for (int i = 0; i < count; ++i) wide_row<T, S, G, true>(loss, branch, begin + i, scratch, target_row, chunk, i);
+  }
+  finish_rows<T>(loss, branch, begin, count, chunk, sums);
+}
+
+}  // namespace arl::ARL_ISA

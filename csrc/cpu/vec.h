@@ -1,0 +1,246 @@
+// Vectors of the instruction set this file is compiled for, their loads and stores, and exp and log.
+//
+// Written with the compiler's vector types, so that one source serves every instruction set: define ARL_ISA (a
+// namespace) and ARL_VECTOR_BYTES (16, 32 or 64) before. Everything lies in that namespace and uses nothing from the
+// standard library, so that the linker can never pick code made for another instruction set. No torch headers here.
+#pragma once
+
+#include <cstdint>
+
+#if !defined(ARL_ISA) || !defined(ARL_VECTOR_BYTES)
+#error "define ARL_ISA and ARL_VECTOR_BYTES"
+#endif
+
+#define ARL_INLINE static inline __attribute__((always_inline))
+
+namespace arl::ARL_ISA {
+
+// Storage of 16-bit floats.
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Vector;
+
+template <>
+struct Vector<float> {
+  static constexpr int lanes = ARL_VECTOR_BYTES / 4;
+  typedef float type __attribute__((vector_size(ARL_VECTOR_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(ARL_VECTOR_BYTES)));
+  typedef uint16_t half __attribute__((vector_size(ARL_VECTOR_BYTES / 2)));
+  typedef uint32_t word __attribute__((vector_size(ARL_VECTOR_BYTES)));
+};
+
+template <>
+struct Vector<double> {
+  static constexpr int lanes = ARL_VECTOR_BYTES / 8;
+  typedef double type __attribute__((vector_size(ARL_VECTOR_BYTES)));
+  typedef int64_t bits __attribute__((vector_size(ARL_VECTOR_BYTES)));
+};
+
+template <class T>
+using V = typename Vector<T>::type;
+template <class T>
+using Bits = typename Vector<T>::bits;
+
+template <class T>
+ARL_INLINE V<T> splat(T value) {
+  return value - V<T>{};
+}
+
+template <class To, class From>
+ARL_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+ARL_INLINE float to_float(Bf16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
+
+ARL_INLINE float to_float(F16 value) {  // 2^112 rebiases the exponent and makes subnormals right
+  const float magnitude = bit_cast<float>(uint32_t(value.bits & 0x7fff) << 13) * 0x1p112f;
+  uint32_t bits = bit_cast<uint32_t>(magnitude);
+  if ((value.bits & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+  return bit_cast<float>(bits | uint32_t(value.bits & 0x8000) << 16);
+}
+
+ARL_INLINE float to_float(float value) { return value; }
+ARL_INLINE double to_float(double value) { return value; }
+
+template <class To>
+ARL_INLINE To from_float(float value);
+template <class To>
+ARL_INLINE To from_float(double value) {
+  return To(value);
+}
+template <>
+inline __attribute__((always_inline)) float from_float<float>(float value) {
+  return value;
+}
+template <>
+inline __attribute__((always_inline)) Bf16 from_float<Bf16>(float value) {  // to nearest, ties to even
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  if (value != value) return {uint16_t(0x7fc0)};
+  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+template <class T>
+ARL_INLINE V<T> load(const T* from) {
+  V<T> value;
+  __builtin_memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+template <class T>
+ARL_INLINE Vector<float>::word load_half(const T* from) {
+  Vector<float>::half raw;
+  __builtin_memcpy(&raw, from, sizeof(raw));
+  return __builtin_convertvector(raw, Vector<float>::word);
+}
+
+template <class T>
+ARL_INLINE V<float> load(const Bf16* from) {
+  return bit_cast<V<float>>(load_half(from) << 16);
+}
+
+template <class T>
+ARL_INLINE V<float> load(const F16* from) {
+  typedef Vector<float>::word Word;
+  const Word raw = load_half(from);
+  Word bits = bit_cast<Word>(bit_cast<V<float>>((raw & 0x7fff) << 13) * 0x1p112f);
+  bits |= bit_cast<Word>((raw & 0x7c00) == 0x7c00) & 0x7f800000;
+  return bit_cast<V<float>>(bits | (raw & 0x8000) << 16);
+}
+
+template <class T>
+ARL_INLINE void store(T* to, V<T> value) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
+ARL_INLINE void store(Bf16* to, V<float> value) {
+  typedef Vector<float>::word Word;
+  Word bits = bit_cast<Word>(value);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Word nan = bit_cast<Word>(value != value);
+  bits = (bits & ~nan) | (nan & 0x7fc0);
+  const auto half = __builtin_convertvector(bits, Vector<float>::half);
+  __builtin_memcpy(to, &half, sizeof(half));
+}
+
+// The larger operand; the second if either is NaN, which is what the instruction does.
+template <class T>
+ARL_INLINE V<T> larger(V<T> a, V<T> b) {
+  return a > b ? a : b;
+}
+
+template <class T>
+ARL_INLINE V<T> absolute(V<T> x) {
+  constexpr auto magnitude = sizeof(T) == 4 ? 0x7fffffffll : 0x7fffffffffffffffll;
+  typedef Bits<T> B;
+  typedef decltype(B{}[0] + 0) Lane;
+  return bit_cast<V<T>>(bit_cast<B>(x) & Lane(magnitude));
+}
+
+template <class T>
+ARL_INLINE T sum(V<T> x) {
+  T total = 0;
+  for (int lane = 0; lane < Vector<T>::lanes; ++lane) total += x[lane];
+  return total;
+}
+
+template <class T>
+ARL_INLINE T largest(V<T> x) {
+  T top = x[0];
+  for (int lane = 1; lane < Vector<T>::lanes; ++lane) top = x[lane] > top ? x[lane] : top;
+  return top;
+}
+
+template <class T>
+struct Exp;
+
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; ln 2 in two pieces so that r is exact.
+template <>
+struct Exp<float> {
+  static constexpr float lowest = -87.0f;  // below: 0, which is less than 2e-38
+  static constexpr float per_ln2 = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the low bits
+  static constexpr int mantissa = 23, one = 0x3f800000;
+  // Minimax on |r| <= ln 2 / 2, relative error 3e-9; the first two coefficients are 1, so that exp(0) = 1 exactly.
+  ARL_INLINE V<float> polynomial(V<float> r) {
+    V<float> p = 0.0013814594f * r + 0.0083687175f;
+    p = p * r + 0.04166839f;
+    p = p * r + 0.16666521f;
+    p = p * r + 0.49999994f;
+    return p * (r * r) + r + 1.0f;
+  }
+};
+
+template <>
+struct Exp<double> {
+  static constexpr double lowest = -708.0;
+  static constexpr double per_ln2 = 1.4426950408889634, ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int mantissa = 52;
+  static constexpr int64_t one = 0x3ff0000000000000;
+  ARL_INLINE V<double> polynomial(V<double> r) {  // Taylor; the first term left out is below 5e-18
+    V<double> p = 1.0 / 6227020800 * r + 1.0 / 479001600;
+    p = p * r + 1.0 / 39916800;
+    p = p * r + 1.0 / 3628800;
+    p = p * r + 1.0 / 362880;
+    p = p * r + 1.0 / 40320;
+    p = p * r + 1.0 / 5040;
+    p = p * r + 1.0 / 720;
+    p = p * r + 1.0 / 120;
+    p = p * r + 1.0 / 24;
+    p = p * r + 1.0 / 6;
+    p = p * r + 0.5;
+    return p * (r * r) + r + 1.0;
+  }
+};
+
+// exp of a value that is not above 0. `x` is raised to the lowest argument, so that exp(x) * x is 0 where x was -inf
+// (0 log 0 = 0). NaN stays NaN.
+template <class T>
+ARL_INLINE V<T> exp_nonpositive(V<T>& x) {
+  typedef Exp<T> E;
+  const auto below = x < E::lowest;
+  x = below ? splat<T>(E::lowest) : x;
+  const V<T> shifted = x * E::per_ln2 + E::round;
+  const V<T> n = shifted - E::round;
+  const V<T> r = (x - n * E::ln2_high) - n * E::ln2_low;
+  const V<T> power = bit_cast<V<T>>((bit_cast<Bits<T>>(shifted) << E::mantissa) + E::one);
+  const V<T> e = E::polynomial(r) * power;
+  return below ? V<T>{} : e;
+}
+
+// log of a finite normal value > 0; NaN and infinity come out as NaN or infinity.
+template <class T>
+ARL_INLINE V<T> log_positive(V<T> x) {
+  typedef Bits<T> B;
+  constexpr bool single = sizeof(T) == 4;
+  constexpr int mantissa = single ? 23 : 52;
+  constexpr T ln2_high = single ? T(0.693359375f) : T(0x1.62e42fee00000p-1);
+  constexpr T ln2_low = single ? T(-2.12194440e-4f) : T(0x1.a39ef35793c76p-33);
+  // x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2))
+  const B half = bit_cast<B>(splat<T>(T(0.70710678118654752)));
+  const B shifted = bit_cast<B>(x) - half;
+  const B k = shifted >> mantissa;
+  const V<T> f = bit_cast<V<T>>(bit_cast<B>(x) - (k << mantissa)) - T(1);
+  const V<T> power = __builtin_convertvector(k, V<T>);
+  // log(1 + f) = f - f^2/2 + s (f^2/2 + R), s = f / (2 + f), R = 2/3 s^2 + 2/5 s^4 + ...
+  const V<T> s = f / (T(2) + f);
+  const V<T> z = s * s;
+  V<T> r = splat<T>(T(2) / T(single ? 11 : 25));
+  for (int odd = single ? 9 : 23; odd >= 3; odd -= 2) r = r * z + T(2) / T(odd);
+  r = r * z;
+  const V<T> square = T(0.5) * f * f;
+  const V<T> value = power * ln2_high + (f - (square - (s * (square + r) + power * ln2_low)));
+  return x < splat<T>(T(__builtin_inf())) ? value : x;
+}
+
+}  // namespace arl::ARL_ISA

@@ -1,0 +1,152 @@
+"""Builds arl_fast._C, the native kernels. Everything else about the package is in pyproject.toml.
+
+ARL_FAST_BUILD=auto  CPU kernels, and CUDA kernels if torch has CUDA and nvcc is there; what cannot be built is left out (default)
+ARL_FAST_BUILD=cpu   CPU kernels, or an error
+ARL_FAST_BUILD=cuda  CPU and CUDA kernels, or an error
+ARL_FAST_BUILD=none  Python only: plain torch on a CPU, Triton on a GPU
+
+Whether a GPU is present is never asked: a build machine needs none. TORCH_CUDA_ARCH_LIST chooses the architectures.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+MODES = ("auto", "cpu", "cuda", "none")
+# Instruction sets beyond the compiler's default, each with its own copy of the row kernels (x86-64 only).
+X86_ISAS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+}
+KERNEL_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fno-math-errno", "-fvisibility=hidden"]
+TORCH_FLAGS = ["-O2", "-g0", "-fvisibility=hidden"]
+
+
+def build_mode() -> str:
+    mode = os.environ.get("ARL_FAST_BUILD") or "auto"
+    if mode not in MODES:
+        sys.exit(f"ARL_FAST_BUILD: got {mode!r}, expected one of {', '.join(MODES)}")
+    return mode
+
+
+def say(text: str) -> None:
+    print(f"arl_fast: {text}", file=sys.stderr)
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def no_cpu_build() -> str | None:
+    """Why the CPU kernels cannot be built, or None."""
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError as error:
+        return f"torch cannot be imported ({error}); install it first and use pip install --no-build-isolation"
+    if sys.platform == "win32":
+        return "the kernels need GCC or Clang"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler})"
+    return None
+
+
+def no_cuda_build() -> str | None:
+    """Why the CUDA kernels cannot be built, or None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if not list((ROOT / "csrc/cuda").glob("*.cu")):
+        return "csrc/cuda is missing"
+    if torch.version.cuda is None:
+        return "torch is a build without CUDA"
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        return "nvcc was not found (set CUDA_HOME)"
+    release = nvcc_release(Path(CUDA_HOME, "bin", "nvcc"))
+    if release[0] != int(torch.version.cuda.split(".")[0]):
+        return f"nvcc is CUDA {release[0]}.{release[1]}, but torch was built for CUDA {torch.version.cuda}"
+    return None
+
+
+def nvcc_release(nvcc: Path) -> tuple[int, int]:
+    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def cuda_architectures(release: tuple[int, int]) -> str:
+    """The architectures of TORCH_CUDA_ARCH_LIST when it is unset: from sm_80 to the newest this nvcc knows."""
+    return "8.0;9.0;10.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
+
+
+def sources(cuda: bool) -> list[str]:
+    files = ["csrc/bindings.cpp", "csrc/ops.cpp", "csrc/cpu/forward.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/isa_baseline.cpp"]
+    if cuda:
+        files += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
+    return files
+
+
+def extension(cuda: bool) -> dict:
+    """The arguments of setup() that build arl_fast._C."""
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+    macros: list[tuple[str, str | None]] = []
+    if is_x86():
+        macros.append(("ARL_FAST_X86_ISAS", None))
+    if cuda:
+        macros.append(("ARL_FAST_CUDA", None))
+        release = nvcc_release(Path(CUDA_HOME, "bin", "nvcc"))
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures(release))
+
+    class Build(BuildExtension):
+        """Compiles the row kernels once per instruction set, with flags of their own, before the extension."""
+
+        def build_extensions(self) -> None:
+            if is_x86():
+                for isa, flags in X86_ISAS.items():
+                    objects = self.compiler.compile(
+                        [f"csrc/cpu/isa_{isa}.cpp"], output_dir=self.build_temp, extra_postargs=[*KERNEL_FLAGS, *flags]
+                    )
+                    self.extensions[0].extra_objects += objects
+            super().build_extensions()
+
+    kind = CUDAExtension if cuda else CppExtension
+    native = kind(
+        "arl_fast._C",
+        sources(cuda),
+        define_macros=macros,
+        extra_compile_args={"cxx": [*TORCH_FLAGS, "-fno-math-errno", "-O3"], "nvcc": ["-O3", "-lineinfo", "--extended-lambda"]},
+        depends=[str(path.relative_to(ROOT)) for pattern in ("*.h", "*.inc", "*.cuh") for path in (ROOT / "csrc").rglob(pattern)],
+    )
+    return {"ext_modules": [native], "cmdclass": {"build_ext": Build}}
+
+
+def arguments() -> dict:
+    mode = build_mode()
+    if mode == "none":
+        say("Python only, as ARL_FAST_BUILD=none asks")
+        return {}
+    reason = no_cpu_build()
+    if reason is not None:
+        if mode != "auto":
+            sys.exit(f"arl_fast: ARL_FAST_BUILD={mode}, but {reason}")
+        say(f"Python only: {reason}")
+        return {}
+    reason = no_cuda_build() if mode != "cpu" else "ARL_FAST_BUILD=cpu"
+    if reason is not None:
+        if mode == "cuda":
+            sys.exit(f"arl_fast: ARL_FAST_BUILD=cuda, but {reason}")
+        say(f"no CUDA kernels: {reason}")
+    return extension(cuda=reason is None)
+
+
+setup(**arguments())
