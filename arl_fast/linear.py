@@ -593,5 +593,5 @@ def apply_criterion(
         bias_mode,
         chunk,
     )
-    criterion._packed = packed
+    criterion._remember(packed, features)
     return loss, unpack(packed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -120,8 +120,7 @@ class ARLLoss(nn.Module):
 
     def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
         fused, unimodal, link = as_branch_logits(output)
-        self.modalities = tuple(unimodal) if isinstance(unimodal, Mapping) else None
-        loss, self._packed = packed_loss(
+        loss, packed = packed_loss(
             fused,
             unimodal,
             target,
@@ -134,7 +133,13 @@ class ARLLoss(nn.Module):
             self.options,
             self.sync_stats,
         )
+        self._remember(packed, unimodal)
         return loss
+
+    def _remember(self, packed: Tensor, modalities: Any) -> None:
+        """Keep the statistics and the names of this call; past nn.Module's own setter, which takes microseconds."""
+        object.__setattr__(self, "_packed", packed)
+        object.__setattr__(self, "modalities", tuple(modalities) if isinstance(modalities, dict) else None)
 
     def _warming(self, like: Tensor) -> bool | Tensor:
         """Whether this call is one of the first ``warmup``; counts it in training mode, where gradients are recorded."""
