@@ -103,7 +103,9 @@ class _LinearHead(_Head):
         Returns:
             loss and BranchStats, which are also in ``criterion.stats``.
         """
-        tensors = self._as_list(features)
+        tensors: Any = self._as_list(features)
+        if self.names is not None:
+            tensors = dict(zip(self.names, tensors, strict=True))
         weights, bias = self.weights_and_bias()
         mode = "split" if self.bias_mode == "split" else "full"
         if criterion is None:

@@ -190,6 +190,7 @@ class _LinearARL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        recording: bool,
         implementation: ModuleType,
         layout: _Layout,
         options: Options,
@@ -201,8 +202,8 @@ class _LinearARL(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        needs = ctx.needs_input_grad[8:]
-        grad = any(needs)
+        needs = ctx.needs_input_grad[9:]
+        grad = recording and any(needs)
         dtypes = [t.dtype for t in tensors]
         tensors = tuple(t.to(layout.dtype) for t in tensors)
         features, weights, biases = layout.split(tensors)
@@ -259,9 +260,11 @@ class _LinearARL(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Any, ...]:
+        if upstream is None:
+            return (None,) * (9 + len(ctx.needs))
         keep = torch.compiler.is_compiling() or _graph_is_kept()
         grads = _early_gradients(ctx, upstream, keep) if ctx.early else _late_gradients(ctx, upstream, keep)
-        return (None,) * 8 + tuple(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        return (None,) * 9 + tuple(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
 
 
 def _take(x: Tensor, part: slice | None) -> Tensor:
@@ -513,6 +516,7 @@ def packed_linear_loss(
         fusion, bias_mode, len(z), len(w), dtype, chunk_rows(rows, classes, len(z), dtype, first.device.type, chunk), return_logits
     )
     loss, packed, *logits = _LinearARL.apply(
+        torch.is_grad_enabled(),  # needs_input_grad would not tell: the parameters need gradients in evaluation too
         dispatch.for_loss(like, options, gamma),
         layout,
         options,

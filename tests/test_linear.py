@@ -1,0 +1,549 @@
+"""Linear head and loss in one: equal to head + arl_loss whatever the chunks, and never more than a chunk of logits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import arl_fast
+from arl_fast import ARLLoss, ConcatHead, LinearARLLoss, SharedHead, SumHead, arl_loss, dispatch, linear, linear_arl_loss
+
+CLASSES = 6
+CHUNKS = [None, 1, 4, 9]  # all rows at once; row by row; a short last chunk; exactly the batch
+HEADS = {
+    "concat-full": lambda dims: ConcatHead(dims, CLASSES),
+    "concat-split": lambda dims: ConcatHead(dims, CLASSES, bias="split"),
+    "concat-none": lambda dims: ConcatHead(dims, CLASSES, bias=False),
+    "sum": lambda dims: SumHead(dims, CLASSES),
+    "sum-none": lambda dims: SumHead(dims, CLASSES, bias=False),
+    "shared": lambda dims: SharedHead([dims[0]] * len(dims), CLASSES),
+    "shared-none": lambda dims: SharedHead([dims[0]] * len(dims), CLASSES, bias=False),
+}
+
+
+def make(kind="concat-full", modalities=2, batch=9, dtype=torch.float64, shape=()):
+    """A head whose branches disagree, features that need gradients, and class indices."""
+    dims = [5, 3, 4, 2][:modalities]
+    head = HEADS[kind](dims)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.copy_(torch.randn(p.shape))
+    head = head.to(dtype)
+    features = [torch.randn(batch, *shape, dim, dtype=torch.float64).to(dtype).requires_grad_() for dim in head.dims]
+    return head, features, torch.randint(0, CLASSES, (batch, *shape))
+
+
+def gradients(loss, head, features, upstream=None):
+    leaves = [*features, *head.parameters()]
+    return torch.autograd.grad(loss, leaves, torch.ones_like(loss) if upstream is None else upstream, allow_unused=True)
+
+
+def composed(head, features, target, upstream=None, **options):
+    """The oracle: the head's logits, then arl_loss. Dense features [B, T, D] give logits [B, C, T]."""
+    out = head(features)
+    fused, *unimodal = (x.movedim(-1, 1) for x in (out.fused, *out.unimodal))
+    loss, stats = arl_loss(fused, unimodal, target, out.link, **options)
+    return loss, stats, gradients(loss, head, features, upstream)
+
+
+def relative(got, want):
+    got, want = got.detach().double(), want.detach().double()
+    error, size = (got - want).norm(), want.norm()
+    return float(error / size) if size > 0 else float(error)
+
+
+def check(head, features, target, chunk, upstream=None, tolerance=1e-10, **options):
+    loss, stats = head.loss(features, target, chunk=chunk, **options)
+    want_loss, want_stats, want = composed(head, features, target, upstream, **options)
+    torch.testing.assert_close(loss, want_loss, rtol=tolerance, atol=tolerance, equal_nan=True)
+    for name, value in want_stats._asdict().items():
+        torch.testing.assert_close(getattr(stats, name), value, rtol=tolerance, atol=tolerance, equal_nan=True)
+        assert not getattr(stats, name).requires_grad
+    got = gradients(loss, head, features, upstream)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype
+        assert g.shape == w.shape
+        assert not g.isnan().any()
+        assert relative(g, w) < tolerance
+    return stats, got
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("modalities", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", HEADS)
+def test_equals_head_and_loss(implementation, poisoned, kind, modalities, chunk):
+    stats, got = check(*make(kind, modalities), chunk)
+    assert all(g.norm() > 1e-3 for g in got)
+    assert modalities == 1 or float(stats.gains.std()) > 1e-4  # or swapped gains would not show
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("rule", ["share", "paper", "constant", "none"])
+@pytest.mark.parametrize("gain", ["residual", "mean_one", "plain"])
+def test_rules(implementation, rule, gain, chunk):
+    check(*make(), chunk, rule=rule, gain=gain, dependence="logit_l1", temperature=3.0, gamma=2.5, entropy_floor=0.1)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("options", [dict(), dict(weight=True), dict(label_smoothing=0.2), dict(weight=True, label_smoothing=0.2)], ids=str)
+def test_cross_entropy_options(implementation, reduction, soft, options, chunk):
+    head, features, target = make()
+    options = dict(options)
+    if options.pop("weight", False):
+        options["weight"] = torch.rand(CLASSES, dtype=torch.float64) + 0.1
+    if soft:
+        target = torch.softmax(torch.randn(9, CLASSES, dtype=torch.float64), 1)
+    else:
+        target[[2, 5]] = 3
+        options["ignore_index"] = 3
+    upstream = torch.randn(9, dtype=torch.float64) if reduction == "none" else torch.tensor(0.7, dtype=torch.float64)
+    mask = torch.rand(9, 2) > 0.3
+    check(head, features, target, chunk, upstream, reduction=reduction, mask=mask, **options)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 100])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_dense(implementation, reduction, soft, chunk):
+    """Features [B, d1, d2, D]; target and returned logits as arl_loss has them, classes second."""
+    head, features, target = make("sum", batch=3, shape=(2, 4))
+    mask = torch.tensor([[True, True], [True, False], [False, True]])
+    if soft:
+        target = torch.softmax(torch.randn(3, CLASSES, 2, 4, dtype=torch.float64), 1)
+    upstream = torch.randn(3, 2, 4, dtype=torch.float64) if reduction == "none" else None
+    check(head, features, target, chunk, upstream, reduction=reduction, mask=mask)
+    weights, bias = head.weights_and_bias()
+    *_, logits = linear_arl_loss(features, weights, bias, target, fusion="sum", chunk=chunk, return_logits=True)
+    torch.testing.assert_close(logits.fused, head(features).fused.detach().movedim(-1, 1))
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_absent_modality_and_ignored_targets(implementation, poisoned, chunk):
+    head, features, target = make(modalities=3)
+    mask = torch.ones(9, 3, dtype=torch.bool)
+    mask[:, 1] = False
+    stats, got = check(head, features, target, chunk, mask=mask)
+    assert stats.gains[1] == 1
+    assert got[1].norm() > 0  # the fused prediction still reads it
+    ignored = torch.full_like(target, -100)
+    loss, _ = head.loss(features, ignored, chunk=chunk)
+    assert loss.isnan()  # as torch
+    for g in gradients(loss, head, features):
+        assert g.eq(0).all() or g.isnan().all()
+    ignored[-1] = 2  # only the last chunk has a row
+    check(head, features, ignored, chunk)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_empty_batch(implementation, reduction):
+    head, features, target = make(batch=0)
+    loss, stats = head.loss(features, target, reduction=reduction)
+    for g in gradients(loss, head, features):
+        assert g.eq(0).all()
+    assert stats.count.eq(0).all()
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_gradcheck(kind, reduction, chunk):
+    """Numerical derivatives of the loss; a gain is not part of the loss, so with one the gradients divided by it."""
+    head, features, target = make(kind, batch=5)
+    weights, bias = head.weights_and_bias()
+    leaves = [*features, *head.parameters()]
+    mode = "split" if kind == "concat-split" else "full"
+
+    def loss(*_, rule="none"):
+        return linear_arl_loss(
+            features, weights, bias, target, fusion=head.fusion, bias_mode=mode, chunk=chunk, rule=rule, reduction=reduction, gamma=1.7
+        )
+
+    assert torch.autograd.gradcheck(lambda *x: loss(*x)[0], leaves)
+    scaled, stats = loss(rule="share")
+    plain, _ = loss()
+    upstream = torch.randn_like(scaled)
+    scaled, plain = (torch.autograd.grad(x, leaves, upstream) for x in (scaled, plain))
+    for m, (g, p) in enumerate(zip(scaled, plain, strict=True)):
+        torch.testing.assert_close(g, p * stats.gains[m] if m < 2 else p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize("kind", ["concat-full", "sum", "shared"])
+def test_error_is_that_of_torch(kind, chunk, dtype):
+    """Against the same inputs in float64: not more than twice what head + arl_loss loses at this dtype."""
+    head, features, target = make(kind, batch=64, dtype=dtype)
+    exact = HEADS[kind](head.dims).double()
+    exact.load_state_dict({name: p.double() for name, p in head.state_dict().items()})
+    upstream = torch.tensor(64.0)
+    _, _, truth = composed(exact, [z.detach().double().requires_grad_() for z in features], target, upstream.double())
+    *_, torchs = composed(head, features, target, upstream)
+    loss, _ = head.loss(features, target, chunk=chunk)
+    for g, t, want in zip(gradients(loss, head, features, upstream), torchs, truth, strict=True):
+        assert g.dtype == dtype
+        assert relative(g, want) <= 2 * relative(t, want) + torch.finfo(dtype).eps / 4
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, chunk):
+    head, features, target = make("sum", batch=32, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        loss, stats = head.loss(features, target, chunk=chunk)
+        out = head(features)
+        assert out.fused.dtype == dtype
+        want, want_stats = arl_loss(out.fused, out.unimodal, target, out.link)
+    assert loss.dtype == torch.float32
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(loss, want, rtol=4 * eps, atol=0)
+    torch.testing.assert_close(stats.entropy, want_stats.entropy, rtol=4 * eps, atol=0)
+    exact, _, truth = composed(head, features, target)  # without autocast
+    assert relative(loss, exact) > eps / 100  # the products did run at the lower precision
+    for g, w, t in zip(gradients(loss, head, features), gradients(want, head, features), truth, strict=True):
+        assert g.dtype == torch.float32
+        assert relative(g, t) < 2 * relative(w, t) + eps / 4
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_float16_needs_the_loss_scale_before_it_rounds(chunk):
+    """Means over many rows have gradients below float16's smallest number; a loss scale must save them."""
+    head, features, target = make("sum", batch=4096, dtype=torch.float16)
+    scale = torch.tensor(2.0**14)
+    loss, _ = head.loss([z.detach().mul(1e-3).requires_grad_() for z in features], target, chunk=chunk)
+    exact = SumHead(head.dims, CLASSES).double()
+    exact.load_state_dict({name: p.double() for name, p in head.state_dict().items()})
+    small = [z.detach().mul(1e-3) for z in features]
+    want, _ = exact.loss([z.double() for z in small], target, rule="none")
+    weights = [layer.weight for layer in head.layers]
+    truth = torch.autograd.grad(want, [layer.weight for layer in exact.layers], scale.double())
+    for g, t in zip(torch.autograd.grad(loss, weights, scale), truth, strict=True):
+        assert relative(g, t) < 5e-3
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_retained_graph_survives(implementation, chunk, reduction):
+    head, features, target = make()
+    loss, _ = head.loss(features, target, chunk=chunk, reduction=reduction)
+    leaves = [*features, *head.parameters()]
+    upstream = torch.full_like(loss, 3.0)
+    first = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+    copies = [g.clone() for g in first]
+    for g in first:
+        g.mul_(0)  # what a user or an optimizer may do
+    again = torch.autograd.grad(loss, leaves, upstream)
+    for a, b in zip(copies, again, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match=r"second time|freed"):
+        torch.autograd.grad(loss, leaves, upstream)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_accumulation(implementation, chunk):
+    """Two micro-batches into .grad, one forward before the other's backward."""
+    head, features, target = make()
+    want = [a + b for a, b in zip(*(composed(head, features, y)[2] for y in (target, target.flip(0))), strict=True)]
+    losses = [head.loss(features, y, chunk=chunk)[0] for y in (target, target.flip(0))]
+    for loss in losses:
+        loss.backward()
+    for leaf, w in zip([*features, *head.parameters()], want, strict=True):
+        torch.testing.assert_close(leaf.grad, w)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["concat-full", "sum", "shared"])
+def test_only_wanted_gradients(kind, reduction, chunk):
+    """A frozen encoder, a frozen head, a frozen layer."""
+    head, features, target = make(kind)
+    _, _, want = composed(head, features, target)
+    leaves = [*features, *head.parameters()]
+    for frozen in itertools.chain([range(2), range(2, len(leaves))], ([i] for i in range(len(leaves)))):
+        for i, leaf in enumerate(leaves):
+            leaf.requires_grad_(i not in frozen)
+        loss, _ = head.loss(features, target, chunk=chunk, reduction=reduction)
+        wanted = [i for i in range(len(leaves)) if i not in frozen]
+        got = torch.autograd.grad(loss, [leaves[i] for i in wanted], torch.full_like(loss, 1 / 9 if reduction == "none" else 1))
+        for i, g in zip(wanted, got, strict=True):
+            torch.testing.assert_close(g, want[i])
+
+
+def test_concat_weights_in_a_list_and_dicts():
+    head, (a, b), target = make()
+    want, stats = head.loss([a, b], target)
+    pieces = [w.detach().clone().requires_grad_() for w in head.weight.split(head.dims, 1)]
+    named = dict(zip("ab", pieces, strict=True))
+    for weights in (pieces, dict(reversed(named.items()))):
+        features = {"a": a, "b": b}
+        loss, got, logits = linear_arl_loss(features, weights, head.bias, target, chunk=4, return_logits=True)
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(got.gains, stats.gains)
+        assert list(logits.unimodal) == ["a", "b"]
+        grads = torch.autograd.grad(loss, pieces)
+        torch.testing.assert_close(torch.cat(grads, 1), torch.autograd.grad(want, head.weight, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("kind", ["concat-full", "concat-split", "shared"])
+def test_returned_logits(kind, chunk):
+    head, features, target = make(kind)
+    weights, bias = head.weights_and_bias()
+    mode = "split" if kind == "concat-split" else "full"
+    loss, _, logits = linear_arl_loss(features, weights, bias, target, fusion=head.fusion, bias_mode=mode, chunk=chunk, return_logits=True)
+    want = head(features)
+    for got, x in zip([logits.fused, *logits.unimodal], [want.fused, *want.unimodal], strict=True):
+        assert not got.requires_grad
+        torch.testing.assert_close(got, x.detach())
+    assert logits.link is None
+    loss.backward()
+
+
+class Largest(TorchDispatchMode):
+    """The most float32 elements in the memory of any tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // 4)
+        return out
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_never_more_than_a_chunk_of_logits(reduction, soft, monkeypatch):
+    """Forward and backward, with 64 x 1000 logits and chunks of 8 rows."""
+    monkeypatch.setattr(dispatch, "override", "reference")
+    head = ConcatHead([3, 2], 1000)
+    features = [torch.randn(64, dim, requires_grad=True) for dim in (3, 2)]
+    target = torch.randint(0, 1000, (64,))
+    if soft:
+        target = torch.nn.functional.one_hot(target, 1000).float()
+    with Largest() as largest:
+        loss, _ = head.loss(features, target, chunk=8, reduction=reduction)
+        loss.sum().backward()
+    assert largest.elements <= (64 * 1000 if soft else 8 * 1000)  # soft targets are given whole
+
+
+def test_chunk_follows_the_memory_budget():
+    for classes, modalities, dtype in itertools.product(
+        [6, 1000, 32000, 262144], [1, 2, 4], [torch.float32, torch.bfloat16, torch.float16]
+    ):
+        size = 6 if dtype == torch.float16 else 2 * dtype.itemsize
+        for rows in (1, 64, 4096, 100_000):
+            chunk = linear.chunk_rows(rows, classes, modalities, dtype, "cpu")
+            held = min(chunk, rows) * (modalities + 1) * classes * size
+            assert held <= linear.BUDGET["cpu"]
+            number = -(-rows // chunk)
+            assert chunk * number - rows < max(16 * number, chunk)  # chunks of about one size
+    assert linear.chunk_rows(10**9, 10**9, 4, torch.float32, "cpu") == 1
+
+
+def test_evaluation_makes_no_gradients(implementation, monkeypatch):
+    head, features, target = make()
+    want, want_stats, _ = composed(head, features, target)
+    asked = []
+    module = dispatch.load(implementation, "cpu")[0]
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda *args: asked.append(args[-1]) or forward(*args))
+    monkeypatch.setattr(linear._Sums, "__init__", lambda *args: pytest.fail("gradient buffers in evaluation"))
+    for chunk in (None, 4):
+        with torch.no_grad():
+            loss, stats = head.loss(features, target, chunk=chunk)
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, want.detach())
+        torch.testing.assert_close(stats.gains, want_stats.gains)
+    assert asked
+    assert not any(asked)
+
+
+def test_deterministic(implementation):
+    head, features, target = make(batch=64, dtype=torch.float32)
+    for chunk in (None, 7):
+        runs = []
+        for _ in range(2):
+            loss, stats = head.loss(features, target, chunk=chunk)
+            runs.append([loss.detach(), *stats, *gradients(loss, head, features)])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reduction", "chunk"),
+    [("concat-full", "none", None), ("concat-full", "mean", 5), ("sum", "none", 5), ("shared", "mean", None)],
+)
+def test_compiled_without_a_graph_break(kind, reduction, chunk):
+    torch.compiler.reset()
+    head, features, target = make(kind)
+    compiled = torch.compile(lambda z, y: head.loss(z, y, chunk=chunk, reduction=reduction), fullgraph=True)
+    upstream = torch.randn(9, dtype=torch.float64) if reduction == "none" else None
+    want, want_stats, want_grads = composed(head, features, target, upstream, reduction=reduction)
+    loss, stats = compiled(features, target)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(stats.gains, want_stats.gains)
+    for g, w in zip(gradients(loss, head, features, upstream), want_grads, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_compiled_for_any_batch_size():
+    torch.compiler.reset()
+    compiled = torch.compile(lambda head, z, y: head.loss(z, y), fullgraph=True)
+    head, features, target = make()
+    for x in (*features, target):
+        torch._dynamo.mark_dynamic(x, 0)
+    compiled(head, features, target)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in (5, 17):
+            z = [x.detach()[:1].repeat(batch, 1).requires_grad_() for x in features]
+            y = target[:1].repeat(batch)
+            want, _, want_grads = composed(head, z, y)
+            loss, _ = compiled(head, z, y)
+            torch.testing.assert_close(loss, want)
+            for g, w in zip(gradients(loss, head, z), want_grads, strict=True):
+                torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_criterion(implementation, chunk):
+    """head.loss with an ARLLoss: its options, class weights, warm-up counter and stats."""
+    head, features, target = make()
+    weight = torch.rand(CLASSES, dtype=torch.float64) + 0.1
+    options = dict(gamma=2.0, rule="constant", gain="plain", warmup=1, weight=weight, label_smoothing=0.1)
+    fused, plain = ARLLoss(**options), ARLLoss(**options)
+    module = LinearARLLoss(chunk=chunk, **options)
+    assert set(module.state_dict()) == {"weight", "steps"}
+    for step in range(2):
+        want = plain(head(features), target)
+        loss, stats = head.loss(features, target, fused, chunk=chunk)
+        other = module(features, head.weight, head.bias, target)
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(other, want)
+        assert torch.equal(stats.gains, fused.stats.gains)
+        torch.testing.assert_close(module.stats.gains, plain.stats.gains)
+        assert stats.gains[0] == (1.0 if step == 0 else 0.5)
+        for got in (loss, other):
+            for g, w in zip(
+                gradients(got, head, features), gradients(plain_loss(plain, head, features, target, step), head, features), strict=True
+            ):
+                torch.testing.assert_close(g, w)
+    assert int(fused.steps) == int(module.steps) == 2
+    assert LinearARLLoss.paper("crema-d", fusion="sum").gamma == 4.0
+    assert "chunk=8" in repr(LinearARLLoss(chunk=8))
+
+
+def plain_loss(criterion, head, features, target, step):
+    """The criterion's loss in its state of ``step``, without counting."""
+    again = ARLLoss(**{**criterion.options._asdict(), "gamma": criterion.gamma, "weight": criterion.weight, "warmup": 1})
+    again.steps.fill_(step)
+    return again(head(features), target)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_tensor_schedule(implementation, chunk, reduction):
+    head, features, target = make()
+    warming = torch.tensor(False)
+    gamma = torch.tensor(2.0)
+    loss, _ = head.loss(features, target, gamma=gamma, warming=warming, chunk=chunk, reduction=reduction)
+    want, _, want_grads = composed(head, features, target, gamma=2.0, reduction=reduction)
+    gamma.fill_(9.0)  # the next step's; this one's backward has still to run
+    torch.testing.assert_close(loss, want)
+    for g, w in zip(gradients(loss, head, features), want_grads, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_callable_rule_sees_the_batch_once(implementation):
+    head, features, target = make()
+    seen = []
+
+    def rule(stats):
+        seen.append(stats)
+        return torch.softmax(stats.entropy, 0)
+
+    check(head, features, target, 4, rule=rule)
+    assert len(seen) == 2  # once here, once in head + arl_loss
+    torch.testing.assert_close(seen[0].entropy, seen[1].entropy)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_target_out_of_range(implementation, chunk):
+    head, features, target = make()
+    target[-1] = CLASSES
+    with pytest.raises(IndexError, match="got class 6"):
+        head.loss(features, target, chunk=chunk, weight=torch.ones(CLASSES, dtype=torch.float64))
+
+
+def test_modulated_features_are_not_scaled_twice():
+    """A link that no loss uses is harmless: features may come out of modulate."""
+    head, features, target = make()
+    want = composed(head, features, target)[2]
+    modulated, _ = arl_fast.modulate(features)
+    loss, _ = head.loss(modulated, target)
+    for g, w in zip(gradients(loss, head, features), want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+Z = [torch.randn(4, 5), torch.randn(4, 3)]
+W = torch.randn(CLASSES, 8)
+Y = torch.randint(0, CLASSES, (4,))
+B = torch.randn(CLASSES)
+ERRORS = {
+    "features-tensor": (dict(features=Z[0]), TypeError, "features: got a Tensor of shape"),
+    "features-none": (dict(features=[]), TypeError, "features: got list"),
+    "features-vector": (dict(features=[Z[0], Z[1][0]]), ValueError, r"features\[1\]: got a Tensor of shape \[3\], expected \[4, D_m\]"),
+    "features-batch": (dict(features=[Z[0], Z[1][:2]]), ValueError, r"features\[1\].*expected \[4, D_m\]"),
+    "features-type": (dict(features=[Z[0], 3]), TypeError, r"features\[1\]: got int"),
+    "features-int": (dict(features=[Z[0].long(), Z[1]]), TypeError, r"features\[0\]: got dtype torch.int64"),
+    "features-dtype": (dict(features=[Z[0], Z[1].double()]), TypeError, r"features\[1\]: got dtype torch.float64.*torch.autocast"),
+    "features-device": (dict(features=[Z[0], Z[1].to("meta")]), ValueError, r"features\[1\]: got device meta"),
+    "shared-sizes": (dict(fusion="shared", weights=W), ValueError, r"one feature size for all modalities, got \[5, 3\]"),
+    "weights-shape": (dict(weights=W[:, :7]), ValueError, r"weights: got a Tensor of shape \[6, 7\], expected \[C, 8\]"),
+    "weights-number": (dict(weights=[W[:, :5]]), ValueError, "weights: got 1 tensors, expected one for each of the 2 modalities"),
+    "weights-classes": (dict(weights=[W[:, :5], W[:5, 5:]]), ValueError, r"weights\[1\].*expected C = 6 rows"),
+    "weights-type": (dict(weights=3), TypeError, "weights: got int"),
+    "weights-dtype": (dict(weights=W.bfloat16()), TypeError, "weights: got dtype torch.bfloat16"),
+    "weights-keys": (
+        dict(features=dict(zip("ab", Z, strict=True)), weights={"a": W, "c": W}),
+        ValueError,
+        r"weights: got a dict with the keys",
+    ),
+    "sum-weights": (dict(fusion="sum"), TypeError, r"weights: got a Tensor of shape \[6, 8\], expected a dict or a sequence"),
+    "bias-shape": (dict(bias=B[:5]), ValueError, r"bias: got a Tensor of shape \[5\], expected \[C\] = \[6\]"),
+    "sum-bias": (dict(fusion="sum", weights=[W[:, :5], W[:, 5:]], bias=B), TypeError, r"bias: got a Tensor of shape \[6\]"),
+    "bias-sequence": (dict(bias=[B, B]), TypeError, "bias: got list"),
+    "target-shape": (dict(target=Y[:3]), ValueError, "target: got class indices of shape"),
+    "fusion": (dict(fusion="gated"), ValueError, "fusion: got 'gated', expected one of 'concat', 'sum', 'shared'"),
+    "bias_mode": (dict(bias_mode="half"), ValueError, "bias_mode: got 'half'"),
+    "chunk": (dict(chunk=0), ValueError, "chunk: got 0, expected a number of rows >= 1"),
+    "chunk-bool": (dict(chunk=True), ValueError, "chunk: got True"),
+    "mask": (dict(mask=torch.ones(4, 3, dtype=torch.bool)), ValueError, "mask: got shape"),
+    "rule": (dict(rule="sharp"), ValueError, "rule: got 'sharp'"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_the_argument(case):
+    changes, error, message = ERRORS[case]
+    arguments = {**dict(features=Z, weights=W, bias=B, target=Y), **changes}
+    with pytest.raises(error, match=message):
+        linear_arl_loss(**arguments)
+
+
+def test_errors_of_heads_and_modules():
+    head, features, target = make()
+    with pytest.raises(TypeError, match="criterion: got CrossEntropyLoss"):
+        head.loss(features, target, torch.nn.CrossEntropyLoss())
+    with pytest.raises(TypeError, match="options belong to the criterion"):
+        head.loss(features, target, ARLLoss(), gamma=2.0)
+    with pytest.raises(ValueError, match=r"features\[0\]: got shape \[9, 4\], expected \[B, 5\]"):
+        head.loss([features[0][:, :4], features[1]], target)
+    with pytest.raises(ValueError, match="fusion: got 'cat'"):
+        LinearARLLoss(fusion="cat")
+    with pytest.raises(ValueError, match="chunk: got -1"):
+        LinearARLLoss(chunk=-1)
