@@ -93,7 +93,7 @@ def check_logits(fused: Tensor, unimodal: Unimodal, link: Tensor | None) -> tupl
 def _check_link(link: Tensor, names: Sequence, fused: Tensor) -> None:
     if not isinstance(link, Tensor):
         raise TypeError(f"link: got {type(link).__name__}, expected the second result of arl_fast.modulate")
-    if link.shape != (len(names),):
+    if link.dim() != 1 or link.shape[0] == 0 or link.shape[0] % len(names):  # the links of several replicas may be concatenated
         raise ValueError(f"link: got shape {list(link.shape)}, expected [{len(names)}], one entry per modality")
     if link.device != fused.device:
         raise ValueError(f"link: got device {link.device}, expected that of the logits, {fused.device}")

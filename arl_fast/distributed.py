@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import reference, rules
 from .branches import Unimodal, check_logits
-from .functional import _from_rows, _mask_rows, _to_rows, prepare, require_link
+from .functional import _from_rows, _mask_rows, _to_rows, for_link, prepare, refuse_second_derivatives, refuse_transforms, require_link
 from .options import Options, make_options
-from .stats import BranchStats, link_gradient, unpack, unpack_sums
+from .stats import BranchStats, unpack, unpack_sums
 
 _SPLIT = 1 << 20  # class numbers cross the wire as two floats, each exact in float32
 
@@ -343,16 +343,16 @@ class _ShardedLoss(torch.autograd.Function):
             loss, packed, factor = synchronise(loss, packed, schedule, options, batch_group)
         if grad:
             ctx.shape, ctx.dtype = logits[0].shape, logits[0].dtype
-            ctx.link = link is not None and ctx.needs_input_grad[8]
-            ctx.save_for_backward(link_gradient(packed) if ctx.link else None, factor, *grads)
+            link_grad = for_link(link, packed) if link is not None and ctx.needs_input_grad[8] else None
+            ctx.save_for_backward(link_grad, factor, *grads)
         if options.reduction == "none":
             loss = loss.view(logits[0].shape[:1] + logits[0].shape[2:])
         ctx.mark_non_differentiable(packed)
         return loss, packed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Any, ...]:
+        refuse_second_derivatives()
         link, factor, *grads = ctx.saved_tensors
         upstream = upstream.reshape(-1) if upstream.dim() else upstream
         scaled = reference.scale(grads, upstream, factor, ctx.dtype, True)
@@ -403,6 +403,7 @@ def sharded_arl_loss(
         RuntimeError: torch.distributed is not initialised.
         ValueError: the shards leave gaps or overlap (on a GPU, and when compiled: the loss is NaN); else as ``arl_loss``.
     """
+    refuse_transforms("sharded_arl_loss")
     options = make_options(rule, dependence, entropy_floor, gain, ignore_index, label_smoothing, reduction)
     logits = check_logits(fused, unimodal, link)
     weight, schedule, batch_group = prepare(fused, len(logits) - 1, target, mask, weight, gamma, temperature, warming, options, sync_stats)

@@ -15,7 +15,9 @@ from .options import Options, check_scalar, make_options
 from .reference import compute_dtype
 from .stats import BranchStats, link_gradient, unpack
 
-# Whether this backward may hand out the saved gradients themselves: under retain_graph they must survive it.
+# _transformed: whether a transform of torch.func runs. _graph_is_kept: whether this backward may not hand out the saved gradients
+# themselves, because under retain_graph they must survive it.
+_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -76,6 +78,7 @@ def modulate(features: Mapping[str, Tensor] | Sequence[Tensor]) -> tuple[dict[st
             raise TypeError(f"features[{name!r}]: got dtype {z.dtype}, expected floating point")
         if z.device != tensors[0].device:
             raise ValueError(f"features[{name!r}]: got device {z.device}, expected that of the first modality, {tensors[0].device}")
+    refuse_transforms("modulate")
     *tensors, link = _Modulate.apply(*tensors)
     if isinstance(features, Mapping):
         if not torch.compiler.is_compiling():
@@ -124,16 +127,16 @@ class _ARLLoss(torch.autograd.Function):
         if grad:
             ctx.implementation = implementation
             ctx.shape, ctx.dtype = logits[0].shape, logits[0].dtype
-            ctx.link = link is not None and ctx.needs_input_grad[7]
-            ctx.save_for_backward(link_gradient(packed) if ctx.link else None, factor, *grads)
+            link_grad = for_link(link, packed) if link is not None and ctx.needs_input_grad[7] else None
+            ctx.save_for_backward(link_grad, factor, *grads)
         if options.reduction == "none":
             loss = loss.view(logits[0].shape[:1] + logits[0].shape[2:])
         ctx.mark_non_differentiable(packed)
         return loss, packed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Any, ...]:
+        refuse_second_derivatives()
         link, factor, *grads = ctx.saved_tensors
         if upstream is None:  # nothing depends on the loss
             return (None,) * (8 + len(grads))
@@ -141,6 +144,30 @@ class _ARLLoss(torch.autograd.Function):
         upstream = upstream.reshape(-1) if upstream.dim() else upstream
         scaled = ctx.implementation.scale(grads, upstream, factor, ctx.dtype, keep)
         return (None,) * 7 + (link, *(_from_rows(g, ctx.shape) for g in scaled))
+
+
+def for_link(link: Tensor, packed: Tensor) -> Tensor:
+    """gains - 1, as often as the link holds the modalities: DataParallel concatenates the links of its replicas."""
+    gradient = link_gradient(packed)
+    return gradient if link.shape == gradient.shape else gradient.repeat(link.shape[0] // gradient.shape[0])
+
+
+def refuse_second_derivatives() -> None:
+    """In the backward of a loss whose gradients were computed in forward: under create_graph they would pass for constants."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "arl_loss: got a backward with create_graph=True, but its gradients are computed in the forward pass and have no "
+            "derivatives of their own; use torch.nn.functional.cross_entropy on the branches where second derivatives are needed"
+        )
+
+
+def refuse_transforms(what: str) -> None:
+    """torch.func differentiates and batches functions by rules which the link, an edge between two autograd nodes, is outside of."""
+    if _transformed():
+        raise RuntimeError(
+            f"{what}: called inside a transform of torch.func (grad, vmap, jvp, ...), which cannot carry the link from the loss to the "
+            "encoders: use loss.backward() or torch.autograd.grad; for predictions alone, head.branches(features) returns the logits"
+        )
 
 
 def _to_rows(x: Tensor) -> Tensor:
@@ -237,6 +264,7 @@ def packed_loss(
     implementation: ModuleType | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What arl_loss and ARLLoss share: check, choose the implementation, apply. Returns the loss and the packed stats."""
+    refuse_transforms("arl_loss")
     logits = check_logits(fused, unimodal, link)
     weight, schedule, group = prepare(fused, len(logits) - 1, target, mask, weight, gamma, temperature, warming, options, sync_stats)
     require_link(link, logits, options)
