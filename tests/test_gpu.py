@@ -1,0 +1,364 @@
+"""On a GPU: the contract and the link once more, for every implementation that serves it, and what only a GPU can get wrong.
+
+Skipped without one. ARL_TEST_DEVICE=cpu runs what can run on a CPU, to see that the file itself is sound.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic matrix products
+
+import oracle
+import pytest
+import torch
+
+import arl_fast
+from arl_fast import ARLLoss, BranchLogits, ConcatHead, arl_loss, dispatch, reference
+
+DEVICE = os.environ.get("ARL_TEST_DEVICE", "cuda")
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+# Their tests are collected here again, with the fixtures below.
+from test_contract import *  # noqa: E402, F403
+from test_contract import make, relative, run  # noqa: E402
+from test_link import *  # noqa: E402, F403
+
+pytestmark: list = []  # not that of test_contract
+gpu_only = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+TRUTH = oracle.arl
+
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def implementation(request, monkeypatch):
+    module, reason = dispatch.load(request.param, DEVICE)
+    if module is None:
+        pytest.skip(f"{request.param}: {reason}")
+    monkeypatch.setattr(dispatch, "override", request.param)
+    return request.param
+
+
+@pytest.fixture
+def kernels(implementation):
+    """The implementations that promise few launches and no more memory than the gradients."""
+    if implementation == "reference":
+        pytest.skip("plain torch promises neither")
+    return implementation
+
+
+@pytest.fixture
+def poisoned():
+    """As in conftest.py, but torch's own operations may lack a deterministic form on a GPU."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _truth_on_cpu(logits, target, **options):
+    def away(value):
+        return value.cpu() if isinstance(value, torch.Tensor) else value
+
+    with torch.device("cpu"):
+        truth = TRUTH([x.cpu() for x in logits], target.cpu(), **{name: away(value) for name, value in options.items()})
+    return oracle.Truth(truth.loss.to(DEVICE), [g.to(DEVICE) for g in truth.grads], truth.stats)
+
+
+@pytest.fixture
+def plain_device():
+    """Tensors of this test are made where the test says."""
+
+
+@pytest.fixture(autouse=True)
+def on_device(monkeypatch, request):
+    """Tensors are made on the GPU; float64 truth, with its loops over rows, is computed on the CPU."""
+    monkeypatch.setattr(oracle, "arl", _truth_on_cpu)
+    if "plain_device" in request.fixturenames:  # tests of what the library does with tensors of the CPU
+        yield
+        return
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
+def test_target_out_of_range(implementation):
+    """Checking would stall: the row's loss is NaN, and so is everything it enters; nothing outside is read."""
+    if DEVICE == "cpu":
+        pytest.skip("an error on a CPU")
+    logits, target = make()
+    for bad in (5, -1, 2**40):
+        target[3] = bad
+        loss, grads, stats = run(logits, target)
+        assert loss.isnan()
+        assert stats.loss.isnan().all()
+        for g in grads:
+            assert g[3].isnan().all()
+        rows, _, _ = run(logits, target, reduction="none")
+        assert rows.isnan().tolist() == [i == 3 for i in range(len(target))]
+
+
+def branches(batch, classes, modalities=2, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return [torch.randn(batch, classes, dtype=dtype) * 2 for _ in range(modalities + 1)], torch.randint(0, classes, (batch,))
+
+
+SIZES = [(64, 6), (64, 309), (333, 1001), (2048, 1000), (129, 32000), (8192, 8), (5, 128256)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "classes"), SIZES)
+@pytest.mark.parametrize("modalities", [2, 5])
+def test_parity_with_float64(kernels, poisoned, batch, classes, modalities, dtype):
+    """Sizes of every launch plan, against the reference in float64."""
+    logits, target = branches(batch, classes, modalities, dtype)
+    target[::7] = -100
+    mask = torch.rand(batch, modalities) > 0.2
+    upstream = torch.tensor(1.7)
+    options = dict(gamma=1.3, label_smoothing=0.1, mask=mask, weight=torch.rand(classes) + 0.5)
+    loss, grads, stats = run(logits, target, upstream=upstream, **options)
+    want_loss, want, want_stats = run([x.double() for x in logits], target, upstream=upstream.double(), **options, implementation=reference)
+    assert relative(loss, want_loss) < 2e-5
+    limit = {torch.float32: 5e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]  # rounded twice, before and after the upstream gradient
+    assert all(relative(g, w) < limit for g, w in zip(grads, want, strict=True))
+    for name, got, expected in zip(stats._fields, stats, want_stats, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_int32_targets(implementation):
+    logits, target = branches(64, 101)
+    for a, b in zip(run(logits, target.int())[1], run(logits, target)[1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("batch", "classes"), [(64, 6), (700, 309), (64, 32000)])
+def test_bitwise_the_same_in_a_hundred_runs(kernels, batch, classes):
+    logits, target = branches(batch, classes)
+    first = run(logits, target, upstream=torch.tensor(0.3))
+    for _ in range(100):
+        again = run(logits, target, upstream=torch.tensor(0.3))
+        for a, b in zip([first[0], *first[1], *first[2]], [again[0], *again[1], *again[2]], strict=True):
+            assert torch.equal(a, b)
+
+
+def training_step(seed=0, batch=64, classes=101, **options):
+    """Encoders, head, loss and a callable that runs forward and backward on static inputs."""
+    torch.manual_seed(seed)
+    encoders = torch.nn.ModuleList(torch.nn.Linear(32, 48) for _ in range(2))
+    head = ConcatHead([48, 48], classes)
+    criterion = ARLLoss(**options)
+    criterion.to(DEVICE)
+    inputs, target = [torch.randn(batch, 32) for _ in range(2)], torch.randint(0, classes, (batch,))
+    parameters = [*encoders.parameters(), *head.parameters()]
+
+    def step():
+        loss = criterion(head([torch.tanh(e(x)) for e, x in zip(encoders, inputs, strict=True)]), target)
+        return [loss, *torch.autograd.grad(loss, parameters)]
+
+    return step, inputs, target, criterion
+
+
+VARIANTS = {
+    "default": {},
+    "warm-up": dict(warmup=5),
+    "tensors": "tensors",
+    "callable rule": dict(rule=lambda stats: torch.softmax(stats.entropy, 0)),
+    "weights, smoothing": dict(weight=torch.ones(101), label_smoothing=0.1, ignore_index=3),
+    "none": dict(rule="none"),
+}
+
+
+def variant(name):
+    chosen = VARIANTS[name]
+    return dict(gamma=torch.tensor(2.0), temperature=torch.tensor(3.0)) if chosen == "tensors" else chosen
+
+
+@gpu_only
+@pytest.mark.parametrize("name", VARIANTS)
+def test_never_waits_for_the_device(implementation, name):
+    step, *_ = training_step(**variant(name))
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu_only
+@pytest.mark.parametrize("name", VARIANTS)
+def test_captured_in_a_graph_and_replayed(implementation, name):
+    """Replays on new inputs equal the eager step on them, bit for bit, again and again."""
+    step, inputs, target, criterion = training_step(**variant(name))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(6):  # past the warm-up of the loss as well
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+        stats = criterion.stats
+    for seed in range(3):
+        torch.manual_seed(100 + seed)
+        for x in inputs:
+            x.normal_()
+        target.random_(0, 101)
+        graph.replay()
+        graph.replay()
+        replayed = [t.clone() for t in [*captured, *stats]]
+        eager = step()
+        for a, b in zip(replayed, [*eager, *criterion.stats], strict=True):
+            assert torch.equal(a, b)
+
+
+@gpu_only
+def test_other_streams(implementation):
+    """On a stream of its own, and on two at once without a wait between: no workspace is shared by mistake."""
+    cases = [branches(512, 309, seed=s) for s in range(2)] + [branches(64, 32000, seed=9)]
+    want = [run(*case) for case in cases]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    found = []
+    for _ in range(20):
+        round_ = []
+        for stream, case in zip(streams, cases, strict=True):
+            with torch.cuda.stream(stream):
+                round_.append(run(*case))
+        found.append(round_)
+    torch.cuda.synchronize()
+    for round_ in found:
+        for got, expected in zip(round_, want, strict=True):
+            for a, b in zip([got[0], *got[1], *got[2]], [expected[0], *expected[1], *expected[2]], strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_in_one_graph(implementation, dynamic):
+    step, inputs, target, criterion = training_step()
+    want = [t.clone() for t in step()]
+    gains = criterion.stats.gains.clone()
+    torch.manual_seed(0)
+    encoders = torch.nn.ModuleList(torch.nn.Linear(32, 48) for _ in range(2))
+    head = ConcatHead([48, 48], 101)
+    criterion = ARLLoss()
+
+    def forward(inputs, target):
+        return criterion(head([torch.tanh(e(x)) for e, x in zip(encoders, inputs, strict=True)]), target)
+
+    torch.compiler.reset()
+    loss = torch.compile(forward, fullgraph=True, dynamic=dynamic)(inputs, target)
+    got = [loss, *torch.autograd.grad(loss, [*encoders.parameters(), *head.parameters()])]
+    torch.testing.assert_close(criterion.stats.gains, gains)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@gpu_only
+@pytest.mark.parametrize(("batch", "classes"), [(64, 6), (64, 309), (2048, 1000)])
+def test_launches(kernels, batch, classes):
+    """Forward is one launch, backward for an upstream gradient of 1 at most two, torch's own fill of it included."""
+    from benchmarks.measure import count_launches
+
+    logits, target = branches(batch, classes)
+    leaves = [x.requires_grad_() for x in logits]
+    link = torch.zeros(2, requires_grad=True)
+    criterion = ARLLoss()
+
+    def record():
+        return criterion(BranchLogits(leaves[0], leaves[1:], link), target)
+
+    assert count_launches(record) == 1
+    assert count_launches(lambda: torch.autograd.grad(record(), [*leaves, link])) <= 3
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_is_the_gradients_and_none_in_evaluation(kernels, dtype):
+    from benchmarks.measure import peak_bytes
+
+    logits, target = branches(512, 4000, dtype=dtype)
+    size = sum(x.numel() * x.element_size() for x in logits)
+    leaves = [x.requires_grad_() for x in logits]
+
+    def step():
+        return torch.autograd.grad(arl_loss(leaves[0], leaves[1:], target, rule="none")[0], leaves)
+
+    def evaluation():
+        with torch.no_grad():
+            return arl_loss(logits[0], logits[1:], target)
+
+    slack = 1 << 20  # workspaces, the allocator's rounding
+    assert peak_bytes(step, "cuda") <= size + slack
+    assert peak_bytes(evaluation, "cuda") <= slack
+
+
+@gpu_only
+def test_what_comes_from_the_cpu(implementation, plain_device):
+    """Numbers and 0-d tensors of the CPU are taken; tensors on another device than the logits are named."""
+    logits = [torch.randn(8, 5, device="cuda") for _ in range(3)]
+    target = torch.randint(0, 5, (8,), device="cuda")
+    want = arl_loss(logits[0], logits[1:], target, gamma=2.0, temperature=3.0)
+    got = arl_loss(logits[0], logits[1:], target, gamma=torch.tensor(2.0), temperature=torch.tensor(3.0), warming=torch.tensor(False))
+    torch.testing.assert_close(got[0], want[0])
+    with pytest.raises(ValueError, match="target: got device cpu"):
+        arl_loss(logits[0], logits[1:], target.cpu())
+
+
+@gpu_only
+def test_autocast_and_loss_scale(implementation):
+    """float16 logits and a loss scale: gradients that would round to zero survive it."""
+    logits, target = branches(4096, 1000, dtype=torch.float16)
+    leaves = [x.requires_grad_() for x in logits]
+    scale = torch.tensor(65536.0)
+    loss, _ = arl_loss(leaves[0], leaves[1:], target, rule="none")
+    grads = torch.autograd.grad(loss * scale, leaves)
+    doubles = [x.detach().double().requires_grad_() for x in logits]
+    loss, _ = arl_loss(doubles[0], doubles[1:], target, rule="none", implementation=reference)
+    for g, w in zip(grads, torch.autograd.grad(loss * scale, doubles), strict=True):
+        assert relative(g, w) < 1e-3
+
+
+@gpu_only
+def test_more_than_two_to_the_31_elements(kernels):
+    rows, classes = 70_000, 32_000
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GB")
+    logits = [torch.empty(rows, classes, dtype=torch.bfloat16).normal_() for _ in range(2)]
+    target = torch.randint(0, classes, (rows,))
+    loss, grads, _ = run(logits, target, gamma=0.5)
+    assert torch.isfinite(loss)
+    for x, g, weight in zip(logits, grads, (1.0, 0.5), strict=True):
+        for part in (slice(0, 3), slice(rows // 2, rows // 2 + 3), slice(rows - 3, rows)):
+            p = torch.softmax(x[part].double(), 1)
+            p[torch.arange(3), target[part]] -= 1
+            assert relative(g[part], p * weight / rows) < 4e-3
+
+
+@pytest.mark.skipif(DEVICE != "cuda" or torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_second_device_while_the_first_is_current(implementation, plain_device):
+    logits = [torch.randn(64, 101, device="cuda:1") for _ in range(3)]
+    target = torch.randint(0, 101, (64,), device="cuda:1")
+    loss, stats = arl_loss(logits[0], logits[1:], target)
+    want, _ = arl_loss(*([logits[0].cpu(), [x.cpu() for x in logits[1:]], target.cpu()]), implementation=reference)
+    torch.testing.assert_close(loss.cpu(), want)
+    assert stats.gains.device.index == 1
+
+
+@pytest.mark.parametrize(("batch", "classes", "dtype"), [(5, 3, torch.float32), (33, 129, torch.bfloat16), (3, 5000, torch.float16)])
+def test_small_steps(implementation, batch, classes, dtype):
+    """Few, small and of every kind: what compute-sanitizer is run on."""
+    logits, target = branches(batch, classes, 3, dtype)
+    mask = torch.ones(batch, 3, dtype=torch.bool)
+    mask[0, 1] = False
+    run(logits, target, mask=mask, upstream=torch.tensor(2.0))
+    run(logits, torch.softmax(torch.randn(batch, classes), 1), reduction="none", weight=torch.ones(classes), upstream=torch.ones(batch))
+    wide = [torch.cat([x[:, :1], x], 1)[:, 1:] for x in logits]
+    run(wide, target, label_smoothing=0.1)
+    with torch.no_grad():
+        arl_loss(logits[0], logits[1:], target)
+    z = [torch.randn(batch, 7, requires_grad=True) for _ in range(3)]
+    head = arl_fast.SharedHead([7, 7, 7], classes)
+    ARLLoss()(head(z), target).backward()
