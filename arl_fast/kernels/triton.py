@@ -19,14 +19,12 @@ from .. import rules
 from ..options import Options
 from ..reference import check_targets, compute_dtype, grad_dtype
 from ..stats import packed_length
-from . import triton_rule
+from . import triton_ops, triton_rule
 from .triton_forward import count_kernel, forward_kernel
 from .triton_multiply import modulate_kernel, scale_kernel
 
 INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
 MINIMUM = (3, 6)
-ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INT32 = 2**31 - 1
 
 
 def unavailable(device: str) -> str | None:
@@ -57,6 +55,15 @@ def describe(device: str) -> str:
 @functools.cache
 def multiprocessors(index: int) -> int:
     return 4 if INTERPRETED else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def launch_options(plan: triton_rule.Plan) -> dict[str, int]:
+    if INTERPRETED:
+        return {}
+    if torch.version.hip is not None:
+        return {"num_warps": plan.threads // triton.runtime.driver.active.get_current_target().warp_size}
+    return {"num_warps": plan.threads // 32, "maxnreg": plan.registers}
 
 
 class Tickets:
@@ -160,7 +167,8 @@ def _launch_forward(
     weight = None if weight is None else weight.contiguous()
     on_device, gamma, temperature, warming = _schedule(schedule)
 
-    plan = triton_rule.plan(classes, x0.element_size())
+    heavy = soft or options.label_smoothing > 0 or options.dependence == "logit_l1"
+    plan = triton_rule.plan(classes, x0.element_size(), heavy)
     sms = multiprocessors(device.index)
     programs = triton_rule.programs(rows, branches, plan, sms)
     loss = torch.empty((), dtype=dtype, device=device)
@@ -171,9 +179,10 @@ def _launch_forward(
 
     with _Guard(device):
         parts = 1
-        if grad and options.reduction == "mean" and norm is None and (counting := triton_rule.counting_programs(rows)):
-            norm, parts = torch.empty((branches, counting), dtype=dtype, device=device), counting
-            count_kernel[(counting, branches)](
+        if grad and options.reduction == "mean" and norm is None and rows > triton_rule.COUNT_IN_PLACE:
+            parts = triton_rule.COUNT_PROGRAMS
+            norm = torch.empty((branches, parts), dtype=dtype, device=device)
+            count_kernel[(parts, branches)](
                 target, mask, weight, norm, rows, classes, branches, options.ignore_index, soft, triton_rule.COUNT_BLOCK
             )
         forward_kernel[(programs, branches)](
@@ -206,18 +215,18 @@ def _launch_forward(
             options.gain,
             options.entropy_floor,
             plan.online,
-            plan.rows,
-            plan.block,
             plan.steps,
+            plan.owners,
+            plan.lanes,
             triton_rule.COUNT_BLOCK,
-            num_warps=plan.warps,
+            **launch_options(plan),
         )
     if per_row is not None:  # Eq. 22 by row
         if on_device is not None:
-            gamma_row = torch.where(on_device[2] != 0, 1.0, on_device[0])
+            unimodal = torch.where(on_device[2] != 0, 1.0, on_device[0]) * per_row[1:].sum(0)
         else:
-            gamma_row = 1.0 if warming else gamma
-        loss = per_row[0] + gamma_row * per_row[1:].sum(0)
+            unimodal = (1.0 if warming else gamma) * per_row[1:].sum(0)
+        loss = per_row[0] + unimodal
     return loss, packed, grads
 
 
@@ -251,9 +260,7 @@ def forward(
 # backward
 
 
-def _launch_scale(
-    grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, in_place: bool
-) -> list[Tensor]:
+def _launch_scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, in_place: bool) -> list[Tensor]:
     first = grads[0]
     upstream = upstream.contiguous()
     results = list(grads) if in_place else [torch.empty_like(g, dtype=dtype) for g in grads]
@@ -319,3 +326,62 @@ def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[
     for m, g in zip(modalities, scaled, strict=True):
         results[m] = g
     return results
+
+
+# torch.compile, and warming up
+
+
+def _forward_op(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    norm: Tensor | None,
+    schedule: Tensor | None,
+    gamma: float,
+    temperature: float,
+    warming: bool,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *options, grad = rest
+    numbers = (gamma, temperature, warming)
+    return _launch_forward(logits, target, mask, weight, norm, numbers if schedule is None else schedule, Options(*options), grad)
+
+
+def _scale_op(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    return _launch_scale(grads, upstream, factor, dtype, in_place=False)
+
+
+triton_ops.register("triton_forward", _forward_op, triton_ops.fake_forward)
+triton_ops.register("triton_scale", _scale_op, triton_ops.fake_scale)
+triton_ops.register("triton_modulate", _launch_modulate, triton_ops.fake_modulate)
+
+
+def warm_up(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    options: Options,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    schedule: rules.Schedule = (1.0, 8.0, False),
+    features: Sequence[Tensor] = (),
+) -> None:
+    """Compile and allocate everything that a training step on tensors like these needs, for example before a capture.
+
+    Call it on the device's stream, outside the capture. The batch may have any size: kernels do not depend on it, except
+    that more than triton_rule.COUNT_IN_PLACE rows are counted by a kernel of their own.
+
+    Args:
+        logits, target, mask, weight, schedule: as in ``forward``; nothing is written to them.
+        options: of the loss.
+        features: what ``modulate`` is given, if it is used.
+    """
+    forward(logits, target, mask, weight, None, schedule, options, False)
+    loss, _, grads = forward(logits, target, mask, weight, None, schedule, options, True)
+    upstream = torch.ones_like(loss)
+    scale(grads, upstream, None, logits[0].dtype, True)
+    scale(grads, upstream, None, logits[0].dtype, False)
+    if features:
+        double = any(z.dtype == torch.float64 for z in features)
+        link = torch.zeros(len(features), dtype=torch.float64 if double else torch.float32, device=features[0].device)
+        modulate_backward(features, link)

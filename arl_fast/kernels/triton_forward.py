@@ -95,9 +95,7 @@ def count_kernel(
 
 
 @triton.jit
-def weights_of(
-    target, weight, base, cols, keep, T: tl.constexpr, C: tl.constexpr, SMOOTHING: tl.constexpr, SOFT: tl.constexpr
-):
+def weights_of(target, weight, base, cols, keep, T: tl.constexpr, C: tl.constexpr, SMOOTHING: tl.constexpr, SOFT: tl.constexpr):
     """(t, u): soft target probabilities, and the class's weight in sum u log p; 0 where ``keep`` is false.
 
     For class indices u is what the smoothing spreads, to be multiplied by SMOOTHING / C; t is unused.
@@ -113,6 +111,38 @@ def weights_of(
     return t, tl.where(keep, u, 0.0)
 
 
+# A tile is [steps, owners, lanes], an owner being a row, or a thread of the one row that is streamed. The first axis lies
+# within a thread, so that is where joining begins; the last one does when a thread owns a row, and else spans few threads.
+
+
+@triton.jit
+def tile_columns(STEPS: tl.constexpr, STEP: tl.constexpr, OWNERS: tl.constexpr, OWNER: tl.constexpr, LANES: tl.constexpr):
+    """Columns of a tile whose steps and owners are STEP and OWNER columns apart."""
+    step, owner, lane = tl.arange(0, STEPS), tl.arange(0, OWNERS), tl.arange(0, LANES)
+    return (step * STEP)[:, None, None] + (owner * OWNER)[None, :, None] + lane[None, None, :]
+
+
+@triton.jit
+def wide(values):
+    """One value per owner, shaped to meet a tile."""
+    return values[None, :, None]
+
+
+@triton.jit
+def join_sum(tile):
+    return tl.sum(tl.sum(tile, 0), 1)
+
+
+@triton.jit
+def join_max(tile):
+    return tl.max(tl.max(tile, 0), 1)
+
+
+@triton.jit
+def join_min(tile):
+    return tl.min(tl.min(tile, 0), 1)
+
+
 @triton.jit
 def stream_row(
     x,
@@ -123,50 +153,51 @@ def stream_row(
     valid,
     T: tl.constexpr,
     C: tl.constexpr,
-    CHUNK: tl.constexpr,
     STEPS: tl.constexpr,
+    OWNERS: tl.constexpr,
+    LANES: tl.constexpr,
     SMOOTHING: tl.constexpr,
     SOFT: tl.constexpr,
     NEEDS_L1: tl.constexpr,
 ):
-    """One pass over a long row. Every lane keeps a softmax of its own; lanes meet once, after the loop.
+    """One pass over a long row. Every thread keeps a softmax of its own; they meet once, after the loop.
 
+    The loop needs no exchange between threads, and a change of maximum costs one exponential per STEPS * LANES logits.
     Returns top, s, sz, first (of the largest logit), U = sum u, uz = sum u z, te = sum t e, first_t, l1.
     """
-    LANES: tl.constexpr = CHUNK // STEPS
-    offsets = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    zero = tl.zeros([LANES], T)
-    top = tl.full([LANES], LOWEST, T)
+    offsets = tile_columns(STEPS, OWNERS * LANES, OWNERS, LANES, LANES)
+    zero = tl.zeros([OWNERS], T)
+    top = tl.full([OWNERS], LOWEST, T)
     s, sz, u_sum, uz, te, l1 = zero, zero, zero, zero, zero, zero
-    first = tl.full([LANES], C, tl.int32)
+    first = tl.full([OWNERS], C, tl.int32)
     top_t, first_t = top, first
-    for start in range(0, C, CHUNK):
+    for start in range(0, C, STEPS * OWNERS * LANES):
         cols = start + offsets
         keep = (cols < C) & valid
         raw = tl.load(x + base_x + cols, mask=keep, other=float("-inf"), eviction_policy="evict_last").to(T)
-        new = tl.max(raw, 0)
-        at = tl.min(tl.where(raw == new[None, :], cols, C), 0)
+        new = join_max(raw)
+        at = join_min(tl.where(raw == wide(new), cols, C))
         first = tl.where(new > top, at, first)
         new = tl.maximum(new, top)
         shift = top - new
-        z = raw - new[None, :]
+        z = raw - wide(new)
         e = tl.exp2(z * LOG2E)
         fade = tl.exp2(shift * LOG2E)
-        sz = fade * (sz + shift * s) + tl.sum(tl.maximum(z, FLOOR_Z) * e, 0)
-        s = fade * s + tl.sum(e, 0)
+        sz = fade * (sz + shift * s) + join_sum(tl.maximum(z, FLOOR_Z) * e)
+        s = fade * s + join_sum(e)
         if SOFT or SMOOTHING > 0:
             t, u = weights_of(target, weight, base_t, cols, keep, T, C, SMOOTHING, SOFT)
-            uz += shift * u_sum + tl.sum(tl.where(keep, u * z, 0.0), 0)
-            u_sum += tl.sum(u, 0)
+            uz += shift * u_sum + join_sum(tl.where(keep, u * z, 0.0))
+            u_sum += join_sum(u)
             if SOFT:
-                te = fade * te + tl.sum(t * e, 0)
+                te = fade * te + join_sum(t * e)
                 t = tl.where(keep, t, float("-inf"))
-                new_t = tl.max(t, 0)
-                at = tl.min(tl.where(t == new_t[None, :], cols, C), 0)
+                new_t = join_max(t)
+                at = join_min(tl.where(t == wide(new_t), cols, C))
                 first_t = tl.where(new_t > top_t, at, first_t)
                 top_t = tl.maximum(new_t, top_t)
         if NEEDS_L1:
-            l1 += tl.sum(tl.where(keep, tl.abs(raw), 0.0), 0)
+            l1 += join_sum(tl.where(keep, tl.abs(raw), 0.0))
         top = new
     row_top = tl.max(top, 0)
     shift = tl.maximum(top - row_top, FLOOR_Z)
@@ -209,14 +240,15 @@ def forward_kernel(
     GAIN: tl.constexpr,
     FLOOR: tl.constexpr,
     ONLINE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
+    OWNERS: tl.constexpr,
+    LANES: tl.constexpr,
     COUNT_BLOCK: tl.constexpr,
 ):
     T: tl.constexpr = packed.dtype.element_ty
     USES_U: tl.constexpr = SOFT or SMOOTHING > 0
     NEEDS_L1: tl.constexpr = DEPENDENCE == "logit_l1"
+    ROWS: tl.constexpr = 1 if ONLINE else OWNERS
     p, programs, branch = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     x = select(logits, branch, BRANCHES)
 
@@ -235,9 +267,7 @@ def forward_kernel(
         g = select(grads, branch, BRANCHES)
         if REDUCTION == "mean":
             if norm is None:
-                scale = scale / count_norm(
-                    target, mask, weight, branch, 0, 1, rows, T, C, BRANCHES, IGNORE, SOFT, COUNT_BLOCK
-                )
+                scale = scale / count_norm(target, mask, weight, branch, 0, 1, rows, T, C, BRANCHES, IGNORE, SOFT, COUNT_BLOCK)
             else:
                 part = tl.arange(0, triton.next_power_of_2(NORM_PARTS))
                 parts = tl.load(norm + branch * NORM_PARTS + part, mask=part < NORM_PARTS, other=0.0)
@@ -263,31 +293,31 @@ def forward_kernel(
             base = (tile + tl.zeros((), tl.int64)).to(tl.int64)
             row_valid = tl.sum(valid.to(tl.int32), 0) > 0
             top, s, sz, first, u_sum, uz, te, first_t, l1 = stream_row(
-                x, target, weight, base * STRIDE, base * C, row_valid, T, C, BLOCK, STEPS, SMOOTHING, SOFT, NEEDS_L1
+                x, target, weight, base * STRIDE, base * C, row_valid, T, C, STEPS, OWNERS, LANES, SMOOTHING, SOFT, NEEDS_L1
             )
         else:
-            cols = tl.arange(0, BLOCK)
-            real = (cols < C)[None, :]
-            keep = real & valid[:, None]
+            cols = tile_columns(STEPS, LANES, OWNERS, 0, LANES)
+            real = cols < C
+            keep = real & wide(valid)
             # rows that are not valid are not read: zeros stand in, so that nothing of theirs becomes NaN
-            filler = tl.where(valid, float("-inf"), 0.0)[:, None]
-            raw = tl.load(x + (row * STRIDE)[:, None] + cols[None, :], mask=keep, other=filler).to(T)
-            top = tl.max(raw, 1)
-            z = raw - top[:, None]
+            filler = wide(tl.where(valid, float("-inf"), 0.0))
+            raw = tl.load(x + wide(row * STRIDE) + cols, mask=keep, other=filler).to(T)
+            top = join_max(raw)
+            z = raw - wide(top)
             e = tl.exp2(z * LOG2E)
-            s = tl.sum(e, 1)
-            sz = tl.sum(tl.maximum(z, FLOOR_Z) * e, 1)
-            first = tl.min(tl.where(z == 0, cols[None, :], C), 1)
+            s = join_sum(e)
+            sz = join_sum(tl.maximum(z, FLOOR_Z) * e)
+            first = join_min(tl.where(z == 0, cols, C))
             if USES_U:
-                t, u = weights_of(target, weight, (row * C)[:, None], cols[None, :], keep, T, C, SMOOTHING, SOFT)
-                u_sum = tl.sum(u, 1)
-                uz = tl.sum(tl.where(keep, u * z, 0.0), 1)
+                t, u = weights_of(target, weight, wide(row * C), cols, keep, T, C, SMOOTHING, SOFT)
+                u_sum = join_sum(u)
+                uz = join_sum(tl.where(keep, u * z, 0.0))
                 if SOFT:
-                    te = tl.sum(t * e, 1)
+                    te = join_sum(t * e)
                     t = tl.where(real, t, float("-inf"))
-                    first_t = tl.min(tl.where(t == tl.max(t, 1)[:, None], cols[None, :], C), 1)
+                    first_t = join_min(tl.where(t == wide(join_max(t)), cols, C))
             if NEEDS_L1:
-                l1 = tl.sum(tl.where(keep, tl.abs(raw), 0.0), 1)
+                l1 = join_sum(tl.where(keep, tl.abs(raw), 0.0))
 
         # What the row contributes. `pull` multiplies p in the gradient, `push` u, `hit` the target class.
         log_s = tl.log(s)
@@ -332,9 +362,8 @@ def forward_kernel(
             if ONLINE:
                 pull_row = tl.sum(pull, 0)
                 push_row = tl.sum(push, 0)
-                for start in range(0, C, BLOCK):
-                    LANES: tl.constexpr = BLOCK // STEPS
-                    cols = start + tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+                for start in range(0, C, STEPS * OWNERS * LANES):
+                    cols = start + tile_columns(STEPS, OWNERS * LANES, OWNERS, LANES, LANES)
                     keep = cols < C
                     read = keep & row_valid
                     raw = tl.load(x + base * STRIDE + cols, mask=read, other=0.0, eviction_policy="evict_first").to(T)
@@ -345,10 +374,10 @@ def forward_kernel(
                         d -= u * push_row
                     tl.store(g + base * C + cols, d.to(G), mask=keep, eviction_policy="evict_first")
             else:
-                d = e * pull[:, None]
+                d = e * wide(pull)
                 if USES_U:
-                    d -= u * push[:, None]
-                tl.store(g + (row * C)[:, None] + cols[None, :], d.to(G), mask=real & inside[:, None])
+                    d -= u * wide(push)
+                tl.store(g + wide(row * C) + cols, d.to(G), mask=real & wide(inside))
             if not SOFT:
                 # The target class, formed in T before it is rounded; the barrier orders it after the row's other stores.
                 d_y = e_y * pull - hit * scale

@@ -9,32 +9,45 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-TILE = 2048  # logits of one tile while several rows share it: 16 for each thread of 4 warps
+THREADS = 128
+PER_THREAD, PER_THREAD_F64 = 16, 4  # logits that a thread holds
 LARGEST_ROW = 8192  # beyond, a row is streamed twice (the second time from L2) instead of kept in registers
-LARGEST_ROW_F64 = 2048  # a float64 takes two registers
-WARPS_PER_SM = 32  # programs stay resident and take rows in turns: enough loads in flight, few partial sums
-COUNT_IN_PLACE = 8192  # up to here every program counts the targets itself (they sit in L1); beyond, one more launch
-COUNT_BLOCK = 1024
-COUNT_PROGRAMS = 64
-FLAT_BLOCK = 4096  # elements of a tile in the kernels that only multiply
+LARGEST_ROW_F64 = 1024  # a float64 takes two registers
+# Bounds for each thread, the smallest that spill nothing (tests/test_triton_static.py): for 128 threads, for more, for rows
+# that need further sums, and for float64.
+REGISTERS, REGISTERS_WIDE, REGISTERS_HEAVY, REGISTERS_F64 = 72, 64, 128, 255
+REGISTER_FILE = 65536  # of a multiprocessor
+# Gradients of a mean need the number of valid rows first. Up to here every program counts them itself: 64 KB of targets
+# come from L1 for all but the first program of a multiprocessor, about 2 us, which is what another launch would cost.
+COUNT_IN_PLACE = 8192
+COUNT_BLOCK = 1024  # rows of one step of counting
+COUNT_PROGRAMS = 64  # of the launch that counts more rows
+FLAT_BLOCK = 4096  # elements of a tile in the kernels that only multiply,
+FLAT_THREADS = 256  # 16 for each thread
 
 
 class Plan(NamedTuple):
-    """How the forward kernel treats the rows of a class count.
+    """How the forward kernel treats the rows of a class count: in tiles [steps, owners, lanes] of logits.
 
     Attributes:
-        online: whether rows are streamed in chunks (True) or kept in registers (False).
-        rows: rows of a tile (1 if online).
-        block: columns of a tile; a power of two, at least the number of classes unless online.
-        steps: consecutive vectors of a thread that one step of the online loop joins (1 if not online).
-        warps: warps of 32 threads per program.
+        online: rows are streamed: a tile is a chunk of one row, an owner one of its threads, lanes are one load.
+            Otherwise a tile holds whole rows in registers: an owner is a row, which steps and lanes cover.
+        steps, owners, lanes: powers of two.
+        threads: threads of a program.
+        registers: upper bound for each thread, so that enough programs share a multiprocessor.
     """
 
     online: bool
-    rows: int
-    block: int
     steps: int
-    warps: int
+    owners: int
+    lanes: int
+    threads: int
+    registers: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return 1 if self.online else self.owners
 
 
 def power_of_two(n: int) -> int:
@@ -42,38 +55,51 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def vector(classes: int, itemsize: int) -> int:
+    """Logits of one load: up to 16 bytes, as far as every row begins at a multiple of it."""
+    return min(16 // itemsize, classes & -classes)
+
+
 @functools.cache
-def plan(classes: int, itemsize: int) -> Plan:
+def plan(classes: int, itemsize: int, heavy: bool) -> Plan:
     """The plan for rows of ``classes`` logits of ``itemsize`` bytes.
 
-    Up to TILE columns several rows share a program; up to LARGEST_ROW one row fills it, with at most 32 logits for each
-    thread. Longer rows are streamed: 8 warps, 16 bytes per thread and load, 32 logits per thread and step.
+    Rows of up to 16 logits have a thread each; longer ones are shared by just enough threads to leave 16 logits to each:
+    up to 512 classes nothing crosses a warp, beyond several warps share a row, and beyond LARGEST_ROW it is streamed.
+    ``heavy``: rows need more sums than those of the plain loss (soft targets, label smoothing, logit_l1).
     """
-    if classes > (LARGEST_ROW_F64 if itemsize == 8 else LARGEST_ROW):
-        vector = 16 // itemsize
-        width = 8 * 32 * vector
-        steps = (16 if itemsize == 8 else 32) // vector
-        return Plan(True, 1, width * steps, steps, 8)
-    block = power_of_two(classes)
-    return Plan(False, max(1, TILE // block), block, 1, 8 if block == LARGEST_ROW else 4)
+    double = itemsize == 8
+    per_thread = PER_THREAD_F64 if double else PER_THREAD
+    aligned = vector(classes, itemsize)
+    if online := classes > (LARGEST_ROW_F64 if double else LARGEST_ROW):
+        lanes, threads = aligned, 256
+        steps, owners = per_thread // lanes, threads
+    else:
+        block = power_of_two(classes)
+        sharing = max(1, block // per_thread)
+        threads = max(THREADS, sharing)
+        lanes = min(block, sharing * aligned)
+        steps, owners = block // lanes, threads // sharing
+    registers = REGISTERS_WIDE if threads > THREADS else REGISTERS
+    if heavy or (online and aligned * itemsize < 16):  # narrow accesses need more addresses
+        registers = REGISTERS_HEAVY
+    if double:
+        registers = REGISTERS_F64
+    return Plan(online, steps, owners, lanes, threads, registers)
 
 
 @functools.lru_cache(maxsize=1024)
 def programs(rows: int, branches: int, plan: Plan, multiprocessors: int) -> int:
-    """Programs per branch: one per tile until the device is full, then each takes several tiles in turn."""
+    """Programs per branch: one per tile until the device is full, then each takes several tiles in turn.
+
+    A bound on the programs is a bound on the partial sums that the last of them adds up, and on counting (see below).
+    """
     tiles = -(-rows // plan.rows)
-    resident = -(-multiprocessors * (WARPS_PER_SM // plan.warps) // branches)
+    resident = -(-multiprocessors * (REGISTER_FILE // (plan.registers * plan.threads)) // branches)
     return max(1, min(tiles, resident))
-
-
-def counting_programs(rows: int) -> int:
-    """Programs of the launch that counts valid rows beforehand; 0: the forward kernel counts them itself."""
-    if rows <= COUNT_IN_PLACE:
-        return 0
-    return min(COUNT_PROGRAMS, -(-rows // COUNT_BLOCK))
 
 
 def flat_programs(elements: int, tensors: int, multiprocessors: int) -> int:
     """Programs per tensor of the kernels that only multiply."""
     tiles = -(-elements // FLAT_BLOCK)
-    return max(1, min(tiles, -(-multiprocessors * (WARPS_PER_SM // 4) // tensors)))
+    return max(1, min(tiles, -(-multiprocessors * 4 // tensors)))
