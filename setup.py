@@ -89,7 +89,8 @@ def cuda_architectures(release: tuple[int, int]) -> str:
 
 
 def sources(cuda: bool) -> list[str]:
-    files = ["csrc/bindings.cpp", "csrc/ops.cpp", "csrc/cpu/forward.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/isa_baseline.cpp"]
+    files = ["csrc/bindings.cpp", "csrc/autograd.cpp", "csrc/ops.cpp"]
+    files += ["csrc/cpu/forward.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/isa_baseline.cpp"]
     if cuda:
         files += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
     return files

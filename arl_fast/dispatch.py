@@ -83,6 +83,16 @@ def for_loss(fused: Tensor, options: Options, gamma: float | Tensor) -> ModuleTy
     return for_tensor(fused)
 
 
+@functools.cache
+def _native_steps(name: str | None) -> ModuleType | None:
+    return load("native", "cpu")[0] if name in (None, "native") else None
+
+
+def native_steps() -> ModuleType | None:
+    """The module whose ``fast_loss`` and ``fast_modulate`` serve usual eager steps on a CPU in one call, or None."""
+    return None if torch.compiler.is_compiling() else _native_steps(override)
+
+
 def report() -> str:
     """What ``python -m arl_fast`` prints."""
     lines = []

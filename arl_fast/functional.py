@@ -21,15 +21,27 @@ _transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_
 _graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
+def recorded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records what is computed from any of these.
+
+    A Function is applied only then: elsewhere torch.compile calls ``forward`` itself, and drops its ``ctx`` where the number
+    of arguments happens to be that of the parameters, ``*varargs`` counted as one (torch 2.13).
+    """
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _new_link(features: Sequence[Tensor]) -> Tensor:
+    dtype = torch.float64 if any(z.dtype == torch.float64 for z in features) else torch.float32
+    return torch.zeros(len(features), dtype=dtype, device=features[0].device)
+
+
 class _Modulate(torch.autograd.Function):
     """Identity on the features; the gradient of the extra output, the link, is what scales theirs in backward."""
 
     @staticmethod
     def forward(ctx: Any, *features: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        dtype = torch.float64 if any(z.dtype == torch.float64 for z in features) else torch.float32
-        link = torch.zeros(len(features), dtype=dtype, device=features[0].device)
-        return (*(z.view_as(z) for z in features), link)
+        return (*(z.view_as(z) for z in features), _new_link(features))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -79,12 +91,55 @@ def modulate(features: Mapping[str, Tensor] | Sequence[Tensor]) -> tuple[dict[st
         if z.device != tensors[0].device:
             raise ValueError(f"features[{name!r}]: got device {z.device}, expected that of the first modality, {tensors[0].device}")
     refuse_transforms("modulate")
-    *tensors, link = _Modulate.apply(*tensors)
+    native = dispatch.native_steps()
+    result = None if native is None else native.fast_modulate(tensors)
+    if result is not None:
+        tensors, link = result
+    elif recorded(tensors):
+        *tensors, link = _Modulate.apply(*tensors)
+    else:
+        link = _new_link(tensors)
     if isinstance(features, Mapping):
         if not torch.compiler.is_compiling():
             link.modalities = tuple(names)
         return dict(zip(names, tensors, strict=True)), link
     return list(tensors), link
+
+
+def _compute(
+    implementation: ModuleType,
+    options: Options,
+    schedule: rules.Schedule,
+    group: Any,
+    target: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    logits: Sequence[Tensor],
+    grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor]]:
+    """The loss in its final shape, the packed statistics, the factor on the gradients and the gradients of the rows."""
+    norm, local_options = None, options
+    if group is not None:  # `synchronise` divides by the norm of all processes, and runs a callable rule, once
+        norm = torch.ones(len(logits), dtype=compute_dtype(logits[0].dtype), device=logits[0].device)
+        local_options = options if isinstance(options.rule, str) else options._replace(rule="constant")
+    loss, packed, grads = implementation.forward(
+        [_to_rows(x) for x in logits],
+        _to_rows(target) if target.is_floating_point() else target.reshape(-1),
+        _mask_rows(mask, logits[0]),
+        weight,
+        norm,
+        schedule,
+        local_options,
+        grad,
+    )
+    factor = None
+    if group is not None:
+        from .distributed import synchronise
+
+        loss, packed, factor = synchronise(loss, packed, schedule, options, group, norm)
+    if options.reduction == "none":
+        loss = loss.view(logits[0].shape[:1] + logits[0].shape[2:])
+    return loss, packed, factor, grads
 
 
 class _ARLLoss(torch.autograd.Function):
@@ -105,32 +160,11 @@ class _ARLLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         grad = any(ctx.needs_input_grad[8:])
-        norm, local_options = None, options
-        if group is not None:  # `synchronise` divides by the norm of all processes, and runs a callable rule, once
-            norm = torch.ones(len(logits), dtype=compute_dtype(logits[0].dtype), device=logits[0].device)
-            local_options = options if isinstance(options.rule, str) else options._replace(rule="constant")
-        loss, packed, grads = implementation.forward(
-            [_to_rows(x) for x in logits],
-            _to_rows(target) if target.is_floating_point() else target.reshape(-1),
-            _mask_rows(mask, logits[0]),
-            weight,
-            norm,
-            schedule,
-            local_options,
-            grad,
-        )
-        factor = None
-        if group is not None:
-            from .distributed import synchronise
-
-            loss, packed, factor = synchronise(loss, packed, schedule, options, group, norm)
-        if grad:
-            ctx.implementation = implementation
-            ctx.shape, ctx.dtype = logits[0].shape, logits[0].dtype
-            link_grad = for_link(link, packed) if link is not None and ctx.needs_input_grad[7] else None
-            ctx.save_for_backward(link_grad, factor, *grads)
-        if options.reduction == "none":
-            loss = loss.view(logits[0].shape[:1] + logits[0].shape[2:])
+        loss, packed, factor, grads = _compute(implementation, options, schedule, group, target, mask, weight, logits, grad)
+        ctx.implementation = implementation
+        ctx.shape, ctx.dtype = logits[0].shape, logits[0].dtype
+        link_grad = for_link(link, packed) if link is not None and ctx.needs_input_grad[7] else None
+        ctx.save_for_backward(link_grad, factor, *grads)
         ctx.mark_non_differentiable(packed)
         return loss, packed
 
@@ -264,14 +298,20 @@ def packed_loss(
     implementation: ModuleType | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What arl_loss and ARLLoss share: check, choose the implementation, apply. Returns the loss and the packed stats."""
+    if implementation is None and sync_stats is False and (native := dispatch.native_steps()) is not None:
+        # None where anything is unusual or wrong
+        result = native.fast_loss(options, fused, unimodal, target, link, mask, weight, gamma, temperature, warming)
+        if result is not None:
+            return result
     refuse_transforms("arl_loss")
     logits = check_logits(fused, unimodal, link)
     weight, schedule, group = prepare(fused, len(logits) - 1, target, mask, weight, gamma, temperature, warming, options, sync_stats)
     require_link(link, logits, options)
     if implementation is None:
         implementation = dispatch.for_loss(fused, options, gamma)
-    loss, packed = _ARLLoss.apply(implementation, options, schedule, group, target, mask, weight, link, *logits)
-    return loss, packed
+    if recorded((link, *logits)):
+        return _ARLLoss.apply(implementation, options, schedule, group, target, mask, weight, link, *logits)
+    return _compute(implementation, options, schedule, group, target, mask, weight, logits, False)[:2]
 
 
 def require_link(link: Tensor | None, logits: Sequence[Tensor], options: Options) -> None:

@@ -1,6 +1,7 @@
 // The Python module arl_fast._C. Importing it also registers the ops of ops.cpp with torch.
 #include <torch/csrc/utils/pybind.h>
 
+#include "autograd.h"
 #include "cpu/forward.h"
 #include "cpu/memory.h"
 #include "ops.h"
@@ -32,6 +33,13 @@ auto modulate_backward(const Tensors& grads, const at::Tensor& link, const std::
   return arl::modulate_backward(grads, link, modality);
 }
 
+// Called with as little in between as CPython allows: pybind11 would cost as much as their own checks.
+PyMethodDef fast_methods[] = {
+    {"fast_loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&arl::fast_loss)), METH_FASTCALL, nullptr},
+    {"fast_modulate", &arl::fast_modulate, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -44,4 +52,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", &arl::cpu::isa);
   module.def("set_isa", &arl::cpu::set_isa);
   module.def("kept_memory", &arl::cpu::kept_memory);
+  if (PyModule_AddFunctions(module.ptr(), fast_methods) != 0) throw pybind11::error_already_set();
 }

@@ -6,7 +6,6 @@ Eager calls go straight to the extension; torch.compile sees the registered ops 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +26,12 @@ try:
     from .. import _C  # type: ignore[attr-defined, no-redef]
 except ImportError as error:
     _absent = f"arl_fast._C was not built or does not load ({error}); build it with pip install --no-build-isolation ."
+
+# The usual eager step on a CPU, checked, computed and recorded for autograd in one call (csrc/autograd.h): fast_loss(options,
+# fused, unimodal, target, link, mask, weight, gamma, temperature, warming) -> (loss, packed), and fast_modulate([z_1, ...])
+# -> ([z_1, ...], link). Both return None for the general path of functional.py to serve or diagnose the call.
+fast_loss = getattr(_C, "fast_loss", None)
+fast_modulate = getattr(_C, "fast_modulate", None)
 
 
 def unavailable(device: str) -> str | None:
@@ -81,7 +86,7 @@ def forward(
     gamma, temperature, warming = (0.0, 0.0, False) if isinstance(schedule, Tensor) else schedule
     if torch.compiler.is_compiling():
         loss, packed, grads = torch.ops.arl_fast.forward(
-            logits, target, mask, weight, norm, tensor, gamma, temperature, warming, *_numbers(options), grad
+            logits, target, mask, weight, norm, tensor, gamma, temperature, warming, *_numbers.__wrapped__(options), grad
         )
     else:
         loss, packed, grads = _C.forward(
