@@ -1,0 +1,358 @@
+"""What the Triton kernels compile to, for GPUs that are not here: registers, spills, widths, and a predicted time.
+
+    python benchmarks/static_report.py [--targets sm_80 sm_90 sm_100 gfx942] [--classes 6 1000 32000]
+
+Compiles every kind of plan that arl_fast/kernels/triton_rule.py can pick, ahead of time, and reads the machine code's
+properties from the compiler. tests/test_triton_static.py keeps the budgets. Nothing here is a measurement.
+
+The model behind the predicted time of one forward launch with gradients (M = 2), `predict`:
+- the kernel runs as long as the slowest of: DRAM traffic at 90 % of the data sheet's bandwidth, counted at the floor
+  (each logit read once, each gradient written once); L2 traffic, which for streamed rows includes the second read, taken
+  to be all hits; instructions at 4 per cycle and multiprocessor; exponentials at 16 per cycle and multiprocessor;
+- PTX instructions are counted in the innermost loop around the exponentials, as if each became one machine instruction,
+  which overstates them (moves disappear) by more than the shuffles and barriers understate;
+- occupancy suffices to overlap all of these, and a fixed 4 us are added for the launch, the first loads and the last
+  program's work. That is the term that decides for small batches, and it is a guess.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from arl_fast.kernels import triton_rule
+from arl_fast.kernels.triton_forward import count_kernel, forward_kernel
+from arl_fast.kernels.triton_multiply import modulate_kernel, scale_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Data sheet values: bytes per second, multiprocessors, cycles per second."""
+
+    dram: float
+    l2: float
+    multiprocessors: int
+    clock: float
+
+
+DEVICES = {"H200": Device(4.8e12, 5.5e12, 132, 1.75e9), "A100": Device(2.04e12, 4.0e12, 108, 1.41e9)}
+DRAM_SHARE, FIXED = 0.9, 4e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of the forward kernel."""
+
+    classes: int
+    dtype: str = "fp32"
+    modalities: int = 2
+    grad: bool = True
+    soft: bool = False
+    mask: bool = False
+    smoothing: float = 0.0
+    dependence: str = "confidence"
+    rule: str = "share"
+    reduction: str = "mean"
+
+    @property
+    def plan(self) -> triton_rule.Plan:
+        heavy = self.soft or self.smoothing > 0 or self.dependence == "logit_l1"
+        return triton_rule.plan(self.classes, ITEMSIZE[self.dtype], heavy)
+
+    @property
+    def options(self) -> str:
+        names = [name for name in ("soft", "mask", "smoothing") if getattr(self, name)]
+        names += [] if self.dependence == "confidence" else ["l1"]
+        return "+".join(names) or ("loss" if self.grad else "evaluation")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Properties of one compiled kernel; widths are bytes per thread and tile, counted over 16-byte accesses alone."""
+
+    registers: int
+    spills: int
+    shared: int
+    loads16: int
+    stores16: int
+    exponentials: int
+    instructions: int
+
+
+def constant(value: Any) -> tuple[str, Any]:
+    return ("constexpr", value)
+
+
+def compile_kernel(kernel: Any, arguments: dict[str, Any], target: GPUTarget, threads: int, registers: int | None) -> Any:
+    """``arguments``: a type such as "*fp32" (pointers are 16-byte aligned), a tuple of types, or ``constant(value)``."""
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    aligned = [["tt.divisibility", 16]]
+    for i, name in enumerate(kernel.arg_names):
+        kind = arguments[name]
+        if kind[0] == "constexpr":
+            signature[name], constants[name] = kind
+            continue
+        signature[name] = kind
+        for path, one in [((i,), kind)] if isinstance(kind, str) else [((i, j), one) for j, one in enumerate(kind)]:
+            if one.startswith("*"):
+                attributes[path] = aligned
+    options = {"num_warps": threads // target.warp_size}
+    if registers is not None and target.backend == "cuda":
+        options["maxnreg"] = registers
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+
+
+def forward_arguments(case: Case) -> dict[str, Any]:
+    branches, plan = case.modalities + 1, case.plan
+    compute = "fp64" if case.dtype == "fp64" else "fp32"
+    none = constant(None)
+    return dict(
+        logits=(f"*{case.dtype}",) * branches,
+        grads=(("*fp32" if case.dtype == "fp16" else f"*{case.dtype}"),) * branches if case.grad else none,
+        target="*fp32" if case.soft else "*i64",
+        mask="*i1" if case.mask else none,
+        weight=none,
+        norm=none,
+        schedule=none,
+        row_loss=f"*{compute}" if case.reduction == "none" else none,
+        work=f"*{compute}",
+        ticket="*i32",
+        loss=f"*{compute}",
+        packed=f"*{compute}",
+        rows="i32",
+        gamma="fp64",
+        temperature="fp64",
+        warming="i32",
+        C=constant(case.classes),
+        STRIDE=constant(case.classes),
+        BRANCHES=constant(branches),
+        NORM_PARTS=constant(1),
+        SOFT=constant(case.soft),
+        IGNORE=constant(-100),
+        SMOOTHING=constant(case.smoothing),
+        REDUCTION=constant(case.reduction),
+        DEPENDENCE=constant(case.dependence),
+        RULE=constant(case.rule),
+        GAIN=constant("residual"),
+        FLOOR=constant(None),
+        ONLINE=constant(plan.online),
+        STEPS=constant(plan.steps),
+        OWNERS=constant(plan.owners),
+        LANES=constant(plan.lanes),
+        COUNT_BLOCK=constant(triton_rule.COUNT_BLOCK),
+    )
+
+
+@functools.cache
+def ptxas() -> str:
+    """Triton's own; the name for recent targets first."""
+    root = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return str(next(p for p in (root / "ptxas-blackwell", root / "ptxas") if p.exists()))
+
+
+def innermost_loops(ptx: str, marker: str) -> list[list[str]]:
+    """Instructions of the loops that contain ``marker`` and no smaller loop that does; all of the kernel if none does."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\$L\w+:", line)}
+    spans = []
+    for i, line in enumerate(lines):
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
+        if jump and labels.get(jump[1], i) < i and any(marker in x for x in lines[labels[jump[1]] : i]):
+            spans.append((labels[jump[1]], i))
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)] or [(0, len(lines))]
+    return [[x for x in lines[a:b] if x.endswith(";") and not x.startswith((".", "//"))] for a, b in inner]
+
+
+def inspect_cuda(kernel: Any, target: GPUTarget) -> Report:
+    ptx = kernel.asm["ptx"]
+    architecture = re.search(r"\.target (sm_\w+)", ptx)
+    assert architecture is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas(), "-v", f"-arch={architecture[1]}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
+    assert registers is not None
+    assert spills
+    loops = innermost_loops(ptx, "ex2.approx")
+    return Report(
+        registers=int(registers[1]),
+        spills=sum(map(int, spills)),
+        shared=kernel.metadata.shared,
+        loads16=16 * len(re.findall(r"\bld\.global\S*\.v4\.b32|\bld\.global\S*\.v2\.b64", ptx)),
+        stores16=16 * len(re.findall(r"\bst\.global\S*\.v4\.b32|\bst\.global\S*\.v2\.b64", ptx)),
+        exponentials=sum("ex2.approx" in x for loop in loops for x in loop),
+        instructions=sum(map(len, loops)),
+    )
+
+
+def inspect_hip(kernel: Any) -> Report:
+    code = kernel.asm["amdgcn"]
+
+    def metadata(name: str) -> int:
+        return max(map(int, re.findall(rf"\.{name}:\s+(\d+)", code)), default=0)
+
+    return Report(
+        registers=metadata("vgpr_count"),
+        spills=4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count")) + metadata("private_segment_fixed_size"),
+        shared=kernel.metadata.shared,
+        loads16=16 * len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", code)),
+        stores16=16 * len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", code)),
+        exponentials=len(re.findall(r"v_exp_f32", code)),
+        instructions=0,
+    )
+
+
+def inspect(kernel: Any, target: GPUTarget) -> Report:
+    return inspect_cuda(kernel, target) if target.backend == "cuda" else inspect_hip(kernel)
+
+
+def report(case: Case, target: GPUTarget) -> Report:
+    plan = case.plan
+    return inspect(compile_kernel(forward_kernel, forward_arguments(case), target, plan.threads, plan.registers), target)
+
+
+def backward_reports(target: GPUTarget, dtype: str = "bf16", modalities: int = 2) -> dict[str, Report]:
+    """The kernels other than the forward one."""
+    branches = modalities + 1
+    pointers = (f"*{dtype}",)
+    block, threads = triton_rule.FLAT_BLOCK, triton_rule.FLAT_THREADS
+    scale = dict(
+        sources=pointers * branches,
+        results=pointers * branches,
+        upstream="*fp32",
+        factor=constant(None),
+        size="i64",
+        C=constant(1000),
+        BRANCHES=constant(branches),
+        PER_ROW=constant(False),
+        IN_PLACE=constant(True),
+        BLOCK=constant(block),
+    )
+    modulate = dict(
+        sources=pointers * modalities,
+        results=pointers * modalities,
+        sizes=("i32",) * modalities,
+        link="*fp32",
+        MODALITIES=constant(tuple(range(modalities))),
+        TENSORS=constant(modalities),
+        BLOCK=constant(block),
+    )
+    count = dict(
+        target="*i64",
+        mask="*i1",
+        weight=constant(None),
+        parts="*fp32",
+        rows="i32",
+        C=constant(1000),
+        BRANCHES=constant(branches),
+        IGNORE=constant(-100),
+        SOFT=constant(False),
+        BLOCK=constant(triton_rule.COUNT_BLOCK),
+    )
+    per_row = scale | dict(PER_ROW=constant(True), factor="*fp32", IN_PLACE=constant(False))
+    cases = {"scale": (scale_kernel, scale), "scale per row": (scale_kernel, per_row), "modulate": (modulate_kernel, modulate)}
+    reports = {}
+    for name, (kernel, arguments) in cases.items():
+        reports[name] = inspect(compile_kernel(kernel, arguments, target, threads, None), target)
+    reports["count"] = inspect(compile_kernel(count_kernel, count, target, triton_rule.THREADS, None), target)
+    return reports
+
+
+def per_logit(case: Case, value: int) -> float:
+    """A count per thread and tile as a count per logit of the row (padding is charged to the logits)."""
+    plan = case.plan
+    tile = plan.steps * plan.owners * plan.lanes
+    row = math.ceil(case.classes / tile) * tile if plan.online else tile / plan.owners
+    return value * plan.threads / tile * row / case.classes
+
+
+def predict(case: Case, found: Report, device: Device, rows: int) -> float:
+    """Seconds of the forward launch for ``rows`` rows of each branch, by the model of the module's docstring."""
+    logits = rows * case.classes * (case.modalities + 1)
+    size = ITEMSIZE[case.dtype]
+    passes = 1 + case.grad
+    dram = logits * size * passes / (device.dram * DRAM_SHARE)
+    l2 = logits * size * (passes + (case.plan.online and case.grad)) / device.l2
+    cycles = logits * max(per_logit(case, found.instructions) / 128, per_logit(case, found.exponentials) / 16)
+    return max(dram, l2, cycles / (device.multiprocessors * device.clock)) + FIXED
+
+
+def cases(classes: Sequence[int]) -> list[Case]:
+    """Every kind of plan (several rows, one row, streamed; aligned and odd), plain and with what costs registers."""
+    plain = [Case(c, d) for c in classes for d in ("fp32", "bf16")] + [Case(1000, "fp16"), Case(5, "fp64"), Case(5000, "fp64")]
+    chosen = [c for c in classes if c in (6, 1000, 8192, 32000, 32001)] or list(classes)
+    heavy = [
+        case
+        for c in chosen
+        for case in (
+            Case(c, grad=False),
+            Case(c, mask=True, modalities=8),
+            Case(c, mask=True, smoothing=0.1, dependence="logit_l1"),
+            Case(c, mask=True, smoothing=0.1, dependence="logit_l1", soft=True),
+        )
+    ]
+    return plain + heavy
+
+
+CLASSES = (1, 6, 28, 34, 101, 309, 1000, 2048, 4096, 8191, 8192, 32000, 32001)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--classes", nargs="+", type=int, default=list(CLASSES))
+    arguments = parser.parse_args()
+    print(f"Triton {triton.__version__}. ld16/st16: bytes of logits and gradients per thread and tile in 16-byte accesses.")
+    print("ex2, instr: per logit. Time: predicted for about 200 MB of logits at M = 2 (100 MB read and written per 1/2).\n")
+    for name in arguments.targets:
+        target = TARGETS[name]
+        device = {"sm_80": "A100", "sm_90": "H200"}.get(name)
+        print(f"### {name}\n")
+        print(f"| C | dtype | with | tile | threads | regs | spills | smem | ld16 | st16 | ex2 | instr | {device or ''} us (floor) |")
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+        for case in cases(arguments.classes):
+            found, plan = report(case, target), case.plan
+            tile = f"{plan.steps}x{plan.owners}x{plan.lanes}" + (" streamed" if plan.online else "")
+            time = ""
+            if device:
+                rows = round(2e8 / (case.classes * (case.modalities + 1) * ITEMSIZE[case.dtype]))
+                floor = rows * case.classes * (case.modalities + 1) * ITEMSIZE[case.dtype] * (1 + case.grad) / DEVICES[device].dram
+                time = f"{predict(case, found, DEVICES[device], rows) * 1e6:.0f} ({floor * 1e6:.0f})"
+            print(
+                f"| {case.classes} | {case.dtype} | {case.options} M={case.modalities} | {tile} | {plan.threads} | {found.registers} | "
+                f"{found.spills} | {found.shared} | {found.loads16} | {found.stores16} | {per_logit(case, found.exponentials):.2f} | "
+                f"{per_logit(case, found.instructions):.1f} | {time} |",
+                flush=True,
+            )
+        print("\n| kernel | regs | spills | smem | ld16 | st16 |\n|---|---|---|---|---|---|")
+        for kernel, found in backward_reports(target).items():
+            print(f"| {kernel} | {found.registers} | {found.spills} | {found.shared} | {found.loads16} | {found.stores16} |")
+        print()
+
+
+if __name__ == "__main__":
+    main()
