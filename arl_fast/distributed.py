@@ -16,7 +16,17 @@ from torch import Tensor
 
 from . import reference, rules
 from .branches import Unimodal, check_logits
-from .functional import _from_rows, _mask_rows, _to_rows, for_link, prepare, refuse_second_derivatives, refuse_transforms, require_link
+from .functional import (
+    _from_rows,
+    _mask_rows,
+    _to_rows,
+    for_link,
+    prepare,
+    recorded,
+    refuse_second_derivatives,
+    refuse_transforms,
+    require_link,
+)
 from .options import Options, make_options
 from .stats import BranchStats, unpack, unpack_sums
 
@@ -310,6 +320,31 @@ def _sharded_forward(
     return (total if row_loss is None else row_loss), packed, grads
 
 
+def _compute(
+    options: Options,
+    schedule: rules.Schedule,
+    group: Group | None,
+    batch_group: Group | None,
+    offset: int,
+    target: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    logits: Sequence[Tensor],
+    grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """The loss in its final shape, the packed statistics, the factor on the gradients and the gradients of the rows."""
+    rows = [_to_rows(x) for x in logits]
+    row_target = _to_rows(target) if target.is_floating_point() else target.reshape(-1)
+    row_mask = _mask_rows(mask, logits[0])
+    loss, packed, grads = _sharded_forward(rows, row_target, row_mask, weight, schedule, options, group, offset, grad)
+    factor = None
+    if batch_group is not None:
+        loss, packed, factor = synchronise(loss, packed, schedule, options, batch_group)
+    if options.reduction == "none":
+        loss = loss.view(logits[0].shape[:1] + logits[0].shape[2:])
+    return loss, packed, factor, grads
+
+
 class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -327,33 +362,19 @@ class _ShardedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         grad = any(ctx.needs_input_grad[9:])
-        loss, packed, grads = _sharded_forward(
-            [_to_rows(x) for x in logits],
-            _to_rows(target) if target.is_floating_point() else target.reshape(-1),
-            _mask_rows(mask, logits[0]),
-            weight,
-            schedule,
-            options,
-            group,
-            offset,
-            grad,
-        )
-        factor = None
-        if batch_group is not None:
-            loss, packed, factor = synchronise(loss, packed, schedule, options, batch_group)
-        if grad:
-            ctx.shape, ctx.dtype = logits[0].shape, logits[0].dtype
-            link_grad = for_link(link, packed) if link is not None and ctx.needs_input_grad[8] else None
-            ctx.save_for_backward(link_grad, factor, *grads)
-        if options.reduction == "none":
-            loss = loss.view(logits[0].shape[:1] + logits[0].shape[2:])
+        loss, packed, factor, grads = _compute(options, schedule, group, batch_group, offset, target, mask, weight, logits, grad)
+        ctx.shape, ctx.dtype = logits[0].shape, logits[0].dtype
+        link_grad = for_link(link, packed) if link is not None and ctx.needs_input_grad[8] else None
+        ctx.save_for_backward(link_grad, factor, *grads)
         ctx.mark_non_differentiable(packed)
         return loss, packed
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Any, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Any, ...]:
         refuse_second_derivatives()
         link, factor, *grads = ctx.saved_tensors
+        if upstream is None:  # nothing depends on the loss
+            return (None,) * (9 + len(grads))
         upstream = upstream.reshape(-1) if upstream.dim() else upstream
         scaled = reference.scale(grads, upstream, factor, ctx.dtype, True)
         return (None,) * 8 + (link, *(_from_rows(g, ctx.shape) for g in scaled))
@@ -413,7 +434,10 @@ def sharded_arl_loss(
         offset = 0 if classes_group is None else classes_group.rank * fused.shape[1]
     elif isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
         raise ValueError(f"offset: got {offset!r}, expected the number of this process's first class")
-    loss, packed = _ShardedLoss.apply(options, schedule, classes_group, batch_group, offset, target, mask, weight, link, *logits)
+    if recorded((link, *logits)):
+        loss, packed = _ShardedLoss.apply(options, schedule, classes_group, batch_group, offset, target, mask, weight, link, *logits)
+    else:
+        loss, packed, *_ = _compute(options, schedule, classes_group, batch_group, offset, target, mask, weight, logits, False)
     return loss, unpack(packed)
 
 
@@ -435,4 +459,4 @@ def copy_to_shards(x: Tensor, group: Any = True) -> Tensor:
     A sharded head is ``torch.nn.functional.linear(copy_to_shards(z, group), weight_shard, bias_shard)``, with z from ``modulate``.
     """
     group = resolve_group(group, "group")
-    return x if group is None else _CopyToShards.apply(x, group)
+    return x if group is None or not recorded((x,)) else _CopyToShards.apply(x, group)

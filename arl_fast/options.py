@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 RULES = ("share", "paper", "constant", "none")
@@ -47,17 +48,15 @@ def _number(name: str, value: object, low: float, high: float) -> None:
         raise ValueError(f"{name}: got {value}, expected a number in [{low}, {high}]")
 
 
-@functools.lru_cache(maxsize=256)
-def make_options(
-    rule: str | Callable = "share",
-    dependence: str = "confidence",
-    entropy_floor: float | None = None,
-    gain: str = "residual",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
+def _checked(
+    rule: str | Callable,
+    dependence: str,
+    entropy_floor: float | None,
+    gain: str,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
 ) -> Options:
-    """Check every option and return them as one value. Raises ValueError or TypeError naming the argument."""
     if not callable(rule):
         _choice("rule", rule, RULES, " or a callable from BranchStats to coefficients [M]")
     _choice("dependence", dependence, DEPENDENCES)
@@ -71,6 +70,23 @@ def make_options(
     return Options(rule, dependence, entropy_floor, gain, ignore_index, label_smoothing, reduction)
 
 
+_cached = functools.lru_cache(maxsize=256)(_checked)
+
+
+def make_options(
+    rule: str | Callable,
+    dependence: str,
+    entropy_floor: float | None,
+    gain: str,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> Options:
+    """Check every option and return them as one value. Raises ValueError or TypeError naming the argument."""
+    make = _checked if torch.compiler.is_compiling() else _cached  # the compiler warns of caches, and needs none
+    return make(rule, dependence, entropy_floor, gain, ignore_index, label_smoothing, reduction)
+
+
 def check_scalar(name: str, value: object, low: float = -math.inf) -> None:
     """gamma and temperature: a finite number or a 0-d tensor that needs no gradient (its value is never read back)."""
     if isinstance(value, Tensor):
@@ -80,5 +96,5 @@ def check_scalar(name: str, value: object, low: float = -math.inf) -> None:
             raise ValueError(f"{name}: got a tensor that requires grad; the loss gives {name} no gradient, pass {name}.detach()")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__} {value!r}, expected a number or a 0-d tensor")
-    elif not (math.isfinite(value) and value >= low):
+    elif not (value >= low and -math.inf < value < math.inf):  # for the compiler a number may be a symbol: no math.isfinite
         raise ValueError(f"{name}: got {value}, expected a finite number" + (f" >= {low:g}" if low > -math.inf else ""))
