@@ -31,7 +31,7 @@ class Contender(NamedTuple):
     ours: bool = False
     fused_only: bool = False  # its loss is the fused branch's alone
     in_place: bool = False  # writes gradients over the logits
-    compiled: bool = False
+    coarse: bool = False  # keeps intermediate values in the logits' dtype
     dependence: str = "confidence"
     floor: float | None = None
 
@@ -163,7 +163,7 @@ def by_reference(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tupl
 
 
 def _compiled(name: str, loss: Loss) -> Contender:
-    return Contender(name, torch.compile(loss, fullgraph=True, dynamic=False), compiled=True)
+    return Contender(name, torch.compile(loss, fullgraph=True, dynamic=False))
 
 
 def _called_per_branch(name: str, loss: Callable[[Tensor, Tensor], Tensor], in_place: bool) -> Contender:
@@ -173,7 +173,7 @@ def _called_per_branch(name: str, loss: Callable[[Tensor, Tensor], Tensor], in_p
             value = value + GAMMA * loss(x, target)
         return value, None
 
-    return Contender(name, total, in_place=in_place)
+    return Contender(name, total, in_place=in_place, coarse=in_place)
 
 
 @functools.cache
@@ -202,11 +202,11 @@ def contenders(case: Case, device: str, compile: bool = True) -> list[Contender]
     """Everybody who can run this case on this type of device; the unit first."""
     names = [n for n in dispatch.IMPLEMENTATIONS if dispatch.load(n, device)[0] is not None]
     served = [ours(n) for n in names]
-    everyone = [Contender("torch CE, fused only", unit, fused_only=True), *served, eager(case)]
+    everyone = [Contender("torch CE, fused only", unit, fused_only=True, coarse=True), *served, eager(case)]
     if case.suite.startswith("scaling"):
         best = dispatch.choose(device)[0]
         return [everyone[0], ours(best), everyone[-1]]
-    everyone.append(Contender("torch CE x (M+1)", plain))
+    everyone.append(Contender("torch CE x (M+1)", plain, coarse=True))
     if case.modalities == 2 and case.dtype == "float32":
         everyone.append(Contender("release", release, dependence="logit_l1", floor=0.3))
     if compile and case.modalities == 2 and case.dtype == "float32" and (case.batch, case.classes) in COMPILED_SHAPES:

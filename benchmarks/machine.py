@@ -66,6 +66,7 @@ def describe(device: str) -> dict[str, Any]:
         python=platform.python_version(),
         triton=triton_version(),
         commit=commit(),
+        load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         date=time.strftime("%Y-%m-%d", time.gmtime()),
     )
     if device == "cuda":

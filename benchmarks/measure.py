@@ -57,7 +57,7 @@ class Step:
         grads = self.backward(loss)[:covered]
         if stats is not None:
             stats = {name: value.to(device) for name, value in stats.items()}
-        return truth.check(fresh, self.target, loss.detach(), grads, stats, c.dependence, c.floor, covered)
+        return truth.check(fresh, self.target, loss.detach(), grads, stats, c.dependence, c.floor, covered, c.coarse)
 
 
 def synchronize(device: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import rows, tables
+from . import linear, rows, tables
 from .compare import UNIT
 from .rows import Row
 from .run import RESULTS, ROOT
@@ -173,7 +173,7 @@ def generated(found: list[Row]) -> dict[str, str]:
         "gpu-large": tables.gpu(found, suite=("large", "large-bf16", "huge")),
         "gpu-fits": tables.fits(found, "cuda"),
         "gpu-steps": tables.steps(found, "cuda"),
-    }
+    } | linear.generated(found)
 
 
 def fill(page: str, pieces: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """One JSON object per line and measurement: written as soon as it is known, so that a run that is cut off keeps its rows.
 
 Columns of a microbenchmark:
-    kind, device, torch, python, triton, cuda, driver, commit, date   where it was measured
+    kind, device, torch, python, triton, cuda, driver, commit, load, date   where it was measured
     suite, batch, classes, modalities, dtype, threads                  what was measured
     contender, what                  "forward" without gradients, "backward" alone, or "both"
     cache                            "warm": repeated on the same tensors; "cold": caches flushed before every call

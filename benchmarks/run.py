@@ -37,7 +37,7 @@ def commands(phase: str, device: str, out: str, tiny: bool) -> list[list[str]]:
     """The Python commands of a phase."""
     if phase == "linear":  # the benchmark of linear heads writes rows of its own kind
         script = ROOT / "benchmarks" / "linear.py"
-        extra = ["--tiny"] if tiny else []
+        extra = ["--tiny", "--seconds=0.1"] if tiny else [f"--seconds={0.2 if device == 'cuda' else 1}"]
         return [["-m", "benchmarks.linear", f"--device={device}", f"--rows={out}", *extra]] if script.exists() else []
     if phase == "step":
         step = ["-m", "benchmarks.step", f"--device={device}", f"--rows={out}"]

@@ -175,14 +175,14 @@ def ptxas() -> str:
 def innermost_loops(ptx: str, marker: str) -> list[list[str]]:
     """Instructions of the loops that contain ``marker`` and no smaller loop that does; all of the kernel if none does."""
     lines = [line.strip() for line in ptx.splitlines()]
-    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\$L\w+:", line)}
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\$L\w+):", line))}
     spans = []
     for i, line in enumerate(lines):
         jump = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
         if jump and labels.get(jump[1], i) < i and any(marker in x for x in lines[labels[jump[1]] : i]):
             spans.append((labels[jump[1]], i))
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)] or [(0, len(lines))]
-    return [[x for x in lines[a:b] if x.endswith(";") and not x.startswith((".", "//"))] for a, b in inner]
+    return [[x for x in lines[a:b] if ";" in x and not x.startswith((".", "//"))] for a, b in inner]
 
 
 def inspect_cuda(kernel: Any, target: GPUTarget) -> Report:

@@ -5,6 +5,7 @@ Ratios are medians over medians of one run: time over that of one torch cross-en
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from . import rows
@@ -202,3 +203,7 @@ def terminal(found: list[Row]) -> str:
             p = row["added_percent"]
             out.append(f"  step {row['suite']} {row['contender']}: {p['median']:+.1f} % [{p['q1']:+.1f}, {p['q3']:+.1f}]")
     return "\n".join(out)
+
+
+if __name__ == "__main__":
+    print(terminal(rows.read(sys.argv[1])))

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .cases import GAMMA, TEMPERATURE
 
-# Relative error that rounding allows. A plain torch cross-entropy of bfloat16 logits keeps log p in bfloat16.
-GRADIENT = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-LOSS = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+# Relative error that rounding allows: arithmetic in float32, gradients in the logits' dtype.
+GRADIENT = {torch.float32: 2e-5, torch.bfloat16: 6e-3}
+LOSS = 2e-5
+COARSE = 2e-2  # a plain cross-entropy of bfloat16 logits keeps log p and the loss in bfloat16
 STATISTICS = 2e-4
 
 
@@ -39,6 +40,7 @@ def check(
     dependence: str = "confidence",
     floor: float | None = None,
     branches: int | None = None,
+    coarse: bool = False,
 ) -> dict[str, float]:
     """Relative errors of a contender's loss, gradients and statistics; raises Rejected beyond what rounding explains.
 
@@ -48,6 +50,7 @@ def check(
         stats: its "entropy", "dependence" and "coefficients" [M], or None where it computes none.
         dependence, floor: which dependence and which entropy floor it implements.
         branches: how many of the branches its loss covers; None for all.
+        coarse: intermediate values in the logits' dtype are forgiven.
     """
     covered = len(logits) if branches is None else branches
     batch, classes = logits[0].shape
@@ -75,7 +78,9 @@ def check(
         dependences.append(sums[2] / batch)
     dtype = logits[0].dtype
     errors = {"loss": relative(loss, want_loss), "gradients": float((difference / size).sqrt())}
-    limits = {"loss": LOSS[dtype], "gradients": GRADIENT[dtype]}
+    limits = {"loss": LOSS, "gradients": GRADIENT[dtype]}
+    if coarse and dtype == torch.bfloat16:
+        limits = dict.fromkeys(limits, COARSE)
     if stats is not None:
         entropy, depend = torch.stack(entropies[1:]), torch.stack(dependences[1:])
         want = {"entropy": entropy, "dependence": depend, "coefficients": coefficients(entropy, depend, floor)}
