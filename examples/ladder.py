@@ -72,11 +72,8 @@ class Run(NamedTuple):
     history: list[BranchStats]
 
 
-def train(
-    net: Callable[[list[str]], Net], modalities: list[str], options: dict, data: Split, budget: Budget, rate: float, seed: int
-) -> Run:
-    torch.manual_seed(seed)
-    model = net(modalities)
+def train(model: Net, options: dict, data: Split, budget: Budget, rate: float, seed: int) -> Run:
+    modalities = list(model.encoders)
     criterion = arl_fast.ARLLoss(**options)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     order = torch.Generator().manual_seed(seed)
@@ -131,15 +128,16 @@ def table(accuracy: dict[str, dict[str, Tensor]], modalities: list[str]) -> str:
     titles = ["together", "minus joint", *(f"{m} alone" for m in modalities)]
     lines = [f"{'test accuracy, %':<22}" + "".join(f"{title:>17}" for title in titles)]
     for name, branches in accuracy.items():
-        cells = {m: f"{a.mean():.1f} ± {a.std() if seeds > 1 else 0:.1f}" for m, a in branches.items()}
+        cells = {m: f"{a.mean():.1f} ± {a.std():.1f}" if seeds > 1 else f"{a.item():.1f}" for m, a in branches.items()}
         if len(branches) == 2:  # a single modality: its branch is the whole model
             together = difference = ""
         else:
             delta = branches["fused"] - accuracy[JOINT]["fused"]
-            error = delta.std() / seeds**0.5 if seeds > 1 else 0
-            together, difference = cells["fused"], "" if name == JOINT else f"{delta.mean():+.1f} ± {error:.1f}"
+            difference = f"{delta.mean():+.1f} ± {delta.std() / seeds**0.5:.1f}" if seeds > 1 else f"{delta.item():+.1f}"
+            together, difference = cells["fused"], "" if name == JOINT else difference
         lines.append(f"{name:<22}" + "".join(f"{c:>17}" for c in [together, difference, *(cells.get(m, "") for m in modalities)]))
-    lines.append("\nMean ± standard deviation over seeds; the difference to joint training is paired, ± its standard error.")
+    if seeds > 1:
+        lines.append("\nMean ± standard deviation over seeds; the difference to joint training is paired, ± its standard error.")
     return "\n".join(lines)
 
 
