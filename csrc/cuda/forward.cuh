@@ -13,11 +13,15 @@
 namespace arl {
 namespace cuda {
 
+// C is the compute type throughout: double for double logits, else float.
+template <typename C>
 struct ForwardParams {
   ForwardArgs args;
   unsigned* ticket;
-  void* partials;  // [6, branches, grid_x]
-  void* norms;     // [branches, count_blocks]
+  C* partials;  // [6, branches, grid_x]
+  C* norms;     // [branches, count_blocks]
+  C smoothing;
+  C uniform;  // smoothing / classes
   int count_blocks;
   int threads_per_row;
   int shared_vectors;
@@ -63,14 +67,15 @@ __device__ inline C count_rows(const ForwardArgs& a, int branch, int64_t first, 
 
 // The divisor of a branch's gradients. All threads of the block call it and get the same value in every block.
 template <typename C>
-__device__ inline C gradient_norm(const ForwardParams& p, int branch, C* buffer) {
+__device__ inline C gradient_norm(const ForwardParams<C>& p, int branch, C* buffer) {
   const ForwardArgs& a = p.args;
   if (!p.grad || a.options.reduction != kMean) return C(1);
   if (a.norm != nullptr) return static_cast<const C*>(a.norm)[branch];
   if (a.target_kind == kProbabilities && a.mask == nullptr) return C(a.rows);
   C norm[1] = {C(0)};
   if (p.count_blocks > 0) {
-    const C* norms = static_cast<const C*>(p.norms) + branch * p.count_blocks;
+    const C* norms = p.norms + branch * p.count_blocks;
+#pragma unroll 1
     for (int i = threadIdx.x % 32; i < p.count_blocks; i += 32) norm[0] += norms[i];
     reduce_warp(norm, Add());
   } else {
@@ -83,11 +88,11 @@ __device__ inline C gradient_norm(const ForwardParams& p, int branch, C* buffer)
 
 // The separate counting launch: partial norms [branches, count_blocks].
 template <typename C>
-__global__ void __launch_bounds__(kRowsThreads) count_kernel(const __grid_constant__ ForwardParams p) {
+__global__ void __launch_bounds__(kRowsThreads) count_kernel(const __grid_constant__ ForwardParams<C> p) {
   __shared__ C buffer[32];
   C norm[1] = {count_rows<C>(p.args, blockIdx.y, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x)};
   reduce_block(norm, buffer, C(0), Add());
-  if (threadIdx.x == 0) static_cast<C*>(p.norms)[blockIdx.y * gridDim.x + blockIdx.x] = norm[0];
+  if (threadIdx.x == 0) p.norms[blockIdx.y * gridDim.x + blockIdx.x] = norm[0];
 }
 
 // ---- rows on chip -------------------------------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ struct ScalarRow {
   C held[kHeld];
   int classes, lane, lanes;
 
-  __device__ ScalarRow(const ForwardParams& p)
+  __device__ ScalarRow(const ForwardParams<C>& p)
       : classes(int(p.args.classes)), lane(threadIdx.x % p.threads_per_row), lanes(p.threads_per_row) {}
 
   __device__ int place() const { return lane; }
@@ -147,23 +152,28 @@ struct VectorRow {
   using C = typename Element<T>::Compute;
   using G = typename Element<T>::Grad;
   static constexpr int kN = kPerVector<T>;
-  static constexpr bool kKeeps = sizeof(T) >= sizeof(float);  // room for 2^v in the place of x; else it is computed again
+  // A row of at least a float per element is held as numbers, and 2^v then takes the place of x. So are the short rows of
+  // 16-bit types; their long rows stay packed, and 2^v is computed again.
+  static constexpr bool kPacked = sizeof(T) < sizeof(float) && kFamily == kBlock;
+  static constexpr int kVectors = held_vectors(sizeof(T), kFamily);
 
-  uint4 held[kHeld];
+  std::conditional_t<kPacked, uint4, C[kN]> held[kVectors];
   C edge;
-  int edge_class;
   int classes, thread, threads, shared_vectors;
   int head;     // elements before the first vector
   int vectors;
   const uint4* body;
 
-  __device__ VectorRow(const ForwardParams& p)
+  __device__ VectorRow(const ForwardParams<C>& p)
       : classes(int(p.args.classes)),
         thread(kFamily == kWarp ? threadIdx.x % 32 : threadIdx.x),
         threads(kFamily == kWarp ? 32 : blockDim.x),
         shared_vectors(p.shared_vectors) {}
 
   __device__ int place() const { return thread; }
+
+  // The class of this thread's `edge`, if it is one: first the elements before the vectors, then those after.
+  __device__ int edge_class() const { return thread < head ? thread : vectors * kN + thread; }
 
   __device__ uint4* slot(int k) const { return dynamic_shared() + (k * threads + thread); }
 
@@ -173,21 +183,33 @@ struct VectorRow {
     vectors = (classes - head) / kN;
     body = reinterpret_cast<const uint4*>(row + head);
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
+    for (int k = 0; k < kVectors; ++k) {
       const int j = thread + k * threads;
-      held[k] = j < vectors ? __ldg(body + j) : padding_vector<T>();
+      const uint4 raw = j < vectors ? __ldg(body + j) : padding_vector<T>();
+      if constexpr (kPacked) {
+        held[k] = raw;
+      } else {
+        decode(raw, held[k], T());
+      }
     }
     if constexpr (kFamily == kBlock) {
       for (int k = 0; k < shared_vectors; ++k) {
-        const int j = thread + (kHeld + k) * threads;
+        const int j = thread + (kVectors + k) * threads;
         *slot(k) = j < vectors ? __ldg(body + j) : padding_vector<T>();
       }
     }
-    edge_class = thread < head ? thread : vectors * kN + thread;
-    if (edge_class >= classes) edge_class = -1;
-    edge = edge_class < 0 ? C(-INFINITY) : widen(row[edge_class]);
+    edge = edge_class() < classes ? widen(row[edge_class()]) : C(-INFINITY);
   }
 
+  __device__ void unpack(int k, C (&v)[kN]) {
+    if constexpr (kPacked) {
+      forget(held[k]);
+      decode(held[k], v, T());
+    } else {
+#pragma unroll
+      for (int i = 0; i < kN; ++i) v[i] = held[k][i];
+    }
+  }
   template <typename F>
   __device__ void visit_vector(C (&v)[kN], int j, F& f) {
 #pragma unroll
@@ -196,33 +218,35 @@ struct VectorRow {
   template <bool keep, bool real, typename F>
   __device__ void visit_all(F& f) {
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
+    for (int k = 0; k < kVectors; ++k) {
       const int j = thread + k * threads;
       if (real && j >= vectors) continue;
       C v[kN];
-      if constexpr (!kKeeps) forget(held[k]);
-      decode(held[k], v, T());
+      unpack(k, v);
       visit_vector(v, j, f);
       if constexpr (real) finish_loads();
-      if constexpr (keep && kKeeps) held[k] = encode(v, 0, T());
+      if constexpr (keep && !kPacked) {
+#pragma unroll
+        for (int i = 0; i < kN; ++i) held[k][i] = v[i];
+      }
     }
     if constexpr (kFamily == kBlock) {
       for (int k = 0; k < shared_vectors; ++k) {
-        const int j = thread + (kHeld + k) * threads;
+        const int j = thread + (kVectors + k) * threads;
         if (real && j >= vectors) break;
         C v[kN];
         decode(*slot(k), v, T());
         visit_vector(v, j, f);
       }
-      for (int j = thread + (kHeld + shared_vectors) * threads; j < vectors; j += threads) {
+      for (int j = thread + (kVectors + shared_vectors) * threads; j < vectors; j += threads) {
         C v[kN];
         decode(__ldg(body + j), v, T());
         visit_vector(v, j, f);
       }
     }
-    if (edge_class >= 0) {
+    if (edge_class() < classes) {
       C x = edge;
-      f(x, edge_class);
+      f(x, edge_class());
     }
   }
   template <bool keep, typename F>
@@ -231,9 +255,7 @@ struct VectorRow {
   __device__ void visit_real(F f) { visit_all<keep, true>(f); }
 
   template <bool kept, typename F>
-  __device__ void emit_vector(const uint4& raw, int j, G* grad, bool aligned, C shift, F& f) {
-    C v[kN];
-    decode(raw, v, T());
+  __device__ void emit_vector(C (&v)[kN], int j, G* grad, bool aligned, C shift, F& f) {
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       const C power = kept ? v[i] : power_of_two(multiply_add(v[i], Constants<C>::log2e, -shift));
@@ -245,29 +267,34 @@ struct VectorRow {
   __device__ void emit(G* grad, C shift, F f) {
     const bool aligned = is_aligned(grad + head);
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
+    for (int k = 0; k < kVectors; ++k) {
       const int j = thread + k * threads;
-      if constexpr (!kKeeps) forget(held[k]);
-      if (j < vectors) emit_vector<kKeeps>(held[k], j, grad, aligned, shift, f);
+      C v[kN];
+      unpack(k, v);
+      if (j < vectors) emit_vector<!kPacked>(v, j, grad, aligned, shift, f);
     }
     if constexpr (kFamily == kBlock) {
       for (int k = 0; k < shared_vectors; ++k) {
-        const int j = thread + (kHeld + k) * threads;
-        if (j < vectors) emit_vector<false>(*slot(k), j, grad, aligned, shift, f);
+        const int j = thread + (kVectors + k) * threads;
+        C v[kN];
+        decode(*slot(k), v, T());
+        if (j < vectors) emit_vector<false>(v, j, grad, aligned, shift, f);
       }
-      for (int j = thread + (kHeld + shared_vectors) * threads; j < vectors; j += threads) {
-        emit_vector<false>(__ldg(body + j), j, grad, aligned, shift, f);
+      for (int j = thread + (kVectors + shared_vectors) * threads; j < vectors; j += threads) {
+        C v[kN];
+        decode(__ldg(body + j), v, T());
+        emit_vector<false>(v, j, grad, aligned, shift, f);
       }
     }
-    if (edge_class >= 0) {
-      grad[edge_class] = Narrow<G>::from(f(power_of_two(multiply_add(edge, Constants<C>::log2e, -shift)), edge_class));
+    if (edge_class() < classes) {
+      grad[edge_class()] = Narrow<G>::from(f(power_of_two(multiply_add(edge, Constants<C>::log2e, -shift)), edge_class()));
     }
   }
 
   // The thread that stores a class in emit().
   __device__ bool owns(int c) const {
     const int inside = c - head;
-    return inside >= 0 && inside < vectors * kN ? inside / kN % threads == thread : c == edge_class;
+    return inside >= 0 && inside < vectors * kN ? inside / kN % threads == thread : c == edge_class();
   }
 };
 
@@ -326,7 +353,7 @@ struct BranchSums<C, kSmall> {
 // kDense: the target's distribution differs from class to class (probabilities, or label smoothing under class weights).
 // `scale` multiplies the gradient. Returns the row's loss.
 template <typename T, int kFamily, bool kDense, typename C = typename Element<T>::Compute>
-__device__ inline C process_row(const ForwardParams& p, int branch, int64_t row, bool inside, C scale, RowBuffers<C>& buffers,
+__device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t row, bool inside, C scale, RowBuffers<C>& buffers,
                                 BranchSums<C, kFamily>& sums) {
   using G = typename Element<T>::Grad;
   using Row = std::conditional_t<kFamily == kSmall, ScalarRow<T>, VectorRow<T, kFamily>>;
@@ -334,12 +361,14 @@ __device__ inline C process_row(const ForwardParams& p, int branch, int64_t row,
   RowTarget target = {0, false, false};
   if (inside) target = read_target(a, branch, row);
   const T* x = static_cast<const T*>(a.logits[branch]) + row * a.row_stride[branch];
-  G* grad = p.grad && inside ? static_cast<G*>(a.grads[branch]) + row * a.classes : nullptr;
+  const bool writes = p.grad && inside;
+  const auto grad_row = [&] { return static_cast<G*>(a.grads[branch]) + row * a.classes; };  // late: registers are short
   Row held(p);
 
   if constexpr (kFamily != kSmall) {  // all threads of the row, whole warps, agree
     if (!target.valid) {
-      if (grad != nullptr) {
+      if (writes) {
+        G* grad = grad_row();
         for (int c = held.thread; c < held.classes; c += held.threads) grad[c] = Narrow<G>::from(C(0));
       }
       return C(0);
@@ -349,8 +378,7 @@ __device__ inline C process_row(const ForwardParams& p, int branch, int64_t row,
 
   // The target's distribution: w_c ((1 - smoothing) t_c + smoothing / classes), with w_y on the whole of t_y for indices.
   const bool soft = kDense && a.target_kind == kProbabilities;
-  const C smoothing = C(a.options.label_smoothing);
-  const C uniform = smoothing / C(a.classes);
+  const C smoothing = p.smoothing, uniform = p.uniform;
   const C* weight = static_cast<const C*>(a.weight);
   const C* probabilities = static_cast<const C*>(a.target) + (soft ? row * a.target_stride : 0);
   const auto spread = [&](int c) {  // the part of it that is spread over the classes
@@ -461,7 +489,8 @@ __device__ inline C process_row(const ForwardParams& p, int branch, int64_t row,
   }
 
   // Gradient: scale (p_c sum_k t_k - t_c) with t the target's distribution; sum_k t_k = 1 without class weights.
-  if (grad != nullptr) {
+  if (writes) {
+    G* grad = grad_row();
     const C slope = scale * mass * inverse;
     const C at_target = scale * (mass * target_p - target_share - (kDense ? (soft ? C(0) : spread(target.index)) : uniform));
     if constexpr (kFamily == kSmall) {
@@ -489,16 +518,16 @@ __device__ inline Schedule<C> read_schedule(const ForwardArgs& a) {
   return read_schedule<C>(a.schedule, a.gamma, a.temperature, a.warming);
 }
 
+// Not inlined, or what it needs takes registers from the loop over the rows.
 template <typename C>
-__device__ inline void finish_block(const ForwardParams& p) {
+__device__ __noinline__ void finish_block(const ForwardParams<C>& p) {
   __shared__ C packed[packed_length(kMaxBranches - 1)];
   const ForwardArgs& a = p.args;
   const int modalities = a.branches - 1, columns = kSums * a.branches, blocks = gridDim.x;
   C* sums = packed + sums_offset(modalities);
-  const C* partials = static_cast<const C*>(p.partials);
   for (int column = threadIdx.x / 32; column < columns; column += blockDim.x / 32) {
     C sum[1] = {C(0)};
-    for (int i = threadIdx.x % 32; i < blocks; i += 32) sum[0] += __ldcg(partials + int64_t(column) * blocks + i);
+    for (int i = threadIdx.x % 32; i < blocks; i += 32) sum[0] += __ldcg(p.partials + int64_t(column) * blocks + i);
     reduce_warp(sum, Add());
     if (threadIdx.x % 32 == 0) sums[column] = sum[0];
   }
@@ -512,11 +541,10 @@ __device__ inline void finish_block(const ForwardParams& p) {
   for (int i = threadIdx.x; i < packed_length(modalities); i += blockDim.x) static_cast<C*>(a.packed)[i] = packed[i];
 }
 
-template <typename T, int kFamily, bool kDense>
-__global__ void __launch_bounds__(kFamily == kBlock ? kMaxRowThreads : kRowsThreads,
-                                  kFamily == kBlock ? 1 : resident_threads(kFamily) / kRowsThreads)
-    forward_kernel(const __grid_constant__ ForwardParams p) {
-  using C = typename Element<T>::Compute;
+template <typename T, int kFamily, bool kDense, typename C = typename Element<T>::Compute>
+__global__ void __launch_bounds__(kFamily == kBlock ? resident_threads(kFamily, kDense || sizeof(T) == 8) : kRowsThreads,
+                                  kFamily == kBlock ? 1 : resident_threads(kFamily, kDense || sizeof(T) == 8) / kRowsThreads)
+    forward_kernel(const __grid_constant__ ForwardParams<C> p) {
   __shared__ RowBuffers<C> buffers;
   __shared__ C block_sums[kSums * 32];
   __shared__ bool last;
@@ -543,8 +571,7 @@ __global__ void __launch_bounds__(kFamily == kBlock ? kMaxRowThreads : kRowsThre
     __syncthreads();  // block_sums held the norm
     reduce_block(total, block_sums, C(0), Add());
     if (threadIdx.x == 0) {
-      C* partials = static_cast<C*>(p.partials);
-      for (int i = 0; i < kSums; ++i) partials[(int64_t(i) * a.branches + branch) * gridDim.x + blockIdx.x] = total[i];
+      for (int i = 0; i < kSums; ++i) p.partials[(int64_t(i) * a.branches + branch) * gridDim.x + blockIdx.x] = total[i];
     }
   }
   if (threadIdx.x == 0) {
@@ -556,20 +583,44 @@ __global__ void __launch_bounds__(kFamily == kBlock ? kMaxRowThreads : kRowsThre
   if (last) finish_block<C>(p);
 }
 
-// Enqueues the kernel of one dtype. Instantiated once per dtype, in forward_*.cu, so that they compile in parallel.
-template <typename T>
-int launch_forward(const Plan& plan, const ForwardParams& params, bool dense, void* stream);
-
-#define ARL_INSTANTIATE_FORWARD(T)                                                                                     \
-  template <>                                                                                                          \
-  int launch_forward<T>(const Plan& plan, const ForwardParams& params, bool dense, void* stream) {                      \
-    using Kernel = void (*)(ForwardParams);                                                                            \
-    constexpr Kernel kernels[3][2] = {{forward_kernel<T, kSmall, false>, forward_kernel<T, kSmall, true>},              \
-                                      {forward_kernel<T, kWarp, false>, forward_kernel<T, kWarp, true>},                \
-                                      {forward_kernel<T, kBlock, false>, forward_kernel<T, kBlock, true>}};             \
-    const int shared_bytes = plan.shared_vectors * plan.threads * kVectorBytes;                                        \
-    return launch(kernels[plan.family][dense], dim3(plan.grid_x, plan.grid_y), plan.threads, shared_bytes, stream, params); \
+// Enqueues the launches for one dtype. Instantiated in forward_*.cu, so that the dtypes compile in parallel.
+template <typename T, typename C = typename Element<T>::Compute>
+int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* stream) {
+  using Kernel = void (*)(ForwardParams<C>);
+  ForwardParams<C> params;
+  params.args = args;
+  char* workspace = static_cast<char*>(args.workspace);
+  params.ticket = args.ticket;
+  params.partials = reinterpret_cast<C*>(workspace + kTicketBytes);
+  params.norms = params.partials + int64_t(kSums) * args.branches * plan.grid_x;
+  params.smoothing = C(args.options.label_smoothing);
+  params.uniform = C(args.options.label_smoothing / double(args.classes));
+  params.count_blocks = plan.count_blocks;
+  params.threads_per_row = plan.threads_per_row;
+  params.shared_vectors = plan.shared_vectors;
+  params.grad = args.grads[0] != nullptr;
+  if (params.ticket == nullptr) {
+    params.ticket = reinterpret_cast<unsigned*>(workspace);
+    const cudaError_t error = cudaMemsetAsync(workspace, 0, sizeof(unsigned), static_cast<cudaStream_t>(stream));
+    if (error != cudaSuccess) return error;
   }
+  if (plan.count_blocks > 0) {
+    const Kernel kernel = count_kernel<C>;
+    if (const int error = launch(kernel, dim3(plan.count_blocks, args.branches), kRowsThreads, 0, stream, params)) return error;
+  }
+  Kernel kernel = dense ? forward_kernel<T, kBlock, true> : forward_kernel<T, kBlock, false>;
+  if (plan.family == kSmall) kernel = dense ? forward_kernel<T, kSmall, true> : forward_kernel<T, kSmall, false>;
+  if constexpr (sizeof(T) < sizeof(double)) {
+    if (plan.family == kWarp) kernel = forward_kernel<T, kWarp, false>;
+  }
+  const int shared_bytes = plan.shared_vectors * plan.threads * kVectorBytes;
+  return launch(kernel, dim3(plan.grid_x, plan.grid_y), plan.threads, shared_bytes, stream, params);
+}
+
+extern template int launch_forward<double>(const ForwardArgs&, const Plan&, bool, void*);
+extern template int launch_forward<float>(const ForwardArgs&, const Plan&, bool, void*);
+extern template int launch_forward<__nv_bfloat16>(const ForwardArgs&, const Plan&, bool, void*);
+extern template int launch_forward<__half>(const ForwardArgs&, const Plan&, bool, void*);
 
 }  // namespace cuda
 }  // namespace arl

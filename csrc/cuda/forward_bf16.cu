@@ -3,7 +3,7 @@
 namespace arl {
 namespace cuda {
 
-ARL_INSTANTIATE_FORWARD(__nv_bfloat16)
+template int launch_forward<__nv_bfloat16>(const ForwardArgs&, const Plan&, bool, void*);
 
 }  // namespace cuda
 }  // namespace arl

@@ -3,7 +3,7 @@
 namespace arl {
 namespace cuda {
 
-ARL_INSTANTIATE_FORWARD(__half)
+template int launch_forward<__half>(const ForwardArgs&, const Plan&, bool, void*);
 
 }  // namespace cuda
 }  // namespace arl

@@ -3,7 +3,7 @@
 namespace arl {
 namespace cuda {
 
-ARL_INSTANTIATE_FORWARD(float)
+template int launch_forward<float>(const ForwardArgs&, const Plan&, bool, void*);
 
 }  // namespace cuda
 }  // namespace arl

@@ -3,7 +3,7 @@
 namespace arl {
 namespace cuda {
 
-ARL_INSTANTIATE_FORWARD(double)
+template int launch_forward<double>(const ForwardArgs&, const Plan&, bool, void*);
 
 }  // namespace cuda
 }  // namespace arl

@@ -22,14 +22,13 @@ struct Device {
 
 enum Family : int {
   kSmall = 0,  // 1 to 32 threads per row, up to kHeld elements each: many rows per block
-  kWarp = 1,   // one warp per row, up to kHeld 16-byte vectors per thread
+  kWarp = 1,   // one warp per row, up to held_vectors() 16-byte vectors per thread; not for heavy rows (see below)
   kBlock = 2,  // one block per row: registers, then shared memory, then what is left is read twice
 };
 
-constexpr int kHeld = 8;             // elements (kSmall) or vectors that a thread holds in registers
+constexpr int kHeld = 8;             // elements (kSmall) or vectors (kBlock) that a thread holds in registers
 constexpr int kVectorBytes = 16;
 constexpr int kRowsThreads = 256;    // block size of kSmall and kWarp
-constexpr int kMaxRowThreads = 768;  // block size of kBlock: 128, 256, 384 or 768
 constexpr int kElementwiseBlocks = 8;  // of kRowsThreads, resident per multiprocessor
 constexpr int kTicketBytes = 16;
 constexpr int kStaticShared = 8192;  // bound on the static shared memory of a kernel
@@ -42,6 +41,7 @@ struct Shape {
   int branches;
   int64_t rows;
   int64_t classes;
+  bool dense;         // the target's distribution differs from class to class: class probabilities, smoothed class weights
   bool per_row_loss;  // reduction "none"
   bool counts;        // gradients have to be divided by a norm that is not given and not known to be `rows`
 };
@@ -58,8 +58,12 @@ struct Plan {
   int64_t workspace_bytes;
 };
 
-// Threads resident per multiprocessor: kernels keep to 64 registers per thread (kSmall) and 80, so that 64 K registers suffice.
-constexpr int resident_threads(int family) { return family == kSmall ? 1024 : 768; }
+// Threads resident per multiprocessor: a kernel keeps to as many registers per thread as that leaves it of 64 K.
+// Heavy: float64, or a target's distribution that differs from class to class.
+constexpr int resident_threads(int family, bool heavy) { return (family == kSmall ? 1024 : 768) / (heavy ? 2 : 1); }
+
+// Vectors that a thread holds in registers, kSmall apart. The short rows of 16-bit types are unpacked at once.
+constexpr int held_vectors(int element_size, int family) { return element_size == 2 && family == kWarp ? kHeld / 2 : kHeld; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -67,13 +71,14 @@ inline Plan plan(const Shape& shape, const Device& device) {
   Plan p = {};
   const int per_vector = kVectorBytes / element_size(shape.dtype);
   const int64_t vectors = shape.classes / per_vector;
+  const bool heavy = shape.dense || shape.dtype == kFloat64;
   p.grid_y = shape.per_row_loss ? 1 : shape.branches;
   if (shape.classes <= 32 * kHeld) {
     p.family = kSmall;
     p.threads = kRowsThreads;
     p.threads_per_row = 1;
     while (p.threads_per_row * kHeld < shape.classes) p.threads_per_row *= 2;
-  } else if (vectors <= 32 * kHeld) {
+  } else if (!heavy && vectors <= 32 * held_vectors(element_size(shape.dtype), kWarp)) {
     p.family = kWarp;
     p.threads = kRowsThreads;
     p.threads_per_row = 32;
@@ -82,9 +87,11 @@ inline Plan plan(const Shape& shape, const Device& device) {
     // Enough threads to hold the row in registers; where there are too few rows to fill the device more threads share a
     // row, as long as each has a vector.
     const int64_t all_rows = shape.rows * p.grid_y;
-    for (const int threads : {128, 256, 384, 768}) {
+    const int most = resident_threads(kBlock, heavy);
+    for (const int threads : {64, 128, 256, 384, 768}) {
+      if (threads > most) break;
       p.threads = threads;
-      const bool larger_helps = threads * 2 <= vectors && threads * 2 * all_rows <= device.multiprocessors * int64_t(kMaxRowThreads);
+      const bool larger_helps = threads * 2 <= vectors && threads * 2 * all_rows <= device.multiprocessors * int64_t(most);
       if (int64_t(threads) * kHeld >= vectors && !larger_helps) break;
     }
     p.threads_per_row = p.threads;
@@ -94,7 +101,7 @@ inline Plan plan(const Shape& shape, const Device& device) {
   }
   p.rows_per_block = p.threads / p.threads_per_row;
   // A persistent grid: no more blocks than are resident at once, so that partial sums and counting stay few.
-  int64_t resident = int64_t(device.multiprocessors) * (resident_threads(p.family) / p.threads) / p.grid_y;
+  int64_t resident = int64_t(device.multiprocessors) * (resident_threads(p.family, heavy) / p.threads) / p.grid_y;
   const int64_t needed = ceil_div(shape.rows, p.rows_per_block);
   if (resident > needed) resident = needed;
   p.grid_x = int(resident < 1 ? 1 : resident);

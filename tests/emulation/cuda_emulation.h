@@ -16,7 +16,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <mutex>
 #include <numeric>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,6 +30,7 @@
 #define __device__
 #define __host__
 #define __shared__ static
+#define __noinline__  // after every standard header, where it is an attribute
 #define __launch_bounds__(...)
 #define __grid_constant__
 

@@ -114,6 +114,7 @@ class Shape(Structure):
         ("branches", c_int),
         ("rows", c_int64),
         ("classes", c_int64),
+        ("dense", c_bool),
         ("per_row_loss", c_bool),
         ("counts", c_bool),
     ]

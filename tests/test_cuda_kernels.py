@@ -1,0 +1,381 @@
+"""The CUDA kernels beyond the contract: every path of the launch rule, addresses, order of blocks, tickets. Emulated."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+from emulation import build
+
+if build.unavailable():
+    pytest.skip(build.unavailable(), allow_module_level=True)
+
+from emulation import guarded, module  # noqa: E402
+
+from arl_fast import reference  # noqa: E402
+from arl_fast.options import Options  # noqa: E402
+from arl_fast.rules import finish  # noqa: E402
+from arl_fast.stats import unpack, unpack_sums  # noqa: E402
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 3e-6}
+SMALL, WARP, BLOCK = range(3)
+SHARED = 232448  # what sm_90 and sm_100 allow a block
+SCHEDULE = (1.5, 4.0, False)
+DEVICES = {"sm_90": (132, 232448), "sm_80": (108, 166912), "sm_100": (148, 232448), "sm_89": (24, 101376)}
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """Few multiprocessors, so that persistent blocks loop over rows."""
+    module.library().set_device(2, SHARED)
+    module.library().set_seed(1)
+    yield
+    module.library().set_device(3, SHARED)
+
+
+def options(**given):
+    defaults = dict(
+        rule="share", dependence="confidence", entropy_floor=None, gain="residual", ignore_index=-100, label_smoothing=0.0, reduction="mean"
+    )
+    return Options(**{**defaults, **given})
+
+
+def make(rows, classes, dtype=torch.float32, branches=3, kind="hard"):
+    logits = [(2 * torch.randn(rows, classes, dtype=torch.float64)).to(dtype) for _ in range(branches)]
+    if kind == "soft":
+        return logits, torch.softmax(torch.randn(rows, classes), 1).to(reference.compute_dtype(dtype))
+    target = torch.randint(0, classes, (rows,))
+    target[4::5] = -100
+    return logits, target
+
+
+def relative(got, want):
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def compare(logits, target, chosen=None, mask=None, weight=None, norm=None, schedule=SCHEDULE, **more):
+    """The emulated kernels against the reference in float64, on the same rounded logits."""
+    chosen = chosen or options()
+    dtype = logits[0].dtype
+    loss, packed, grads = module.forward(logits, target, mask, weight, norm, schedule, chosen, True, **more)
+    double = [None if x is None else x.double() for x in (weight, norm)]
+    wide_target = target.double() if target.is_floating_point() else target
+    wide_schedule = schedule.double() if isinstance(schedule, torch.Tensor) else schedule
+    want_loss, want_packed, want_grads = reference.forward(
+        [x.double() for x in logits], wide_target, mask, *double, wide_schedule, chosen, True
+    )
+    exact = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(loss.double(), want_loss, rtol=exact, atol=exact)
+    torch.testing.assert_close(packed.double(), want_packed, rtol=exact, atol=exact)
+    for got, want in zip(grads, want_grads, strict=True):
+        assert got.dtype == reference.grad_dtype(dtype)
+        assert relative(got, want) < TOLERANCE[dtype]
+    return loss, packed, grads
+
+
+def plan(dtype, rows, classes, branches=3, dense=False, per_row_loss=False, counts=True, device=(2, SHARED)):
+    shape = module.Shape(module.DTYPES[dtype], branches, rows, classes, dense, per_row_loss, counts)
+    return module.plan(shape, module.Device(*device))
+
+
+# Rows and classes for each place where the rule turns, with what it must choose: family, threads per row.
+PLACES = [
+    (torch.float32, 300, 6, SMALL, 1),
+    (torch.float32, 5, 8, SMALL, 1),
+    (torch.float32, 70, 9, SMALL, 2),
+    (torch.bfloat16, 40, 34, SMALL, 8),
+    (torch.float64, 9, 101, SMALL, 16),
+    (torch.float16, 20, 256, SMALL, 32),
+    (torch.float32, 20, 257, WARP, 32),
+    (torch.float64, 5, 515, BLOCK, 64),
+    (torch.bfloat16, 9, 1031, WARP, 32),
+    (torch.float16, 30, 1000, WARP, 32),
+    (torch.float32, 33, 1027, WARP, 32),
+    (torch.float32, 17, 1030, BLOCK, 64),
+    (torch.bfloat16, 17, 2047, BLOCK, 64),
+    (torch.float64, 5, 2049, BLOCK, 128),
+    (torch.float16, 5, 8195, BLOCK, 128),
+    (torch.bfloat16, 2, 5003, BLOCK, 256),
+    (torch.float32, 1, 8193, BLOCK, 384),
+    (torch.float64, 2, 5001, BLOCK, 384),
+]
+
+
+@pytest.mark.parametrize(("dtype", "rows", "classes", "family", "threads"), PLACES)
+def test_every_family(dtype, rows, classes, family, threads):
+    chosen = plan(dtype, rows, classes)
+    assert (chosen.family, chosen.threads_per_row) == (family, threads)
+    logits, target = make(rows, classes, dtype)
+    before = module.library().launches()
+    compare(logits, target)
+    assert module.library().launches() == before + 1
+    compare(logits, target.int(), options(label_smoothing=0.1, dependence="logit_l1", reduction="sum"))
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 6), (torch.bfloat16, 300), (torch.float64, 700), (torch.float16, 5000)])
+@pytest.mark.parametrize("kind", ["soft", "weighted", "soft weighted"])
+def test_dense_targets(dtype, classes, kind):
+    """Class probabilities, and class weights under label smoothing, in every family."""
+    logits, target = make(11, classes, dtype, kind=kind.split()[0])
+    weight = torch.rand(classes, dtype=reference.compute_dtype(dtype)) + 0.1 if "weighted" in kind else None
+    mask = torch.rand(11, 2) > 0.3
+    for reduction in ("mean", "none"):
+        compare(logits, target, options(label_smoothing=0.1, reduction=reduction), mask=mask, weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "classes", "shared", "vectors"),
+    [(torch.float32, 26003, SHARED, 1), (torch.bfloat16, 70001, 44000, 2), (torch.float64, 13001, 33000, 4), (torch.float16, 65001, SHARED, 3)],
+)
+def test_rows_beyond_the_registers(dtype, classes, shared, vectors):
+    """Registers and shared memory; then also what is read again because neither can hold it."""
+    module.library().set_device(2, shared)
+    chosen = plan(dtype, 2, classes, branches=2, device=(2, shared))
+    assert (chosen.threads, chosen.shared_vectors) == (384 if dtype == torch.float64 else 768, vectors)
+    logits, target = make(2, classes, dtype, branches=2)
+    target[1] = classes - 1
+    compare(logits, target)
+    compare(logits, target, options(dependence="logit_l1", label_smoothing=0.05))
+    compare(*make(1, classes, dtype, branches=2, kind="soft"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [5, 261, 1100, 2100])
+def test_no_access_out_of_range(dtype, classes, monkeypatch):
+    """Every buffer ends at a forbidden page, then starts after one; rows that are misaligned in every way."""
+    logits, target = make(7, classes, dtype)
+    weight = torch.rand(classes, dtype=reference.compute_dtype(dtype))
+    mask = torch.rand(7, 2) > 0.3
+    for at_start in (False, True):
+        monkeypatch.setattr(module, "allocate", lambda shape, dtype, a=at_start: guarded.empty(shape, dtype, a or dtype == torch.uint8))
+        inputs = [guarded.copy(x, at_start) for x in logits]
+        given = [guarded.copy(x, at_start) for x in (target, mask, weight)]
+        _, _, grads = compare(inputs, given[0], mask=given[1], weight=given[2])
+        upstream = guarded.copy(torch.rand(7, dtype=weight.dtype), at_start)
+        scaled = module.scale(grads, upstream, guarded.copy(weight[:3], at_start), dtype, True)
+        for m, (g, s) in enumerate(zip(grads, scaled, strict=True)):
+            torch.testing.assert_close(s, (g.to(weight.dtype) * (upstream * weight[m])[:, None]).to(dtype), rtol=0, atol=0)
+        for g, s in zip(grads, module.modulate_backward(grads, given[2][:3]), strict=True):
+            assert g.shape == s.shape
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 7), (torch.float32, 600), (torch.bfloat16, 2500), (torch.float16, 2500)])
+@pytest.mark.parametrize("gap", [0, 1, 3])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_strides(dtype, classes, gap, offset):
+    """Rows with a gap of NaN, at any alignment relative to their gradients; strided targets and masks; expanded rows."""
+    logits, target = make(6, classes, dtype)
+    wide = [torch.full((6, classes + gap + offset), torch.nan, dtype=dtype) for _ in logits]
+    for w, x in zip(wide, logits, strict=True):
+        w[:, offset : offset + classes] = x
+    views = [w[:, offset : offset + classes] for w in wide]
+    views[1] = views[1][:1].expand(6, classes)
+    mask = torch.rand(2, 12) > 0.3
+    compare(views, torch.stack([target, target], 1)[:, 0], mask=mask[:, ::2].t())
+
+
+def test_rows_far_apart():
+    """Offsets beyond 2^31 elements."""
+    logits, target = make(3, 300, branches=2)
+    target[:] = torch.tensor([3, 1, 299])
+    far = [guarded.far_apart(x, 2**31 + 4) for x in logits]
+    near = compare(logits, target)
+    got = compare(far, target)
+    for a, b in zip([*got[:2], *got[2]], [*near[:2], *near[2]], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("classes", [3, 300, 1500])
+def test_same_bits_whatever_the_order_of_the_blocks(reduction, classes):
+    logits, target = make(700 if classes == 3 else 40, classes)
+    chosen = options(reduction=reduction)
+    results = []
+    for seed in range(4):
+        module.library().set_seed(seed)
+        loss, packed, grads = module.forward(logits, target, None, None, None, SCHEDULE, chosen, True)
+        results.append([loss, packed, *grads])
+    assert plan(torch.float32, len(target), classes).grid_x >= 2
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_ticket_or_memset(monkeypatch):
+    """A kept counter is 0 again after each launch; without one it lives in the workspace and costs a memset."""
+    logits, target = make(20, 6)
+    lib = module.library()
+    launches, memsets = lib.launches(), lib.memsets()
+    first = compare(logits, target)
+    assert (lib.launches(), lib.memsets()) == (launches + 1, memsets)
+    monkeypatch.setattr(module, "ticket", None)
+    again = compare(logits, target)
+    assert (lib.launches(), lib.memsets()) == (launches + 2, memsets + 1)
+    assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_counting_launch(weighted):
+    """Many rows: a separate launch counts the divisors. Nothing to count: none."""
+    rows = 8193
+    logits, target = make(rows, 2, branches=2)
+    weight = torch.tensor([0.5, 2.0]) if weighted else None
+    mask = torch.rand(rows, 1) > 0.5
+    before = module.library().launches()
+    compare(logits, target, mask=mask, weight=weight)
+    assert module.library().launches() == before + 2
+    compare(logits, target, mask=mask, weight=weight, norm=torch.tensor([11.0, 7.0]))
+    compare(*make(rows, 2, branches=2, kind="soft"))
+    compare(logits, target, options(reduction="sum"), mask=mask)
+    module.forward(logits, target, mask, weight, None, SCHEDULE, options(), False)
+    assert module.library().launches() == before + 6
+
+
+@pytest.mark.parametrize("classes", [5, 300, 1500])
+def test_target_out_of_range_is_nan(classes):
+    """No check can stall a GPU: the row's loss, statistics and gradient are NaN, and only the row's."""
+    logits, target = make(8, classes)
+    target[:] = 1
+    for bad, kind in itertools.product([-1, classes, 2**31 - 1], [torch.int64, torch.int32]):
+        target[3] = bad
+        loss, packed, grads = module.forward(
+            logits, target.to(kind), None, None, None, SCHEDULE, options(reduction="none"), True, check=False
+        )
+        stats = unpack(packed)
+        assert loss.isnan().tolist() == [n == 3 for n in range(8)]
+        for g in grads:
+            assert g.isnan().all(1).tolist() == [n == 3 for n in range(8)]
+            assert g.isnan().any(1).tolist() == [n == 3 for n in range(8)]
+        for value in (stats.loss, stats.accuracy, stats.entropy, stats.dependence):
+            assert value.isnan().all()
+        assert stats.count.tolist() == [8, 8, 8]
+
+
+def test_row_of_nan_shows():
+    logits, target = make(6, 40)
+    target[:] = 2
+    logits[1][4, 7] = torch.nan
+    loss, packed, grads = module.forward(logits, target, None, None, None, SCHEDULE, options(), True)
+    assert loss.isnan()
+    assert unpack(packed).entropy.isnan().tolist() == [True, False]
+    assert grads[1].isnan().all(1).tolist() == [False] * 4 + [True, False]
+    assert not grads[0].isnan().any()
+
+
+def test_schedule_on_the_device():
+    logits, target = make(9, 12)
+    for warming in (0.0, 1.0):
+        compare(logits, target, schedule=torch.tensor([2.5, 3.0, warming]))
+
+
+@pytest.mark.parametrize("branches", [2, 9, 16])
+def test_many_branches(branches):
+    compare(*make(5, 6, branches=branches))
+    compare(*make(5, 6, branches=branches), options(reduction="none"))
+
+
+def test_too_many_branches_are_refused():
+    args = module.ForwardArgs(dtype=1, branches=17, rows=1, classes=1)
+    assert module.library().emulated_forward(ctypes.byref(args)) != 0
+
+
+def test_no_rows():
+    logits, target = make(0, 6)
+    loss, packed, grads = module.forward(logits, target, None, None, None, SCHEDULE, options(), True)
+    assert loss.isnan()
+    assert unpack(packed).count.tolist() == [0, 0, 0]
+    loss, _, _ = module.forward(logits, target, None, None, None, SCHEDULE, options(reduction="none"), True)
+    assert loss.shape == (0,)
+    assert module.scale(grads, torch.ones(()), None, torch.float32, True)[0].shape == (0, 6)
+
+
+def test_scale_leaves_early():
+    """In place with a factor of exactly 1 nothing is written: the memory may be read-only."""
+    grads = [guarded.read_only(torch.randn(5, 7)) for _ in range(3)]
+    assert module.scale(grads, torch.tensor(1.0), None, torch.float32, False) == grads
+    assert module.scale(grads, torch.tensor(2.0), torch.full((3,), 0.5), torch.float32, False) == grads
+    kept = module.scale(grads, torch.tensor(1.0), None, torch.float32, True)
+    assert all(torch.equal(k, g) and k.data_ptr() != g.data_ptr() for k, g in zip(kept, grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 1), (5, 3), (3, 700), (1, 12000)])
+@pytest.mark.parametrize("upstream", ["scalar", "row", "strided", "expanded"])
+def test_scale(dtype, shape, upstream):
+    compute = reference.compute_dtype(dtype)
+    grads = [torch.randn(shape, dtype=torch.float64).to(reference.grad_dtype(dtype)) for _ in range(3)]
+    factor = torch.rand(3, dtype=compute)
+    up = torch.randn(shape[0], 2, dtype=compute)
+    up = {"scalar": up[0, 0], "row": up[:, 0].clone(), "strided": up[:, 1], "expanded": up[:1, 0].expand(shape[0])}[upstream]
+    want = reference.scale(grads, up, factor, dtype, True)
+    for keep in (True, False):
+        copies = [g.clone() for g in grads]
+        got = module.scale(copies, up, factor, dtype, keep)
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g, w)
+
+
+def test_modulate_backward():
+    """Any mix of dtypes, sizes (0 too), alignments and missing gradients."""
+    for link_dtype in (torch.float32, torch.float64):
+        grads = [torch.randn(n, dtype=torch.float64).to(d) for n, d in zip([3000, 1, 0, 17, 260, 33], DTYPES[-3:] * 2, strict=True)]
+        grads[4] = grads[4][1:]
+        if link_dtype == torch.float64:
+            grads.append(torch.randn(5000, dtype=torch.float64))
+        grads.insert(2, None)
+        link = torch.randn(len(grads), dtype=link_dtype)
+        for got, want in zip(module.modulate_backward(grads, link), reference.modulate_backward(grads, link), strict=True):
+            assert (got is None) == (want is None)
+            assert got is None or torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("modalities", [1, 2, 15])
+def test_finish(dtype, modalities):
+    """Sums that several launches added up."""
+    logits, target = make(9, 5, dtype, branches=modalities + 1)
+    chosen = options(gain="mean_one")
+    _, packed, _ = reference.forward(logits, target, None, None, None, SCHEDULE, chosen, False)
+    sums = unpack_sums(packed) * 2
+    for schedule in (SCHEDULE, torch.tensor([2.0, 3.0, 1.0], dtype=dtype)):
+        for got, want in zip(module.finish(sums, schedule, chosen), finish(sums, schedule, chosen), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
+def test_rule(device):
+    """What every plan must keep to, on a grid of shapes."""
+    multiprocessors, shared = device
+    for dtype, rows, classes, branches, dense, none in itertools.product(
+        DTYPES,
+        [0, 1, 64, 8192, 8193, 2**33],
+        [1, 2, 6, 309, 1000, 4096, 32000, 128256, 262144, 10**6],
+        [2, 3, 16],
+        [False, True],
+        [False, True],
+    ):
+        p = plan(dtype, rows, classes, branches, dense, none, device=device)
+        per_vector = 16 // dtype.itemsize
+        heavy = dense or dtype == torch.float64
+        resident = (1024 if p.family == SMALL else 768) // (2 if heavy else 1)
+        assert p.threads % 32 == 0
+        assert p.threads <= resident
+        assert p.rows_per_block * p.threads_per_row == p.threads
+        assert p.grid_y == (1 if none else branches)
+        assert 1 <= p.grid_x <= max(1, rows)
+        # all blocks resident at once, unless there are more branches than places
+        assert p.grid_x == 1 or p.grid_x * p.grid_y <= multiprocessors * (resident // p.threads)
+        assert p.shared_vectors * p.threads * 16 + 8192 <= shared
+        if p.family == SMALL:
+            assert classes <= 8 * p.threads_per_row
+        elif p.family == WARP:
+            assert not heavy
+            assert classes // per_vector <= 32 * (4 if dtype.itemsize == 2 else 8)
+        else:
+            on_chip = p.threads * (8 + p.shared_vectors)
+            assert on_chip >= classes // per_vector or p.shared_vectors == (shared - 8192) // (16 * p.threads)
+        assert (p.count_blocks > 0) == (rows > 8192)
+        assert p.workspace_bytes == 16 + branches * max(4, dtype.itemsize) * (6 * p.grid_x + p.count_blocks)
+    assert plan(torch.float32, 2**33, 6, counts=False).count_blocks == 0
