@@ -5,7 +5,6 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/forward_grad.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -18,7 +17,6 @@
 #include <mutex>
 #include <type_traits>
 #include <unordered_map>
-#include <utility>
 
 #include "cpu/forward.h"
 
@@ -26,7 +24,6 @@ namespace arl {
 namespace {
 
 using c10::DispatchKey;
-using torch::autograd::edge_list;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
@@ -34,12 +31,12 @@ using torch::autograd::variable_list;
 // torch keeps nodes in shared_ptr up to 2.12 or so and in intrusive_ptr from then on; an edge knows which.
 using NodePtr = decltype(torch::autograd::Edge::function);
 
-template <class T, class... Args>
-auto make_node(Args&&... args) {
+template <class T>
+auto make_node() {
   if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>) {
-    return std::make_shared<T>(std::forward<Args>(args)...);
+    return std::make_shared<T>();
   } else {
-    return c10::make_intrusive<T>(std::forward<Args>(args)...);
+    return c10::make_intrusive<T>();
   }
 }
 
@@ -149,16 +146,6 @@ const Options* options_of(PyObject* object) {
 
 // ---- backward of the loss ------------------------------------------------------------------------------------------
 
-// Gradients of a gradient end here, with an error instead of a silent zero.
-void refuse_second_derivative(variable_list& grads, const edge_list& edges, const char* what) {
-  const auto error = make_node<torch::autograd::Error>(
-      std::string(what) + " has no second derivative: its gradient was taken with create_graph=True and differentiated again",
-      edge_list(edges));
-  for (at::Tensor& grad : grads) {
-    if (grad.defined()) torch::autograd::set_history(grad, error);
-  }
-}
-
 double read_scalar(const at::Tensor& tensor) {
   if (tensor.is_cpu() && tensor.scalar_type() == at::kFloat) return *tensor.const_data_ptr<float>();
   return tensor.item<double>();
@@ -179,21 +166,19 @@ struct LossBackward final : Node {
     const size_t branches = grads.size();
     variable_list results(branches + 1);
     if (!upstreams[0].defined()) return results;
-    const bool create_graph = at::GradMode::is_enabled();
-    {
-      c10::AutoGradMode no_graph(false);
-      const double upstream = read_scalar(upstreams[0]);
-      const bool keep = torch::autograd::get_current_graph_task_keep_graph();
-      for (size_t b = 0; b < branches; ++b) {
-        if (task_should_compute_output(b)) results[b] = scaled(grads[b].unpack(), upstream, keep);
-      }
-      if (has_link && task_should_compute_output(branches)) {
-        at::Tensor link = at::detail::empty_cpu({int64_t(gain_minus_one.size())}, at::kDouble);
-        std::copy(gain_minus_one.begin(), gain_minus_one.end(), link.mutable_data_ptr<double>());
-        results[branches] = link.to(link_dtype);
-      }
+    TORCH_CHECK(!at::GradMode::is_enabled(),  // the same words as refuse_second_derivatives in functional.py
+                "arl_loss: got a backward with create_graph=True, but its gradients are computed in the forward pass and have no "
+                "derivatives of their own; use torch.nn.functional.cross_entropy on the branches where second derivatives are needed");
+    const double upstream = read_scalar(upstreams[0]);
+    const bool keep = torch::autograd::get_current_graph_task_keep_graph();
+    for (size_t b = 0; b < branches; ++b) {
+      if (task_should_compute_output(b)) results[b] = scaled(grads[b].unpack(), upstream, keep);
     }
-    if (create_graph) refuse_second_derivative(results, next_edges(), "arl_loss");
+    if (has_link && task_should_compute_output(branches)) {
+      at::Tensor link = at::detail::empty_cpu({int64_t(gain_minus_one.size())}, at::kDouble);
+      std::copy(gain_minus_one.begin(), gain_minus_one.end(), link.mutable_data_ptr<double>());
+      results[branches] = link.to(link_dtype);
+    }
     return results;
   }
 
