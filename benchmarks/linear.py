@@ -153,20 +153,23 @@ def timed(call: Callable[[], Any], loops: int, device: str) -> float:
 
 
 def measure(batch: int, classes: int, device: str, seconds: float, wanted: Sequence[str] | None = None) -> list[rows.Row]:
-    """All contenders at one shape, taking turns; rows of about ``seconds`` each, three rounds at least."""
+    """All contenders at one shape, taking turns; about ``seconds`` each, in two rounds at least."""
     z, weight, bias, target = make(batch, classes, device)
     leaves = [*z, weight, bias]
     plain, arl = expected(z, weight, bias, target)
     steps = {name: step for name, step in all_steps().items() if wanted is None or name in wanted}
     calls = {name: (lambda step=step: torch.autograd.grad(step(z, weight, bias, target), leaves)) for name, step in steps.items()}
-    found, loops = {}, {}
+    found, loops, samples = {}, {}, {}
+    small = batch * classes < 1 << 20
+    rounds = 3 if batch * classes < 1 << 26 else 2
     for name, call in calls.items():
-        if batch * classes < 1 << 20:
+        if small:
             call()  # what is only made once does not count
         peak, grads = profiled(call, device)
         error = gate(name, grads, plain, arl)
         del grads
         once = timed(call, 1, device)
+        samples[name] = [] if small else [once]
         loops[name] = max(1, round(min(0.05, seconds / 20) / max(once, 1e-6)))
         found[name] = dict(
             **machine.describe(device),
@@ -186,9 +189,8 @@ def measure(batch: int, classes: int, device: str, seconds: float, wanted: Seque
             peak_bytes=peak,
             peak_ratio=round(peak / (3 * 4 * batch * classes), 3),
         )
-    samples: dict[str, list[float]] = {name: [] for name in calls}
     order, begin = list(calls), time.perf_counter()
-    while min(map(len, samples.values())) < 3 or (time.perf_counter() - begin < seconds * len(calls) and len(samples[OURS]) < 60):
+    while min(map(len, samples.values())) < rounds or (time.perf_counter() - begin < seconds * len(calls) and len(samples[OURS]) < 60):
         for name in order:
             samples[name].append(timed(calls[name], loops[name], device))
         order = order[1:] + order[:1]
