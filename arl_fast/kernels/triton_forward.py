@@ -360,6 +360,7 @@ def forward_kernel(
             pull = tl.where(valid, pull * scale / s, 0.0)
             G: tl.constexpr = g.dtype.element_ty
             if ONLINE:
+                top = tl.where(row_valid, top, 0.0)  # rows that are not valid read as zeros: keep their e finite
                 pull_row = tl.sum(pull, 0)
                 push_row = tl.sum(push, 0)
                 for start in range(0, C, STEPS * OWNERS * LANES):
@@ -367,8 +368,7 @@ def forward_kernel(
                     keep = cols < C
                     read = keep & row_valid
                     raw = tl.load(x + base * STRIDE + cols, mask=read, other=0.0, eviction_policy="evict_first").to(T)
-                    z = tl.where(row_valid, raw - top, 0.0)
-                    d = tl.exp2(z * LOG2E) * pull_row
+                    d = tl.exp2((raw - top) * LOG2E) * pull_row
                     if USES_U:
                         _, u = weights_of(target, weight, base * C, cols, read, T, C, SMOOTHING, SOFT)
                         d -= u * push_row

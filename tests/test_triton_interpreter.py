@@ -1,0 +1,245 @@
+"""What the contract's suite does not reach in the Triton implementation: streamed rows, several tiles and programs,
+the counting launch, tickets, ops and warming up. TRITON_INTERPRET=1 pytest -m contract runs it with the contract."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+
+import pytest
+import test_contract
+import torch
+
+from arl_fast import arl_loss, dispatch, reference
+from arl_fast.kernels import triton_rule
+from arl_fast.options import Options
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+from arl_fast.kernels import triton as implementation
+
+pytestmark = pytest.mark.contract
+OPTIONS = Options("share", "confidence", None, "residual", -100, 0.0, "mean")
+SMALL_STREAM = triton_rule.Plan(online=True, steps=2, owners=4, lanes=2, threads=128, registers=64)
+
+
+@pytest.fixture(autouse=True)
+def serve(monkeypatch):
+    monkeypatch.setattr(dispatch, "override", "triton")
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """Every row is streamed, in chunks of 16 logits."""
+    monkeypatch.setattr(triton_rule, "plan", lambda classes, itemsize, heavy: SMALL_STREAM)
+
+
+@contextmanager
+def counted(monkeypatch, name):
+    """Launches of a kernel."""
+    kernel, launches = getattr(implementation, name), []
+
+    class Counting:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(implementation, name, Counting())
+        yield launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [5, 16, 37])
+def test_streamed(streamed, poisoned, classes, dtype):
+    logits, target = test_contract.make(batch=6, classes=classes, dtype=dtype)
+    target[1] = -100
+    test_contract.check(logits, target)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_streamed_options(streamed, poisoned, soft, reduction):
+    logits, target = test_contract.make(batch=5, classes=21)
+    logits[0][:, 3] = 0 if soft else -torch.inf
+    target[target == 3] = 4
+    mask = torch.tensor([[True, True], [False, True], [True, False], [True, True], [False, False]])
+    options = dict(dependence="logit_l1") if soft else dict()
+    if soft:
+        target = torch.softmax(torch.randn(5, 21), 1)
+        options |= dict(label_smoothing=0.2)
+    options["weight"] = torch.rand(21) + 0.1
+    upstream = torch.randn(5) if reduction == "none" else torch.tensor(0.6)
+    test_contract.check(logits, target, mask=mask, reduction=reduction, upstream=upstream, **options)
+
+
+def test_streamed_soft_confidence_and_smoothing(streamed):
+    logits, target = test_contract.make(batch=4, classes=19)
+    test_contract.check(logits, torch.softmax(torch.randn(4, 19), 1))
+    test_contract.check(logits, target, label_smoothing=0.3)
+
+
+def test_streamed_absent_rows_may_hold_nan(streamed):
+    logits, target = test_contract.make(batch=6, classes=20)
+    mask = torch.ones(6, 2, dtype=torch.bool)
+    mask[2:4, 1] = False
+    logits[2][2:4] = torch.nan
+    _, grads, stats = test_contract.run(logits, target, mask=mask)
+    assert grads[2][2:4].eq(0).all()
+    assert all(torch.isfinite(v).all() for v in [*grads, *stats])
+
+
+@pytest.mark.parametrize("kind", ["right", "wrong", "high"])
+def test_streamed_extremes(streamed, kind):
+    test_contract.test_trained_like_and_extreme("triton", kind, torch.float32)
+
+
+def test_a_row_too_long_for_registers():
+    test_contract.check(*test_contract.make(1, 2, triton_rule.LARGEST_ROW + 5))
+
+
+def test_programs_take_several_tiles(monkeypatch, poisoned):
+    """300 rows in tiles of 128, and of 4, by two programs per branch."""
+    monkeypatch.setattr(triton_rule, "programs", lambda *arguments: 2)
+    for batch, classes in ((300, 3), (21, 300)):
+        logits, target = test_contract.make(batch=batch, classes=classes)
+        target[::7] = -100
+        test_contract.check(logits, target)
+
+
+def test_counting_launch(monkeypatch, poisoned):
+    """Above the threshold a launch of its own counts; below it the forward kernel is the only one."""
+    logits, target = test_contract.make(batch=50)
+    target[::3] = -100
+    mask, weight = torch.rand(50, 2) > 0.4, torch.rand(5) + 0.1
+    with counted(monkeypatch, "count_kernel") as counts, counted(monkeypatch, "forward_kernel") as forwards:
+        test_contract.check(logits, target, mask=mask, weight=weight)
+        assert len(counts) == 0
+        assert len(forwards) == 1
+        monkeypatch.setattr(triton_rule, "COUNT_IN_PLACE", 49)
+        monkeypatch.setattr(triton_rule, "COUNT_BLOCK", 8)
+        monkeypatch.setattr(triton_rule, "COUNT_PROGRAMS", 3)
+        test_contract.check(logits, target, mask=mask, weight=weight)
+        test_contract.check(logits, torch.softmax(torch.randn(50, 5), 1), mask=mask)
+        assert len(counts) == 2
+        with torch.no_grad():
+            arl_loss(logits[0], logits[1:], target)
+        assert len(counts) == 2
+
+
+def test_one_launch_forward_and_backward(monkeypatch):
+    logits, target = test_contract.make(modalities=4, batch=64, classes=6)
+    names = ("forward_kernel", "count_kernel", "scale_kernel")
+    with counted(monkeypatch, names[0]) as f, counted(monkeypatch, names[1]) as c, counted(monkeypatch, names[2]) as s:
+        test_contract.run(logits, target)
+    assert (len(f), len(c), len(s)) == (1, 0, 1)
+
+
+def test_a_given_norm_replaces_the_count_in_the_gradients_only():
+    logits, target = test_contract.make()
+    norm = torch.tensor([11.0, 12.0, 13.0])
+    arguments = (logits, target, None, None, norm, (1.5, 8.0, False), OPTIONS, True)
+    loss, packed, grads = implementation.forward(*arguments)
+    want_loss, want_packed, want_grads = reference.forward(*arguments)
+    torch.testing.assert_close([loss, packed, *grads], [want_loss, want_packed, *want_grads])
+
+
+def test_nan_logits_and_a_class_out_of_range_poison_their_row_only(streamed):
+    logits, target = test_contract.make(batch=4)
+    logits[1][2, 1] = torch.nan
+    _, grads, stats = test_contract.run(logits, target)
+    assert stats.loss.isnan().tolist() == [False, True, False]
+    assert grads[1].isnan().any(1).tolist() == [False, False, True, False]
+    assert grads[0].isfinite().all()
+    target[1] = 7
+    logits = [x.nan_to_num() for x in logits]
+    loss, _, grads = implementation._launch_forward(logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True)
+    assert loss.isnan()
+    for g in grads:
+        assert g.isnan().all(1).tolist() == [False, True, False, False]
+
+
+def test_ticket_is_zero_again(monkeypatch):
+    ticket = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(implementation.tickets, "take", lambda device: ticket)
+    logits, target = test_contract.make()
+    first = test_contract.run(logits, target)
+    assert ticket.item() == 0
+    assert torch.equal(first[0], test_contract.run(logits, target)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [False, True])
+def test_scale(dtype, rows):
+    grads = [torch.randn(33, 150, dtype=reference.grad_dtype(dtype)) for _ in range(3)]
+    upstream = torch.randn(33) if rows else torch.tensor(0.3)
+    for factor in (None, torch.tensor([0.5, 2.0, 3.0])):
+        want = reference.scale(grads, upstream, factor, dtype, True)
+        before = [g.clone() for g in grads]
+        got = implementation.scale(grads, upstream, factor, dtype, True)
+        torch.testing.assert_close(got, want)
+        assert all(torch.equal(a, b) for a, b in zip(grads, before, strict=True))
+        got = implementation.scale([g.clone() for g in grads], upstream, factor, dtype, False)
+        torch.testing.assert_close(got, want)
+
+
+def test_scale_by_one_hands_the_gradients_out():
+    grads = [torch.randn(3, 5) for _ in range(2)]
+    saved = [g.clone() for g in grads]
+    got = implementation.scale(grads, torch.ones(()), None, torch.float32, False)
+    assert all(a is b for a, b in zip(got, grads, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got, saved, strict=True))
+    expanded = torch.ones(()).expand(3)
+    torch.testing.assert_close(implementation.scale(grads, expanded, None, torch.float32, True), saved)
+
+
+def test_modulate_backward_takes_sizes_dtypes_gaps_and_strides():
+    link = torch.tensor([0.5, -0.25, 1.0, 2.0])
+    grads = [torch.randn(3, 1400), None, torch.randn(5, 2, dtype=torch.bfloat16).t(), torch.ones(()).expand(4, 4)]
+    got = implementation.modulate_backward(grads, link)
+    want = reference.modulate_backward(grads, link)
+    assert got[1] is None
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_ops():
+    logits, target = test_contract.make(dtype=torch.bfloat16)
+    mask, weight = torch.rand(7, 2) > 0.3, torch.rand(5)
+    options = ("share", "confidence", None, "residual", -100, 0.1)
+    ops = torch.ops.arl_fast
+    for reduction, grad in (("mean", True), ("none", False)):
+        arguments = (logits, target, mask, weight, None, None, 1.5, 8.0, False, *options, reduction, grad)
+        torch.library.opcheck(ops.triton_forward.default, arguments)
+    schedule = torch.tensor([1.0, 8.0, 0.0])
+    arguments = (logits, target, None, None, torch.ones(3), schedule, 1.0, 0.0, False, *options, "mean", True)
+    torch.library.opcheck(ops.triton_forward.default, arguments)
+    torch.library.opcheck(ops.triton_scale.default, (logits, torch.tensor(0.5), torch.ones(3), torch.bfloat16))
+    torch.library.opcheck(ops.triton_modulate.default, (logits, [2, 0, 1], torch.rand(3)))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_in_one_graph(reduction):
+    """The whole step, features to loss, through the registered ops; a second batch size recompiles at most once more."""
+    import arl_fast
+
+    head = arl_fast.SharedHead([3, 3], 4)
+    criterion = arl_fast.ARLLoss(reduction=reduction)
+
+    def step(z, target):
+        return criterion(head(z), target).mean()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for batch in (6, 9):
+        z = [torch.randn(batch, 3, requires_grad=True) for _ in range(2)]
+        target = torch.randint(0, 4, (batch,))
+        want, got = step(z, target), compiled(z, target)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, z), torch.autograd.grad(want, z))
+
+
+def test_warm_up_leaves_its_arguments_alone():
+    logits, target = test_contract.make()
+    before = [x.clone() for x in logits]
+    implementation.warm_up(logits, target, OPTIONS, features=[torch.randn(3), torch.randn(4, 2)])
+    assert all(torch.equal(a, b) for a, b in zip(logits, before, strict=True))
