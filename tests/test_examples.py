@@ -1,0 +1,111 @@
+"""Every example runs, on a few batches, and learns; the adapter does what its library expects."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import arl_fast
+from arl_fast.integrations.huggingface import compute_loss_func
+
+ROOT = Path(__file__).parents[1]
+CHANCE = 1 / 6
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"precision": "fp16", "accumulate": 2}], ids=str)
+def test_plain(example, options):
+    assert example("plain").main(**options) > 4 * CHANCE
+
+
+def test_timm_style(example):
+    assert example("timm_style").main() > 4 * CHANCE
+
+
+def test_ddp():
+    """As its first line says, on two processes; it checks itself that all processes see the same."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run([*command, str(ROOT / "examples" / "ddp.py")], env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert "epoch 1: loss" in run.stdout
+    assert "rows 64" in run.stdout
+
+
+def test_lightning(example):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    module, metrics = example("lightning_module").main()
+    assert metrics["accuracy/fused"] > 4 * CHANCE
+    assert int(module.criterion.steps) == 16  # every training batch, no validation batch
+    assert metrics["gain/audio"] > 1
+
+
+def test_lightning_resumes_in_mid_warmup(example, tmp_path):
+    """The counter is in the checkpoint."""
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+    lightning_module = example("lightning_module")
+    module = lightning_module.ARLModule()
+    module.criterion.steps.fill_(3)
+    trainer = lightning.Trainer(
+        max_steps=0, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False
+    )
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "state.ckpt", weights_only=True)
+    again = lightning_module.ARLModule.load_from_checkpoint(tmp_path / "state.ckpt")
+    assert int(again.criterion.steps) == 3
+
+
+def test_hf_trainer(example):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    trainer, metrics = example("hf_trainer").main()
+    assert metrics["eval_accuracy"] > 4 * CHANCE
+    assert int(trainer.model.criterion.steps) == 48  # two micro-batches for each of 24 steps, none for evaluation
+    assert 0 < metrics["eval_loss"] < 6
+
+
+def test_hf_accumulation_equals_one_batch(example):
+    """Two micro-batches of 16, divided by the 32 items in both, are the gradients of one batch of 32 (constant rule)."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    hf_trainer = example("hf_trainer")
+    states = []
+    for size, accumulate in ((32, 1), (16, 2)):
+        torch.manual_seed(0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hf_trainer.arl_fast, "ARLLoss", lambda **options: arl_fast.loss.ARLLoss(reduction="sum", rule="constant"))
+            options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate, "optim": "sgd", "max_grad_norm": 0.0}
+            trainer, _ = hf_trainer.main(steps=3, rows=96, **options)
+        states.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+    for name, p in states[0].items():
+        torch.testing.assert_close(p, states[1][name], msg=name)
+
+
+def test_hf_adapter():
+    """Sum over the micro-batch divided by the Trainer's count; the count has no influence on the coefficients."""
+    criterion = arl_fast.ARLLoss(reduction="sum")
+    loss = compute_loss_func(criterion)
+    head = arl_fast.ConcatHead({"audio": 4, "visual": 4}, 3)
+    features = {"audio": torch.randn(5, 4), "visual": torch.randn(5, 4)}
+    out = head(features)
+    labels = torch.tensor([0, 1, 2, -100, 1])
+    outputs = {"loss": torch.zeros(()), "fused": out.fused, **out.unimodal, "link": out.link}
+    mean = arl_fast.ARLLoss()
+    expected = mean(out, labels)
+    torch.testing.assert_close(loss(outputs, labels), expected)
+    for items in (8, torch.tensor(8)):
+        torch.testing.assert_close(loss(outputs, labels, num_items_in_batch=items), expected / 2)
+        torch.testing.assert_close(criterion.stats.gains, mean.stats.gains)
+    with pytest.raises(ValueError, match="criterion: got reduction='mean', expected 'sum'"):
+        compute_loss_func(mean)
