@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch, rules
-from .branches import BranchLogits
-from .functional import _from_rows, _graph_is_kept, _mask_rows, _to_rows, prepare
+from .branches import BranchLogits, check_not_dtensor
+from .functional import _from_rows, _graph_is_kept, _mask_rows, _to_rows, prepare, refuse_second_derivatives, refuse_transforms
 from .loss import ARLLoss
 from .options import Options, _choice, make_options
 from .reference import compute_dtype
@@ -258,9 +258,9 @@ class _LinearARL(torch.autograd.Function):
         return loss, packed, *whole
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Any, ...]:
-        if upstream is None:
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
+        refuse_second_derivatives()
+        if upstream is None:  # nothing depends on the loss
             return (None,) * (9 + len(ctx.needs))
         keep = torch.compiler.is_compiling() or _graph_is_kept()
         grads = _early_gradients(ctx, upstream, keep) if ctx.early else _late_gradients(ctx, upstream, keep)
@@ -382,6 +382,7 @@ def _check(features: object, weights: object, bias: object, fusion: str) -> tupl
     everything: dict[str, Any] = {**z, **w, **b}
     autocast = torch.is_autocast_enabled(first.device.type) and all(x.dtype != torch.float64 for x in everything.values())
     for label, x in everything.items():
+        check_not_dtensor(label, x)
         if x.device != first.device:
             raise ValueError(f"{label}: got device {x.device}, expected that of the first modality's features, {first.device}")
         if not x.is_floating_point():
@@ -501,6 +502,7 @@ def packed_linear_loss(
     return_logits: bool = False,
 ) -> tuple[Tensor, Tensor, BranchLogits | None]:
     """What linear_arl_loss, LinearARLLoss and the heads share: check, flatten, apply."""
+    refuse_transforms("linear_arl_loss")
     _choice("fusion", fusion, FUSIONS)
     _choice("bias_mode", bias_mode, BIAS_MODES)
     z, w, b = _check(features, weights, bias, fusion)

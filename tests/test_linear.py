@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import arl_fast
@@ -487,6 +488,57 @@ def test_modulated_features_are_not_scaled_twice():
     loss, _ = head.loss(modulated, target)
     for g, w in zip(gradients(loss, head, features), want, strict=True):
         torch.testing.assert_close(g, w)
+
+
+def _process(rank: int, store: str, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    head, features, target = make(batch=9)
+    target[7] = -100
+    mask = torch.rand(9, 2) > 0.3
+    share = slice(0, 2) if rank == 0 else slice(2, 9)
+    own = [z.detach()[share].requires_grad_() for z in features]
+    found = []
+    for reduction, chunk in itertools.product(["mean", "none"], [None, 3]):
+        loss, stats = head.loss(own, target[share], mask=mask[share], chunk=chunk, sync_stats=True, reduction=reduction)
+        found.append([loss.detach(), stats.gains, stats.loss, *gradients(loss, head, own)])
+    torch.save(found, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
+def test_statistics_of_two_processes(tmp_path):
+    """Unequal shares, one of them in chunks: averaged over the processes, the gradients of the joined batch."""
+    torch.multiprocessing.spawn(_process, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.manual_seed(0)
+    head, features, target = make(batch=9)
+    target[7] = -100
+    mask = torch.rand(9, 2) > 0.3
+    for case, (reduction, _) in enumerate(itertools.product(["mean", "none"], [None, 3])):
+        want, stats, (dz0, dz1, *rest) = composed(head, features, target, mask=mask, reduction=reduction)
+        mean = reduction == "mean"
+        joined = want if mean else torch.cat([found[0][case][0], found[1][case][0]])
+        torch.testing.assert_close(joined.detach(), want.detach())
+        for rank, share in enumerate([slice(0, 2), slice(2, 9)]):
+            loss, gains, losses, *grads = found[rank][case]
+            torch.testing.assert_close(loss, want.detach() if mean else want.detach()[share])
+            torch.testing.assert_close(gains, stats.gains)
+            torch.testing.assert_close(losses, stats.loss)
+            for g, w in zip(grads, (dz0, dz1), strict=False):
+                torch.testing.assert_close(g / (2 if mean else 1), w[share])
+        for a, b, w in zip(found[0][case][5:], found[1][case][5:], rest, strict=True):
+            torch.testing.assert_close((a + b) / (2 if mean else 1), w)
+
+
+def test_refuses_what_it_cannot_differentiate():
+    head, features, target = make()
+    loss, _ = head.loss(features, target)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, features, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(lambda z: head.loss([z, features[1]], target)[0])(features[0])
 
 
 Z = [torch.randn(4, 5), torch.randn(4, 3)]
