@@ -161,8 +161,9 @@ class ConcatHead(_LinearHead):
         fused = _sum(parts)
         if self.bias is None:
             return fused, parts
-        own = self.bias if self.bias_mode == "full" else self.bias / len(parts)
-        return fused + self.bias, [part + own for part in parts]
+        bias = self.bias.to(fused.dtype)  # under autocast: adding float32 would make float32 logits
+        own = bias if self.bias_mode == "full" else bias / len(parts)
+        return fused + bias, [part + own for part in parts]
 
     def weights_and_bias(self) -> tuple[Any, Any]:
         return self.weight, self.bias
