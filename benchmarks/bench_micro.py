@@ -21,6 +21,7 @@ from benchmarks.contenders import Contender, contenders
 from benchmarks.truth import Rejected
 
 LARGE = 1 << 22  # elements from which a single call is a sample
+HUGE = 1 << 26  # elements from which a CPU takes one sample per rotation: no cache holds them, so none is warm either
 
 
 class Session:
@@ -32,6 +33,7 @@ class Session:
         self.path: str | None = config.getoption("--rows")
         self.sample: float = config.getoption("--sample")
         self.rounds: int = config.getoption("--rounds")
+        self.timer = machine.timer(self.device, self.threads)
         self.case: Case | None = None
         self.bandwidth: float | None = None
 
@@ -90,12 +92,14 @@ class Session:
         step = self.step(contender)
         name, facts = contender.name, self.facts[contender.name]
         large = self.case.elements >= LARGE
-        rounds = max(3, self.rounds // 3) if large else self.rounds
+        huge = self.device == "cpu" and self.case.elements >= HUGE
+        rounds = 1 if huge else max(3, self.rounds // 3) if large else self.rounds
         call = step.both if what == "backward" else getattr(step, what)
         if (name, what) not in self.loops:
             launches = facts["both"].get("launches", 1)
             self.loops[name, what] = 1 if large else measure.loops_for(call, self.device, self.sample, launches)
-        samples = measure.host_samples(step, what, self.device, self.loops[name, what], rounds, pedantic)
+        warm = 0 if huge and self.samples[name, what, "warm", "host"] else 1
+        samples = measure.host_samples(step, what, self.device, self.loops[name, what], rounds, warm, pedantic)
         self.samples[name, what, "warm", "host"] += samples
         if what == "backward":
             return
@@ -104,8 +108,8 @@ class Session:
                 self.timers[name, what] = measure.DeviceTimer(call, facts[what]["peak_bytes"] + 1, facts[what]["syncs"])
             for cache in ("warm", "cold"):
                 self.samples[name, what, cache, "device"] += self.timers[name, what].samples(cache, rounds)
-        elif what == "both" and not self.case.suite.startswith("scaling"):
-            self.samples[name, what, "cold", "host"] += measure.cold_samples(step, self.device, 3)
+        elif what == "both" and not huge and not self.case.suite.startswith("scaling"):
+            self.samples[name, what, "cold", "host"] += measure.cold_samples(step, self.device, 3, self.timer)
 
     def leave(self) -> None:
         """Write the rows of the case that is complete."""
@@ -114,6 +118,7 @@ class Session:
             return
         common = machine.describe(self.device) | {"experiment": "micro"} | case._asdict()
         common["threads"] = torch.get_num_threads() if self.device == "cpu" else None
+        common["clock"] = self.timer.__name__
         out = [common | {"contender": name, "rejected": why} for name, why in self.steps.items() if isinstance(why, str)]
         for name, what, cache in dict.fromkeys(k[:3] for k in self.samples):
             facts = self.facts[name]
@@ -161,15 +166,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """By case, then by rotation, then the contenders in an order that moves on by one each time."""
     option = metafunc.config.getoption
     device, chosen = option("--device"), []
+    clock = pytest.mark.benchmark(timer=machine.timer(device, option("--threads")))
     for suite in option("--suites").split(","):
         for case in SUITES[suite]:
             names = [c.name for c in contenders(case, device, compile=not option("--no-compile"))]
             whats = ("both",) if suite.startswith("scaling") else measure.WHATS
+            if device == "cpu" and case.elements >= HUGE:
+                whats = ("both", "forward")
             for rotation in range(option("--rotations")):
                 turn = rotation % len(names)
                 for name in names[turn:] + names[:turn]:
                     for what in whats:
-                        chosen.append(pytest.param(case, name, what, id=f"{case.label}-{name}-{what}-{rotation}"))
+                        chosen.append(pytest.param(case, name, what, id=f"{case.label}-{name}-{what}-{rotation}", marks=clock))
     metafunc.parametrize(("case", "name", "what"), chosen)
 
 

@@ -29,20 +29,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 if not HAVE_PLUGIN:
 
+    def pytest_configure(config: pytest.Config) -> None:
+        config.addinivalue_line("markers", "benchmark: options of pytest-benchmark")
+
     class _Pedantic:
         """The one method of pytest-benchmark's fixture that is used."""
 
         samples: list[float]
+        timer: Callable[[], float]
 
         def pedantic(self, target: Callable, setup: Callable, rounds: int, warmup_rounds: int, iterations: int = 1) -> None:
             self.samples = []
             for i in range(warmup_rounds + rounds):
                 args, kwargs = setup()
-                begin = time.perf_counter()
+                begin = self.timer()
                 target(*args, **kwargs)
                 if i >= warmup_rounds:
-                    self.samples.append(time.perf_counter() - begin)
+                    self.samples.append(self.timer() - begin)
 
     @pytest.fixture
-    def benchmark() -> _Pedantic:
-        return _Pedantic()
+    def benchmark(request: pytest.FixtureRequest) -> _Pedantic:
+        found = _Pedantic()
+        marker = request.node.get_closest_marker("benchmark")
+        found.timer = marker.kwargs["timer"] if marker else time.perf_counter
+        return found

@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.split(" (")[0] if device == "cuda" else "cpu " + name).strip("-")
 
 
+def timer(device: str, threads: int) -> Callable[[], float]:
+    """The host's clock. One thread on a CPU: its CPU time, which is the same on an idle machine and bears others' load."""
+    return time.process_time if device == "cpu" and threads == 1 else time.perf_counter
+
+
 def copy_bandwidth(device: str, megabytes: int | None = None) -> float:
     """Bytes per second, read plus written, of the best large copy that torch makes (with the threads now set)."""
     size = (megabytes or (4096 if device == "cuda" else 128)) << 18
@@ -96,9 +102,10 @@ def copy_bandwidth(device: str, megabytes: int | None = None) -> float:
             end.synchronize()
             seconds.append(start.elapsed_time(end) / 1e3)
         else:
-            begin = time.perf_counter()
+            clock = timer(device, torch.get_num_threads())
+            begin = clock()
             copy.copy_(source)
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(clock() - begin)
     return 2 * 4 * size / statistics.median(seconds[2:])
 
 

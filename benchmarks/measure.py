@@ -77,8 +77,8 @@ def loops_for(call: Callable[[], Any], device: str, seconds: float, launches: in
     return min(loops, max(1, 400 // max(1, launches))) if device == "cuda" else loops
 
 
-def host_samples(step: Step, what: str, device: str, loops: int, rounds: int, pedantic: Callable) -> list[float]:
-    """Seconds per call, one sample per round of ``loops`` calls.
+def host_samples(step: Step, what: str, device: str, loops: int, rounds: int, warm: int, pedantic: Callable) -> list[float]:
+    """Seconds per call, one sample per round of ``loops`` calls, after ``warm`` rounds that do not count.
 
     ``pedantic`` is that of pytest-benchmark. The clock stops before the device has finished. For "backward" the graphs
     are built outside the clock.
@@ -103,19 +103,19 @@ def host_samples(step: Step, what: str, device: str, loops: int, rounds: int, pe
             for _ in range(loops):
                 one()
 
-    samples = pedantic(call, setup=prepare, rounds=rounds, warmup_rounds=1)
+    samples = pedantic(call, setup=prepare, rounds=rounds, warmup_rounds=warm)
     synchronize(device)
     return [s / loops for s in samples]
 
 
-def cold_samples(step: Step, device: str, rounds: int) -> list[float]:
+def cold_samples(step: Step, device: str, rounds: int, timer: Callable[[], float]) -> list[float]:
     """Seconds of single calls of forward and backward, the caches flushed before each (CPU)."""
     samples = []
     for _ in range(rounds):
         machine.flush(device)
-        begin = time.perf_counter()
+        begin = timer()
         step.both()
-        samples.append(time.perf_counter() - begin)
+        samples.append(timer() - begin)
     return samples
 
 

@@ -5,6 +5,7 @@ Columns of a microbenchmark:
     suite, batch, classes, modalities, dtype, threads                  what was measured
     contender, what                  "forward" without gradients, "backward" alone, or "both"
     cache                            "warm": repeated on the same tensors; "cold": caches flushed before every call
+    clock                            the host's: perf_counter, or process_time for one thread on a CPU
     host_us                          {median, q1, q3, n}: the caller's time. On a GPU that of enqueueing, the clock stopped
                                      before the device has finished; on a CPU the whole time
     device_us, device_method         {median, q1, q3, n}: the GPU's own time, from the replay of a CUDA graph, or between

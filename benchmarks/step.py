@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -84,15 +83,17 @@ def measure(model: str, encoders: nn.Module, inputs: list[Tensor], size: int, de
     target = torch.randint(0, CLASSES, (batch,), device=device)
     steps = {way: training_step(way, encoders, inputs, target, size) for way in WAYS}
 
+    clock = machine.timer(device, threads)
+
     def turn(step: Callable[[], None], times: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(times):
             step()
         if device == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - begin) / times
+        return (clock() - begin) / times
 
     for step in steps.values():
         turn(step, 3)
@@ -105,7 +106,7 @@ def measure(model: str, encoders: nn.Module, inputs: list[Tensor], size: int, de
         for way in WAYS[shift:] + WAYS[:shift]:
             samples[way].append(turn(steps[way], times))
     common = machine.describe(device) | dict(experiment="step", suite=model, batch=batch, classes=CLASSES, modalities=2)
-    common |= dict(dtype="float32", threads=threads if device == "cpu" else None, what="step", cache="warm")
+    common |= dict(dtype="float32", threads=threads if device == "cpu" else None, what="step", cache="warm", clock=clock.__name__)
     out = []
     for way, mine in samples.items():
         added = [100 * (a / b - 1) for a, b in zip(mine, samples["joint CE"], strict=True)]
