@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml $(NATIVE)
 	$(BIN)/python -c '$(SUPPORTED)' || { echo "$(VENV) has an unsupported Python: remove it" >&2; exit 1; }
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q "setuptools>=77" ninja pybind11
+	$(BIN)/python -m pip install -q "setuptools>=77" ninja pybind11 numpy
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m arl_fast
 	@touch $@

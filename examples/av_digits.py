@@ -1,6 +1,6 @@
 """ARL on real sound and images: spoken digits (Free Spoken Digit Dataset) paired with handwritten ones (MNIST).
 
-    python examples/av_digits.py FOLDER [--seeds 6] [--noise 0] [--out build/av_digits.png]
+    python examples/av_digits.py FOLDER [--seeds 5] [--noise 0] [--out build/av_digits.png]
 
 FOLDER holds fsdd/recordings/DIGIT_SPEAKER_INDEX.wav and mnist/t10k-images-idx3-ubyte, mnist/t10k-labels-idx1-ubyte (also
 with .gz). A recording is paired with an image of the same digit. Of the six speakers three are for training, one for
@@ -105,7 +105,7 @@ def encoder() -> nn.Module:
 
 
 def main() -> None:
-    parser = arguments(__doc__, seeds=6, out="build/av_digits.png")
+    parser = arguments(__doc__, seeds=5, out="build/av_digits.png")
     parser.add_argument("folder", type=Path, help="the folder with fsdd/ and mnist/")
     parser.add_argument("--noise", type=float, default=0.0, help="noise added to the images (default 0)")
     options = parser.parse_args()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,9 @@ def test_readme_has_blocks():
 
 @pytest.mark.parametrize(("page", "i"), RUNNABLE, ids=lambda value: getattr(value, "name", value))
 def test_block_runs(page, i):
-    done = subprocess.run([sys.executable, "-W", "error", "-c", blocks(page)[i]], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(compile(blocks(page)[i], f"{page.name}, block {i}", "exec"), {"__name__": "readme"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
