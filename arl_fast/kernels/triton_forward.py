@@ -111,36 +111,44 @@ def weights_of(target, weight, base, cols, keep, T: tl.constexpr, C: tl.constexp
     return t, tl.where(keep, u, 0.0)
 
 
-# A tile is [steps, owners, lanes], an owner being a row, or a thread of the one row that is streamed. The first axis lies
-# within a thread, so that is where joining begins; the last one does when a thread owns a row, and else spans few threads.
+# A tile is [steps, owners, lanes], an owner being a row, or a thread of the one row that is streamed. Steps are to lie
+# within a thread, so that is where joining begins; lanes do when a thread owns a row, and else span few threads. Triton
+# before 3.7 gives neighbouring threads the first of two equal axes, later ones the last: there, steps and owners swap.
+OWNERS_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7))
 
 
 @triton.jit
 def tile_columns(STEPS: tl.constexpr, STEP: tl.constexpr, OWNERS: tl.constexpr, OWNER: tl.constexpr, LANES: tl.constexpr):
     """Columns of a tile whose steps and owners are STEP and OWNER columns apart."""
-    step, owner, lane = tl.arange(0, STEPS), tl.arange(0, OWNERS), tl.arange(0, LANES)
-    return (step * STEP)[:, None, None] + (owner * OWNER)[None, :, None] + lane[None, None, :]
+    step, owner, lane = tl.arange(0, STEPS) * STEP, tl.arange(0, OWNERS) * OWNER, tl.arange(0, LANES)
+    if OWNERS_FIRST:
+        return step[None, :, None] + owner[:, None, None] + lane[None, None, :]
+    else:
+        return step[:, None, None] + owner[None, :, None] + lane[None, None, :]
 
 
 @triton.jit
 def wide(values):
     """One value per owner, shaped to meet a tile."""
-    return values[None, :, None]
+    if OWNERS_FIRST:
+        return values[:, None, None]
+    else:
+        return values[None, :, None]
 
 
 @triton.jit
 def join_sum(tile):
-    return tl.sum(tl.sum(tile, 0), 1)
+    return tl.sum(tl.sum(tile, 1 if OWNERS_FIRST else 0), 1)
 
 
 @triton.jit
 def join_max(tile):
-    return tl.max(tl.max(tile, 0), 1)
+    return tl.max(tl.max(tile, 1 if OWNERS_FIRST else 0), 1)
 
 
 @triton.jit
 def join_min(tile):
-    return tl.min(tl.min(tile, 0), 1)
+    return tl.min(tl.min(tile, 1 if OWNERS_FIRST else 0), 1)
 
 
 @triton.jit
