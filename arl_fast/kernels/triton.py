@@ -7,7 +7,6 @@ torch.compile the three functions are the registered ops ``arl_fast::triton_*``;
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,39 +68,22 @@ def launch_options(plan: triton_rule.Plan) -> dict[str, int]:
 class Tickets:
     """Counters by which programs find out who is last; each kernel leaves its counter at zero.
 
-    One counter per device and stream, because launches on one stream run one after the other. A launch that is being
-    captured gets a counter of its own, since its graph may be replayed on any stream. All come from one buffer per device,
-    allocated by the first launch or by ``warm_up``; where it is missing or used up, a captured or eager memset replaces it.
+    One per device and stream, zeroed on that stream when it is first used: launches on one stream run one after the other.
+    A launch that is being captured gets a counter of its own, zeroed in the graph, since a graph may be replayed on any
+    stream, beside others. So nothing waits, and nothing that outlives a capture is allocated in it.
     """
 
-    SLOTS = 4096
-    STRIDE = 8  # a slot fills a 32-byte sector
-
     def __init__(self) -> None:
-        self.buffers: dict[int, list[Tensor]] = {}
         self.streams: dict[tuple[int, int], Tensor] = {}
-        self.lock = threading.Lock()
 
     def take(self, device: torch.device) -> Tensor:
-        if device.type == "cpu":
-            return torch.zeros(1, dtype=torch.int32)
-        index = device.index
-        capturing = torch.cuda.is_current_stream_capturing()
-        key = (index, torch._C._cuda_getCurrentRawStream(index))
-        if not capturing and (ticket := self.streams.get(key)) is not None:
-            return ticket
-        with self.lock:
-            if index not in self.buffers and not capturing:
-                buffer = torch.zeros(self.SLOTS, self.STRIDE, dtype=torch.int32, device=device)
-                torch.cuda.current_stream(device).synchronize()  # once: other streams may use it next
-                self.buffers[index] = list(buffer.unbind(0))
-            free = self.buffers.get(index)
-            if not free:
-                return torch.zeros(1, dtype=torch.int32, device=device)
-            ticket = free.pop()
-            if not capturing:
-                self.streams[key] = ticket
-            return ticket
+        if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+            return torch.zeros(1, dtype=torch.int32, device=device)
+        key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+        ticket = self.streams.get(key)
+        if ticket is None:
+            ticket = self.streams.setdefault(key, torch.zeros(1, dtype=torch.int32, device=device))
+        return ticket
 
 
 tickets = Tickets()
