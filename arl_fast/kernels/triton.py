@@ -57,12 +57,12 @@ def multiprocessors(index: int) -> int:
 
 
 @functools.cache
-def launch_options(plan: triton_rule.Plan) -> dict[str, int]:
+def launch_options(threads: int, registers: int | None = None) -> dict[str, int]:
     if INTERPRETED:
         return {}
     if torch.version.hip is not None:
-        return {"num_warps": plan.threads // triton.runtime.driver.active.get_current_target().warp_size}
-    return {"num_warps": plan.threads // 32, "maxnreg": plan.registers}
+        return {"num_warps": threads // triton.runtime.driver.active.get_current_target().warp_size}
+    return {"num_warps": threads // 32} | ({} if registers is None else {"maxnreg": registers})
 
 
 class Tickets:
@@ -165,7 +165,17 @@ def _launch_forward(
             parts = triton_rule.COUNT_PROGRAMS
             norm = torch.empty((branches, parts), dtype=dtype, device=device)
             count_kernel[(parts, branches)](
-                target, mask, weight, norm, rows, classes, branches, options.ignore_index, soft, triton_rule.COUNT_BLOCK
+                target,
+                mask,
+                weight,
+                norm,
+                rows,
+                classes,
+                branches,
+                options.ignore_index,
+                soft,
+                triton_rule.COUNT_BLOCK,
+                **launch_options(triton_rule.THREADS),
             )
         forward_kernel[(programs, branches)](
             inputs,
@@ -201,7 +211,7 @@ def _launch_forward(
             plan.owners,
             plan.lanes,
             triton_rule.COUNT_BLOCK,
-            **launch_options(plan),
+            **launch_options(plan.threads, plan.registers),
         )
     if per_row is not None:  # Eq. 22 by row
         if on_device is not None:
@@ -262,6 +272,7 @@ def _launch_scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | No
             upstream.dim() > 0,
             in_place,
             triton_rule.FLAT_BLOCK,
+            **launch_options(triton_rule.FLAT_THREADS),
         )
     return results
 
@@ -287,11 +298,12 @@ def _launch_modulate(grads: Sequence[Tensor], modalities: Sequence[int], link: T
             modulate_kernel[(programs, len(group))](
                 tuple(grads[i].contiguous() for i in group),
                 tuple(results[i] for i in group),
-                tuple(grads[i].numel() for i in group),
+                tuple(2 * grads[i].numel() + 1 for i in group),
                 link,
                 tuple(modalities[i] for i in group),
                 len(group),
                 triton_rule.FLAT_BLOCK,
+                **launch_options(triton_rule.FLAT_THREADS),
             )
     return results
 

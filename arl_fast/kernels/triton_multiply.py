@@ -71,11 +71,11 @@ def scale_kernel(
         multiply(source, result, value, upstream, size, PER_ROW, C, BLOCK)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def modulate_kernel(
     sources,  # tuple of gradients of features, contiguous
     results,
-    sizes,  # tuple of their numbers of elements
+    sizes,  # tuple of 2 n + 1, n their numbers of elements: odd, or Triton would specialise on divisors of n
     link,  # [M]
     MODALITIES: tl.constexpr,  # tuple: which entry of the link belongs to each
     TENSORS: tl.constexpr,
@@ -84,5 +84,5 @@ def modulate_kernel(
     """g_m * (1 + link_m) with link_m = gain_m - 1 (Eq. 19), computed in the link's dtype and rounded once."""
     i = tl.program_id(1)
     source, result = select(sources, i, TENSORS), select(results, i, TENSORS)
-    size, at = select(sizes, i, TENSORS), select(MODALITIES, i, TENSORS)
+    size, at = select(sizes, i, TENSORS) // 2, select(MODALITIES, i, TENSORS)
     multiply(source, result, 1 + tl.load(link + at), link, size, False, 1, BLOCK)
