@@ -81,3 +81,41 @@ def test_prediction_is_at_least_the_floor():
     found = static.Report(registers=64, spills=0, shared=0, loads16=32, stores16=32, exponentials=17, instructions=400)
     device = static.DEVICES["H200"]
     assert static.predict(case, found, device, 10**5) > 2 * 3e8 * 2 / device.dram
+
+
+def test_another_batch_size_compiles_nothing(monkeypatch):
+    """The host's own calls, stopped where Triton has bound the arguments: the key of its cache must not depend on B."""
+    import torch
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from arl_fast.kernels import triton as implementation
+    from arl_fast.options import Options
+
+    backend = make_backend(static.TARGETS["sm_90"])
+    keys = {}
+
+    class Bound:
+        def __init__(self, name):
+            kernel = getattr(implementation, name)
+            self.name, self.bind = name, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                _, specialization, options = self.bind(*arguments, **options)
+                keys.setdefault(self.name, set()).add(str((specialization, options)))
+
+            return launch
+
+    for name in ("forward_kernel", "scale_kernel", "modulate_kernel"):
+        monkeypatch.setattr(implementation, name, Bound(name))
+    monkeypatch.setattr(implementation, "multiprocessors", lambda index: 132)
+    options = Options("share", "confidence", None, "residual", -100, 0.0, "mean")
+    for batch in (1, 2, 16, 63, 64, 4097):
+        logits = [torch.randn(batch, 28) for _ in range(3)]
+        for schedule in ((1.0, 8.0, True), (2, 16, False)):
+            implementation._launch_forward(logits, torch.zeros(batch).long(), None, None, None, schedule, options, True)
+        implementation.scale(logits, torch.ones(()), None, torch.float32, False)
+        implementation.modulate_backward([torch.randn(batch, 100), torch.randn(batch, 51)], torch.zeros(2))
+    assert {name: len(found) for name, found in keys.items()} == dict.fromkeys(keys, 1)
+    assert len(keys) == 3
