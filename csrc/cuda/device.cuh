@@ -51,21 +51,35 @@ __device__ inline int minimum(int a, int b) { return a < b ? a : b; }
 __device__ inline float absolute(float a) { return fabsf(a); }
 __device__ inline double absolute(double a) { return fabs(a); }
 
-__device__ inline float power_of_two(float a) {
+// e^a as 2^(a log2 e), for a <= 0. (Folding log2 e into the subtraction of the top, x log2 e - top log2 e, would save an
+// instruction but leave the largest class off 1 by rounding: a certain prediction would have an entropy of noise.)
+__device__ inline float exponential(float a) {
+  const float exponent = a * 1.4426950408889634f;
 #if defined(__CUDA_ARCH__)
   float result;  // one instruction; results below 2^-126 become 0, which no output can tell from what they were
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(exponent));
   return result;
 #else
-  return exp2f(a);
+  return exp2f(exponent);
 #endif
 }
-__device__ inline double power_of_two(double a) { return exp2(a); }
+__device__ inline double exponential(double a) { return exp(a); }
+
+// 1 / a for a sum of exponentials with a largest term of 1 (or NaN), to the last bit but one: an ordinary division has a
+// branch for other operands, and around its call registers are short.
+__device__ inline float reciprocal(float a) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return fmaf(result, fmaf(-a, result, 1.0f), result);
+#else
+  return 1.0f / a;
+#endif
+}
+__device__ inline double reciprocal(double a) { return 1.0 / a; }
 
 template <typename C>
 struct Constants {
-  static constexpr C log2e = C(1.4426950408889634074);
-  static constexpr C ln2 = C(0.69314718055994530942);
   static constexpr C lowest = C(-1e30);  // stands for log p = -inf where p = 0 multiplies it: 0 log 0 = 0
 };
 
@@ -139,9 +153,18 @@ __device__ inline uint4 padding_vector() {
   return make_uint4(low, high, low, high);
 }
 
-__device__ inline void decode(const uint4& raw, double (&v)[2], double) { memcpy(v, &raw, kVectorBytes); }
-__device__ inline void decode(const uint4& raw, float (&v)[4], float) { memcpy(v, &raw, kVectorBytes); }
-__device__ inline void decode(const uint4& raw, float (&v)[8], __nv_bfloat16) {
+// By value, and word by word: of 16 bytes behind a pointer the compiler would load single bytes.
+__device__ inline void decode(uint4 raw, double (&v)[2], double) {
+  const uint64_t words[2] = {uint64_t(raw.y) << 32 | raw.x, uint64_t(raw.w) << 32 | raw.z};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) memcpy(&v[i], &words[i], 8);
+}
+__device__ inline void decode(uint4 raw, float (&v)[4], float) {
+  const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) memcpy(&v[i], &words[i], 4);
+}
+__device__ inline void decode(uint4 raw, float (&v)[8], __nv_bfloat16) {
   const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // a bfloat16 is the upper half of a float
@@ -150,11 +173,15 @@ __device__ inline void decode(const uint4& raw, float (&v)[8], __nv_bfloat16) {
     memcpy(&v[2 * i + 1], &high, 4);
   }
 }
-__device__ inline void decode(const uint4& raw, float (&v)[8], __half) {
-  __half items[8];
-  memcpy(items, &raw, kVectorBytes);
+__device__ inline void decode(uint4 raw, float (&v)[8], __half) {
+  const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = __half2float(items[i]);
+  for (int i = 0; i < 4; ++i) {
+    __half2 pair;
+    memcpy(&pair, &words[i], 4);
+    v[2 * i] = __half2float(pair.x);
+    v[2 * i + 1] = __half2float(pair.y);
+  }
 }
 
 // Makes the compiler forget what it knows of a value, so that it unpacks a vector again in each pass over a row instead of
@@ -206,12 +233,21 @@ __device__ inline uint4 encode(const float (&v)[n], int first, __half) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// In PTX, because the compiler would split a plain 16-byte store and share the parts with the branch for single elements.
+__device__ inline void store_vector(uint4* out, uint4 raw) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(out), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
+#else
+  *out = raw;
+#endif
+}
+
 // n results to adjacent addresses: 16 bytes at a time where the address allows it.
 template <typename G, typename C, int n>
 __device__ inline void store(G* out, const C (&v)[n], bool aligned) {
   if (aligned) {
 #pragma unroll
-    for (int i = 0; i < n; i += kPerVector<G>) *reinterpret_cast<uint4*>(out + i) = encode(v, i, G());
+    for (int i = 0; i < n; i += kPerVector<G>) store_vector(reinterpret_cast<uint4*>(out + i), encode(v, i, G()));
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) out[i] = Narrow<G>::from(v[i]);

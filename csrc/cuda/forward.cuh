@@ -1,7 +1,7 @@
 // Loss, statistics, coefficients and gradients of all branches in one launch.
 //
 // A block walks over rows of one branch (of all, for a per-row loss). It reads a row once, keeps it on chip, reduces it
-// (top; then Z = sum 2^v and sum v 2^v with v = (x - top) log2 e; entropy, cross-entropy and p_y follow), writes the row's
+// (top; then Z = sum e^v and sum v e^v with v = x - top; entropy, cross-entropy and p_y follow), writes the row's
 // gradient and adds the row to six sums. The block that finishes last adds up the sums of all blocks, in the same order
 // whoever is last, and turns them into the loss and the packed statistics with arl::finish.
 #pragma once
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kRowsThreads) count_kernel(const __grid_consta
 
 // ---- rows on chip -------------------------------------------------------------------------------------------------------
 // Both kinds offer: load; visit(f), f(x, class) for every element, padding of -inf included, where `keep` stores what f made
-// of x; visit_real(f), the same without padding; emit(f), which stores f(2^v, class) as the gradient.
+// of x; visit_real(f), the same without padding; emit(f), which stores f(e^v, class) as the gradient.
 
 // kSmall: up to kHeld scalars per thread, adjacent threads hold adjacent classes.
 template <typename T>
@@ -152,8 +152,8 @@ struct VectorRow {
   using C = typename Element<T>::Compute;
   using G = typename Element<T>::Grad;
   static constexpr int kN = kPerVector<T>;
-  // A row of at least a float per element is held as numbers, and 2^v then takes the place of x. So are the short rows of
-  // 16-bit types; their long rows stay packed, and 2^v is computed again.
+  // A row of at least a float per element is held as numbers, and e^v then takes the place of x. So are the short rows of
+  // 16-bit types; their long rows stay packed, and e^v is computed again.
   static constexpr bool kPacked = sizeof(T) < sizeof(float) && kFamily == kBlock;
   static constexpr int kVectors = held_vectors(sizeof(T), kFamily);
 
@@ -254,40 +254,48 @@ struct VectorRow {
   template <bool keep, typename F>
   __device__ void visit_real(F f) { visit_all<keep, true>(f); }
 
-  template <bool kept, typename F>
-  __device__ void emit_vector(C (&v)[kN], int j, G* grad, bool aligned, C shift, F& f) {
+  template <bool kept, bool aligned, typename F>
+  __device__ void emit_vector(C (&v)[kN], int j, G* grad, C top, F& f) {
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
-      const C power = kept ? v[i] : power_of_two(multiply_add(v[i], Constants<C>::log2e, -shift));
+      const C power = kept ? v[i] : exponential(v[i] - top);
       v[i] = f(power, head + j * kN + i);
     }
     store(grad + head + j * kN, v, aligned);
   }
-  template <typename F>
-  __device__ void emit(G* grad, C shift, F f) {
-    const bool aligned = is_aligned(grad + head);
+  template <bool aligned, typename F>
+  __device__ void emit_vectors(G* grad, C top, F& f) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const int j = thread + k * threads;
       C v[kN];
       unpack(k, v);
-      if (j < vectors) emit_vector<!kPacked>(v, j, grad, aligned, shift, f);
+      if (j < vectors) emit_vector<!kPacked, aligned>(v, j, grad, top, f);
     }
     if constexpr (kFamily == kBlock) {
       for (int k = 0; k < shared_vectors; ++k) {
         const int j = thread + (kVectors + k) * threads;
         C v[kN];
         decode(*slot(k), v, T());
-        if (j < vectors) emit_vector<false>(v, j, grad, aligned, shift, f);
+        if (j < vectors) emit_vector<false, aligned>(v, j, grad, top, f);
       }
       for (int j = thread + (kVectors + shared_vectors) * threads; j < vectors; j += threads) {
         C v[kN];
         decode(__ldg(body + j), v, T());
-        emit_vector<false>(v, j, grad, aligned, shift, f);
+        emit_vector<false, aligned>(v, j, grad, top, f);
       }
     }
+  }
+  // Two loops, rather than a choice per vector, are what registers suffice for.
+  template <typename F>
+  __device__ void emit(G* grad, C top, F f) {
+    if (is_aligned(grad + head)) {
+      emit_vectors<true>(grad, top, f);
+    } else {
+      emit_vectors<false>(grad, top, f);
+    }
     if (edge_class() < classes) {
-      grad[edge_class()] = Narrow<G>::from(f(power_of_two(multiply_add(edge, Constants<C>::log2e, -shift)), edge_class()));
+      grad[edge_class()] = Narrow<G>::from(f(exponential(edge - top), edge_class()));
     }
   }
 
@@ -400,11 +408,7 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
     top[0] = only[0];
   }
 
-  // v_c = x_c log2 e - shift, one fused multiply-add. `shift` is rounded, but the same for all classes: with
-  // slack = v_top (0 but for that rounding) every quantity below is exact in the shift.
-  const C shift = top[0] * Constants<C>::log2e;
-  const C slack = multiply_add(top[0], Constants<C>::log2e, -shift);
-  enum { kZ, kEnergy, kEarlier, kShifts, kAbsolute, kCross, kMass, kExpected, kRowSums };
+  enum { kZ, kEnergy, kEarlier, kBelow, kAbsolute, kCross, kMass, kExpected, kRowSums };
   C s[kRowSums] = {};
   int first[2] = {held.classes, held.classes};  // probabilities: the first largest logit and the first largest target
   const bool l1 = a.options.dependence == kLogitL1;
@@ -414,7 +418,7 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
   }
   if (extra && target.valid) {
     held.template visit_real<false>([&](C& v, int) {
-      s[kShifts] += multiply_add(v, Constants<C>::log2e, -shift);
+      s[kBelow] += v - top[0];
       s[kAbsolute] += absolute(v);
     });
   }
@@ -425,7 +429,7 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
         s[kCross] = multiply_add(share, v - top[0], s[kCross]);
         s[kMass] += share;
         if (soft) {
-          s[kExpected] = multiply_add(probabilities[c], power_of_two(multiply_add(v, Constants<C>::log2e, -shift)), s[kExpected]);
+          s[kExpected] = multiply_add(probabilities[c], exponential(v - top[0]), s[kExpected]);
           if (v == top[0]) first[0] = minimum(first[0], c);
           if (probabilities[c] == top[1]) first[1] = minimum(first[1], c);
         }
@@ -433,17 +437,17 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
     }
   }
   held.template visit<true>([&](C& v, int) {
-    const C exponent = multiply_add(v, Constants<C>::log2e, -shift);
-    v = power_of_two(exponent);
+    const C difference = v - top[0];
+    v = exponential(difference);
     s[kZ] += v;
-    s[kEnergy] = multiply_add(v, maximum(exponent, Constants<C>::lowest), s[kEnergy]);
+    s[kEnergy] = multiply_add(v, maximum(difference, Constants<C>::lowest), s[kEnergy]);
   });
 
   if constexpr (kDense) {
     reduce_row<kFamily>(s, p.threads_per_row, buffers.sums, C(0), Add());
     if (soft) reduce_row<kFamily>(first, p.threads_per_row, buffers.first, held.classes, Minimum());
   } else if (extra) {
-    C some[5] = {s[kZ], s[kEnergy], s[kEarlier], s[kShifts], s[kAbsolute]};
+    C some[5] = {s[kZ], s[kEnergy], s[kEarlier], s[kBelow], s[kAbsolute]};
     reduce_row<kFamily>(some, p.threads_per_row, buffers.sums, C(0), Add());
     for (int i = 0; i < 5; ++i) s[i] = some[i];
   } else {
@@ -452,12 +456,12 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
     for (int i = 0; i < 3; ++i) s[i] = some[i];
   }
 
-  // Relative to the top: Z = sum exp(x - top), E = sum exp(x - top) (x - top).
-  const C relative = power_of_two(-slack);
-  const RowPass<C> pass = {top[0], s[kZ] * relative, Constants<C>::ln2 * relative * (s[kEnergy] - slack * s[kZ])};
-  const C inverse = C(1) / s[kZ];
-  const C target_p = power_of_two(multiply_add(target_logit, Constants<C>::log2e, -shift)) * inverse;
-  const C log_z = log(pass.partition);
+  // log p_c = x_c - top - log Z, H = log Z - sum p_c (x_c - top). A certain prediction has Z = 1 and H = 0 exactly.
+  const C inverse = reciprocal(s[kZ]);
+  const C log_z = log(s[kZ]);
+  C entropy = log_z - s[kEnergy] * inverse;
+  if (entropy < C(0)) entropy = C(0);  // rounding only; a NaN stays
+  const C target_p = exponential(target_logit - top[0]) * inverse;
   C loss, mass, dependence;
   bool correct;
   if (soft) {
@@ -466,13 +470,13 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
     dependence = s[kExpected] * inverse;
     correct = first[0] == first[1];
   } else {
-    loss = -target_share * log_probability(pass, target_logit);
+    loss = target_share * (log_z - (target_logit - top[0]));
     mass = target_share;
     if (kDense) {
       loss += s[kMass] * log_z - s[kCross];
       mass += s[kMass];
     } else if (smoothing > C(0)) {  // sum over all classes of -log p
-      loss += uniform * (C(a.classes) * (log_z + Constants<C>::ln2 * slack) - Constants<C>::ln2 * s[kShifts]);
+      loss += uniform * (C(a.classes) * log_z - s[kBelow]);
       mass = C(1);
     }
     dependence = target_p;
@@ -484,7 +488,7 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
   mass += poison;
 
   if (target.valid) {
-    const C row_sums[kSums] = {loss, norm, C(1), (correct ? C(1) : C(0)) + poison, row_entropy(pass) + poison, dependence + poison};
+    const C row_sums[kSums] = {loss, norm, C(1), (correct ? C(1) : C(0)) + poison, entropy + poison, dependence + poison};
     sums.add(row_sums, held.place());
   }
 
@@ -494,14 +498,14 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
     const C slope = scale * mass * inverse;
     const C at_target = scale * (mass * target_p - target_share - (kDense ? (soft ? C(0) : spread(target.index)) : uniform));
     if constexpr (kFamily == kSmall) {
-      held.emit(grad, shift, [&](C power, int c) {
+      held.emit(grad, top[0], [&](C power, int c) {
         if (!target.valid) return C(0);
         if (!soft && c == target.index) return at_target;
         return multiply_add(power, slope, -scale * (kDense ? spread(c) : uniform));
       });
     } else {
       const C offset = -scale * uniform;
-      held.emit(grad, shift, [&](C power, int c) {
+      held.emit(grad, top[0], [&](C power, int c) {
         return multiply_add(power, slope, kDense ? -scale * spread(c) : offset);
       });
       // The same thread overwrites its own store, once per row, instead of comparing every class with the target.
