@@ -12,12 +12,12 @@ from emulation import build
 if build.unavailable():
     pytest.skip(build.unavailable(), allow_module_level=True)
 
-from emulation import guarded, module  # noqa: E402
+from emulation import guarded, module
 
-from arl_fast import reference  # noqa: E402
-from arl_fast.options import Options  # noqa: E402
-from arl_fast.rules import finish  # noqa: E402
-from arl_fast.stats import unpack, unpack_sums  # noqa: E402
+from arl_fast import reference
+from arl_fast.options import Options
+from arl_fast.rules import finish
+from arl_fast.stats import unpack, unpack_sums
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 3e-6}
@@ -128,7 +128,12 @@ def test_dense_targets(dtype, classes, kind):
 
 @pytest.mark.parametrize(
     ("dtype", "classes", "shared", "vectors"),
-    [(torch.float32, 16403, SHARED, 1), (torch.bfloat16, 60001, 44000, 4), (torch.float64, 13001, 33000, 4), (torch.float16, 40001, SHARED, 2)],
+    [
+        (torch.float32, 16403, SHARED, 1),
+        (torch.bfloat16, 60001, 44000, 4),
+        (torch.float64, 13001, 33000, 4),
+        (torch.float16, 40001, SHARED, 2),
+    ],
 )
 def test_rows_beyond_the_registers(dtype, classes, shared, vectors):
     """Registers and shared memory; then also what is read again because neither can hold it."""
