@@ -22,7 +22,7 @@ def inverse_variance(entropy: Tensor, present: Tensor, floor: float | None) -> T
     """Shares q [M] proportional to 1 / max(H_m / sum H, floor) over the present modalities (Eq. 17)."""
     modalities = present.sum().clamp_min(1).to(entropy.dtype)
     total = entropy.sum()
-    share = torch.where(total > 0, entropy / total, 1 / modalities)
+    share = torch.where(total <= 0, 1 / modalities, entropy / total)  # a NaN stays
     share = torch.maximum(share, 0.6 / modalities) if floor is None else share.clamp_min(max(floor, TINY_SHARE))
     inverse = torch.where(present, 1 / share, 0)
     return inverse / inverse.sum().clamp_min(torch.finfo(inverse.dtype).tiny)
@@ -32,7 +32,7 @@ def dependence_share(dependence: Tensor, present: Tensor) -> Tensor:
     """Shares d [M] = D_m / sum D over the present modalities (Eq. 4)."""
     modalities = present.sum().clamp_min(1).to(dependence.dtype)
     total = dependence.sum()
-    return torch.where(present, torch.where(total > 0, dependence / total, 1 / modalities), 0)
+    return torch.where(present, torch.where(total <= 0, 1 / modalities, dependence / total), 0)
 
 
 def _softmax(scores: Tensor, present: Tensor) -> Tensor:

@@ -97,6 +97,31 @@ def test_rules_many_modalities(implementation, rule, modalities):
     check([x * (1 + m) for m, x in enumerate(logits)], target, rule=rule, gain="mean_one", entropy_floor=0.15)
 
 
+@pytest.mark.parametrize("modalities", [2, 3, 4])
+@pytest.mark.parametrize("floor", [None, 0.0, 0.1])
+def test_entropy_floor(implementation, modalities, floor):
+    """One modality nearly certain, one nearly uniform: the floor decides q."""
+    logits, target = make(modalities)
+    logits[1] *= 30
+    logits[2] *= 0.05
+    _, _, stats = check(logits, target, entropy_floor=floor)
+    share = float(stats.entropy[0] / stats.entropy.sum())
+    assert share < 0.1 < 0.6 / modalities, "the floor was not reached"
+
+
+def test_nan_in_one_modality_shows_everywhere(implementation):
+    """Logits that are NaN give a NaN loss, NaN shares and NaN gains, never a plausible number."""
+    logits, target = make()
+    logits[2][3, 1] = torch.nan
+    loss, _, stats = run(logits, target)
+    assert loss.isnan()
+    for name in ("entropy", "dependence"):
+        assert getattr(stats, name)[1].isnan()
+        assert getattr(stats, name)[0].isfinite()
+    for name in ("inverse_variance", "dependence_share", "coefficients", "gains"):
+        assert getattr(stats, name).isnan().all()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("options", [dict(), dict(weight=True), dict(label_smoothing=0.2), dict(weight=True, label_smoothing=0.2)], ids=str)

@@ -103,7 +103,7 @@ def finish(
     entropy = tl.where(modality, entropy / rows, 0.0)
     dependence = tl.where(modality, dependence / rows, 0.0)
     total = tl.sum(entropy, 0)
-    share = tl.where(total > 0, entropy / tl.where(total > 0, total, 1.0), 1.0 / here_or_one)
+    share = tl.where(total <= 0, 1.0 / here_or_one, entropy / tl.where(total <= 0, 1.0, total))  # a NaN stays
     if FLOOR is None:
         share = at_least(share, 0.6 / here_or_one)
     else:
@@ -111,7 +111,7 @@ def finish(
     q = tl.where(present, 1.0 / share, 0.0)
     q = q / at_least(tl.sum(q, 0), SMALLEST)
     total = tl.sum(dependence, 0)
-    d = tl.where(present, tl.where(total > 0, dependence / tl.where(total > 0, total, 1.0), 1.0 / here_or_one), 0.0)
+    d = tl.where(present, tl.where(total <= 0, 1.0 / here_or_one, dependence / tl.where(total <= 0, 1.0, total)), 0.0)
 
     # Coefficients: a softmax over the modalities present.
     if RULE == "share":
