@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import arl_fast
+import arl_fast.linear
 from arl_fast import dispatch
 from arl_fast.distributed import Group, copy_to_shards, resolve_group, sharded_arl_loss
 from arl_fast.reference import arl_loss
@@ -217,6 +218,26 @@ def check_callable_rule_sees_the_joined_statistics_once(rank, world):
     got = ddp(rank, world, shares(world)[rank], x, target, torch.float32, rule=rule)
     assert seen == [world * world]
     same(got, joined(x, target, torch.float32, rule=rule), torch.float32)
+
+
+def check_linear_loss(rank, world):
+    """Head and loss in one, in chunks: the joined batch's gradients and statistics as well, with a share without a valid row too."""
+    dtype = torch.float64
+    x, target = batch(world * world, dtype)
+    share = shares(world)[rank]
+
+    class Whole(Model):
+        def forward(self, x, target):
+            features = {name: encoder(x[name]) for name, encoder in self.encoders.items()}
+            return arl_fast.linear.linear_arl_loss(features, self.head.weight, self.head.bias, target, sync_stats=True, chunk=2)
+
+    for ignored in (None, shares(world)[0]):
+        if ignored is not None:
+            target[ignored] = -100
+        model = DistributedDataParallel(Whole(dtype))
+        loss, stats = model({name: z[share] for name, z in x.items()}, target[share])
+        loss.backward()
+        same((gradients(model), loss.detach(), stats), joined(x, target, dtype), dtype)
 
 
 def check_compiled(rank, world):

@@ -22,6 +22,7 @@ SYNC = [
     "check_sum_with_a_normaliser_is_the_joined_batch",
     "check_local_by_default",
     "check_callable_rule_sees_the_joined_statistics_once",
+    "check_linear_loss",
     "check_compiled",
 ]
 PAIR = ["check_compiled_ddp", "check_fsdp2", "check_meshes_and_groups", "check_dtensor_logits_raise"]
