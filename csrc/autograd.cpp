@@ -2,6 +2,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -158,6 +159,7 @@ struct LossBackward final : Node {
   at::ScalarType dtype;       // of the logits
   at::ScalarType link_dtype;  // of the link, if there is one
   bool has_link = false;
+  bool hooked = false;  // a saved-tensor hook may hold the gradients too
 
   std::string name() const override { return "ARLLossBackward"; }
 
@@ -170,7 +172,7 @@ struct LossBackward final : Node {
                 "arl_loss: got a backward with create_graph=True, but its gradients are computed in the forward pass and have no "
                 "derivatives of their own; use torch.nn.functional.cross_entropy on the branches where second derivatives are needed");
     const double upstream = read_scalar(upstreams[0]);
-    const bool keep = torch::autograd::get_current_graph_task_keep_graph();
+    const bool keep = hooked || torch::autograd::get_current_graph_task_keep_graph();
     for (size_t b = 0; b < branches; ++b) {
       if (task_should_compute_output(b)) results[b] = scaled(grads[b].unpack(), upstream, keep);
     }
@@ -186,9 +188,7 @@ struct LossBackward final : Node {
   at::Tensor scaled(at::Tensor g, double upstream, bool keep) const {
     if (g.scalar_type() != dtype) return g.mul(upstream).to(dtype);  // float16 logits: round after scaling
     if (keep) return upstream == 1 ? g.clone() : g.mul(upstream);
-    if (upstream == 1) return g;
-    const bool alone = g.use_count() <= 2 && g.storage().use_count() == 1;  // a saved-tensor hook may hold it too
-    return alone ? g.mul_(upstream) : g.mul(upstream);
+    return upstream == 1 ? g : g.mul_(upstream);
   }
 
   void release_variables() override {
@@ -345,6 +345,7 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (wanted != 0) {
       const auto node = make_node<LossBackward>();
       node->dtype = type;
+      node->hooked = at::SavedTensorDefaultHooks::get_hooks().has_value();
       node->has_link = link != nullptr && link->requires_grad();
       variable_list edges(logits.begin(), logits.end());
       edges.push_back(node->has_link ? *link : at::Tensor());

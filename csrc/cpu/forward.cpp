@@ -1,6 +1,5 @@
 #include "forward.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -270,13 +269,13 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   loss.ignore_index = options.ignore_index;
   loss.logit_l1 = options.dependence == kLogitL1;
 
-  outputs.packed = at::detail::empty_cpu({packed_length(branches - 1)}, compute);
+  outputs.packed = empty({packed_length(branches - 1)}, compute);
   if (options.reduction == kNoReduction) {
-    outputs.loss = at::detail::empty_cpu({loss.rows}, compute);
-    row_loss = at::detail::empty_cpu({branches, loss.rows}, compute);
+    outputs.loss = empty({loss.rows}, compute);
+    row_loss = empty({branches, loss.rows}, compute);
     loss.row_loss = row_loss.mutable_data_ptr();
   } else {
-    outputs.loss = at::detail::empty_cpu({}, compute);
+    outputs.loss = empty({}, compute);
   }
   const void* norm_data = norm.defined() ? norm.const_data_ptr() : nullptr;
   void* packed = outputs.packed.mutable_data_ptr();

@@ -62,12 +62,9 @@ Block take(size_t bytes) {
       }
     }
   }
+  release_kept_memory();  // the shapes have changed: what is kept would not be asked for again
   void* memory = std::aligned_alloc(kPage, bytes);
-  if (memory == nullptr) {
-    release_kept_memory();
-    memory = std::aligned_alloc(kPage, bytes);
-    TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes for the gradient of the logits");
-  }
+  TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes for the gradient of the logits");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
@@ -83,7 +80,18 @@ struct LargeBlocks final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
+at::Tensor& fill_if_asked(at::Tensor& tensor) {
+  auto& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) tensor.fill_(NAN);
+  return tensor;
+}
+
 }  // namespace
+
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  at::Tensor tensor = at::detail::empty_cpu(sizes, dtype);
+  return fill_if_asked(tensor);
+}
 
 at::Tensor empty_gradient(int64_t rows, int64_t classes, at::ScalarType dtype) {
   static LargeBlocks large_blocks;
@@ -95,9 +103,7 @@ at::Tensor empty_gradient(int64_t rows, int64_t classes, at::ScalarType dtype) {
     constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
     gradient = at::detail::empty_generic({rows, classes}, &large_blocks, keys, dtype, std::nullopt);
   }
-  auto& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) gradient.fill_(NAN);
-  return gradient;
+  return fill_if_asked(gradient);
 }
 
 void release_kept_memory() {

@@ -8,7 +8,8 @@
 
 namespace arl::cpu {
 
-// An uninitialised [rows, classes] tensor; NaN everywhere while torch fills uninitialised memory for determinism.
+// Uninitialised tensors; NaN everywhere while torch fills uninitialised memory for determinism.
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);
 at::Tensor empty_gradient(int64_t rows, int64_t classes, at::ScalarType dtype);
 
 // Gives the kept blocks back to the system; called by a forward pass that writes no gradients.

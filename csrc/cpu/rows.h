@@ -93,17 +93,32 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
     store<T>(scratch + c * L, v);
   }
   const T smooth = T(loss.label_smoothing / double(classes));
-  V<T> partition{}, energy{}, smooth_b{};
+  V<T> smooth_b{};
+  if (loss.label_smoothing != 0) {
+    for (int64_t c = 0; c < classes; ++c) smooth_b += smooth * weight_of<T>(loss, c) * (load<T>(scratch + c * L) - top);
+  }
+  // The true class is left out of the sum at first: p_y - 1 = -others / Z keeps its digits as p_y goes to 1.
+  V<T> d_y;
+  for (int l = 0; l < L; ++l) {
+    d_y[l] = scratch[y[l] * L + l] - top[l];
+    scratch[y[l] * L + l] = -T(__builtin_inf());
+  }
+  V<T> others{}, energy{};
   for (int64_t c = 0; c < classes; ++c) {
     V<T> d = load<T>(scratch + c * L) - top;
-    if (loss.label_smoothing != 0) smooth_b += smooth * weight_of<T>(loss, c) * d;
     const V<T> e = exp_nonpositive<T>(d);
-    partition += e;
+    others += e;
     energy += e * d;
     store<T>(scratch + c * L, e);
   }
+  V<T> bounded = d_y;
+  const V<T> e_y = exp_nonpositive<T>(bounded);
+  const V<T> partition = others + e_y;
+  energy += e_y * bounded;
+  const V<T> p_y = e_y / partition;
+  const V<T> rest = others / partition;  // 1 - p_y
 
-  V<T> a, weighted, p_y{};
+  V<T> a, weighted;
   for (int l = 0; l < L; ++l) {
     const int i = first + l;
     if (l >= rows) {
@@ -118,10 +133,9 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
     weighted[l] = T(1 - loss.label_smoothing) * weight_of<T>(loss, y[l]);
     a[l] = weighted[l] + smooth * T(loss.weight_total);
     chunk.a[i] = a[l];
-    chunk.b[i] = weighted[l] * (T(to_float(x[l][y[l]])) - top[l]) + smooth_b[l];
+    chunk.b[i] = weighted[l] * d_y[l] + smooth_b[l];
     chunk.partition[i] = partition[l];
     chunk.energy[i] = energy[l];
-    p_y[l] = scratch[y[l] * L + l] / partition[l];
     chunk.confidence[i] = p_y[l];
     chunk.l1[i] = l1[l];
     chunk.correct[i] = where[l] == y[l];
@@ -143,19 +157,19 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
       for (int64_t c = 0; c < classes; ++c) out[c] = G{};
       continue;
     }
-    const T at_y = weighted[l] + smooth * weight_of<T>(loss, y[l]);  // t_y; this order makes p_y = 1 give exactly 0
-    scratch[y[l] * L + l] = (a[l] * p_y[l] - at_y) * scale;
+    const T smooth_y = loss.label_smoothing != 0 ? (a[l] - weighted[l]) * p_y[l] - smooth * weight_of<T>(loss, y[l]) : T(0);
+    scratch[y[l] * L + l] = (smooth_y - weighted[l] * rest[l]) * scale;
     for (int64_t c = 0; c < classes; ++c) out[c] = from_float<G>(scratch[c * L + l]);
   }
 }
 
-// Whether the first largest logit of a row (a NaN counts as the largest) has the index `y`.
+// Whether the first largest logit of a row has the index `y`; a NaN, which `top` may have missed, counts as the largest.
 template <class T, class S>
-static bool first_largest_is(const S* x, int64_t classes, int64_t y, T top) {
-  if (top != top) {
+static bool first_largest_is(const S* x, int64_t classes, int64_t y, T top, bool maybe_nan) {
+  if (maybe_nan) {
     int64_t c = 0;
     while (c < classes && to_float(x[c]) == to_float(x[c])) ++c;
-    return c == y;
+    if (c < classes) return c == y;
   }
   if (to_float(x[y]) != top) return false;
   bool earlier = false;
@@ -262,7 +276,11 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
     b += sum<T>(b_sum);
   }
 
-  // The exponentials; meanwhile the next row is fetched.
+  // The exponentials; meanwhile the next row is fetched. The class index is left out of the sum at first: p_y - 1 =
+  // -others / Z keeps its digits as p_y goes to 1.
+  V<T> d_y = splat<T>(scratch[y] - top);
+  const T e_y = exp_nonpositive<T>(d_y)[0];
+  scratch[y] = -T(__builtin_inf());
   V<T> z0{}, z1{}, e0{}, e1{};
   int64_t c = 0;
   for (; c + 2 * L <= padded; c += 2 * L) {
@@ -283,10 +301,12 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
     e0 += p * d;
     store<T>(scratch + c, p);
   }
-  const T partition = sum<T>(z0 + z1);
+  const T others = sum<T>(z0 + z1);
+  const T partition = others + e_y;
+  scratch[y] = e_y;
   const T inverse = T(1) / partition;
 
-  const T p_y = scratch[y] * inverse;
+  const T p_y = e_y * inverse;
   T confidence = p_y;
   if (General && soft != nullptr) {  // the expected probability sum_c t_c p_c, of the targets as given
     V<T> expected{};
@@ -298,10 +318,10 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
   chunk.a[i] = a;
   chunk.b[i] = b;
   chunk.partition[i] = partition;
-  chunk.energy[i] = sum<T>(e0 + e1);
+  chunk.energy[i] = sum<T>(e0 + e1) + e_y * d_y[0];
   chunk.confidence[i] = confidence;
   chunk.l1[i] = l1;
-  chunk.correct[i] = first_largest_is<T, S>(x, classes, y, partition == partition ? top : partition);
+  chunk.correct[i] = first_largest_is<T, S>(x, classes, y, top, partition != partition);
 
   // d(row loss)/dx_c = A p_c - t_c
   if (grad == nullptr) return;
@@ -315,7 +335,10 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
   for (; c < classes; ++c) {
     grad[c] = from_float<G>(scratch[c] * factor - (General ? target_row[c] * scale : T(0)));
   }
-  if (soft == nullptr) grad[y] = from_float<G>((a * p_y - (on_class + (General ? target_row[y] : T(0)))) * scale);
+  if (soft == nullptr) {
+    const T smooth_y = General ? (a - on_class) * p_y - target_row[y] : T(0);
+    grad[y] = from_float<G>((smooth_y - on_class * others * inverse) * scale);
+  }
 }
 
 template <class T, class S, class G>

@@ -1,0 +1,199 @@
+// The CPU row kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer (tests/test_native_sanitized.py).
+//
+// Every buffer is a heap block of exactly its size, so that a read or write one element outside is seen. Each result is
+// checked against plain double arithmetic, so that the kernel also has to be right here.
+#define ARL_ISA sanitized
+#define ARL_ISA_NAME "sanitized"
+#include "../../csrc/cpu/isa.inc"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <vector>
+
+using arl::cpu::Loss;
+
+namespace {
+
+uint32_t state = 1;
+double noise() {  // uniform in [-4, 4)
+  state = state * 1664525u + 1013904223u;
+  return double(state >> 8) / double(1 << 24) * 8 - 4;
+}
+
+struct Case {
+  int64_t rows, classes, stride;
+  arl::cpu::Dtype dtype;
+  bool soft, weighted, masked, int64_target;
+  double smoothing;
+};
+
+template <class S>
+double read(const S& value) {
+  return double(arl::sanitized::to_float(value));
+}
+
+template <class S>
+S write(double value);
+template <>
+double write<double>(double value) {
+  return value;
+}
+template <>
+float write<float>(double value) {
+  return float(value);
+}
+template <>
+arl::sanitized::Bf16 write<arl::sanitized::Bf16>(double value) {
+  return arl::sanitized::from_float<arl::sanitized::Bf16>(float(value));
+}
+template <>
+arl::sanitized::F16 write<arl::sanitized::F16>(double value) {  // a few values that float16 holds exactly
+  return {uint16_t(value < 0 ? 0xbc00 : value < 1 ? 0x3800 : 0x4200)};
+}
+
+template <class T, class S, class G>
+int check(const Case& c) {
+  const int64_t elements = (c.rows - 1) * c.stride + c.classes;
+  std::unique_ptr<S[]> x(new S[elements]);
+  for (int64_t i = 0; i < elements; ++i) x[i] = write<S>(noise());
+  std::unique_ptr<G[]> grad(new G[c.rows * c.classes]);
+  std::unique_ptr<int64_t[]> y64(new int64_t[c.rows]);
+  std::unique_ptr<int32_t[]> y32(new int32_t[c.rows]);
+  std::unique_ptr<uint8_t[]> mask(new uint8_t[c.rows]);
+  std::unique_ptr<T[]> weight(new T[c.classes]), soft(new T[c.rows * c.classes]);
+  double weight_total = 0;
+  for (int64_t k = 0; k < c.classes; ++k) {
+    weight[k] = T(0.5 + (noise() + 4) / 8);
+    weight_total += double(weight[k]);
+  }
+  for (int64_t i = 0; i < c.rows * c.classes; ++i) soft[i] = T((noise() + 4) / double(8 * c.classes));
+  for (int64_t i = 0; i < c.rows; ++i) {
+    y64[i] = y32[i] = int32_t(state >> 8) % int32_t(c.classes);
+    noise();
+    if (i % 7 == 3) y64[i] = y32[i] = -100;
+    mask[i] = i % 5 != 2;
+  }
+
+  Loss loss = {};
+  loss.branches = 2;
+  loss.rows = c.rows;
+  loss.classes = c.classes;
+  loss.dtype = c.dtype;
+  loss.logits[1] = x.get();
+  loss.row_stride[1] = c.stride;
+  loss.grad[1] = grad.get();
+  loss.grad_scale[1] = 0.25;
+  loss.target = c.int64_target ? static_cast<const void*>(y64.get()) : y32.get();
+  loss.target_is_int64 = c.int64_target;
+  if (c.soft) loss.soft_target = soft.get();
+  if (c.masked) {
+    loss.mask = mask.get();
+    loss.mask_row_stride = loss.mask_stride = 1;
+  }
+  if (c.weighted) loss.weight = weight.get();
+  loss.weight_total = c.weighted ? weight_total : double(c.classes);
+  loss.label_smoothing = c.smoothing;
+  loss.ignore_index = -100;
+  loss.logit_l1 = c.classes % 2 == 0;
+
+  const size_t scratch_bytes = size_t(arl::cpu::scratch_elements(c.classes)) * sizeof(T);
+  std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64), &std::free);
+  double total = 0, entropy_total = 0;
+  for (int64_t begin = 0; begin < c.rows; begin += arl::cpu::kChunkRows) {
+    const int64_t end = begin + arl::cpu::kChunkRows < c.rows ? begin + arl::cpu::kChunkRows : c.rows;
+    arl::cpu::ChunkSums sums;
+    arl::cpu::isa_sanitized.rows[c.dtype](loss, 1, begin, end, scratch.get(), &sums);
+    total += sums.loss;
+    entropy_total += sums.entropy;
+  }
+
+  double expected = 0, entropy = 0, worst = 0;
+  for (int64_t i = 0; i < c.rows; ++i) {
+    const S* row = x.get() + i * c.stride;
+    double top = -INFINITY, z = 0;
+    for (int64_t k = 0; k < c.classes; ++k) top = std::fmax(top, read(row[k]));
+    for (int64_t k = 0; k < c.classes; ++k) z += std::exp(read(row[k]) - top);
+    const bool valid = (!c.masked || mask[i]) && (c.soft || y64[i] != -100);
+    double a = 0;
+    std::vector<double> t(c.classes), log_p(c.classes);
+    for (int64_t k = 0; k < c.classes; ++k) {
+      log_p[k] = read(row[k]) - top - std::log(z);
+      t[k] = c.soft ? double(soft[i * c.classes + k]) : double(k == y64[i]);
+      t[k] = (t[k] * (1 - c.smoothing) + c.smoothing / double(c.classes)) * (c.weighted ? double(weight[k]) : 1.0);
+      a += t[k];
+    }
+    for (int64_t k = 0; k < c.classes; ++k) {
+      const double g = valid ? 0.25 * (a * std::exp(log_p[k]) - t[k]) : 0;
+      worst = std::fmax(worst, std::fabs(g - read(grad[i * c.classes + k])));
+      if (!valid) continue;
+      expected -= t[k] * log_p[k];
+      entropy -= std::exp(log_p[k]) * log_p[k];
+    }
+  }
+  const double tolerance = sizeof(T) == 8 ? 1e-12 : 1e-4;
+  const double grad_tolerance = sizeof(G) == 2 ? 2e-3 : sizeof(T) == 8 ? 1e-13 : 1e-6;
+  const bool right = std::fabs(total - expected) <= tolerance * (1 + expected) &&
+                     std::fabs(entropy_total - entropy) <= tolerance * (1 + entropy) && worst <= grad_tolerance;
+  if (!right) {
+    std::printf("dtype %d rows %ld classes %ld soft %d weighted %d masked %d smoothing %g: loss %.9g expected %.9g, entropy %.9g "
+                "expected %.9g, gradient off by %.3g\n", int(c.dtype), long(c.rows), long(c.classes), c.soft, c.weighted, c.masked,
+                c.smoothing, total, expected, entropy_total, entropy, worst);
+  }
+  return right ? 0 : 1;
+}
+
+// Rows of infinities, NaN and huge values must not trip anything either.
+void extremes() {
+  const double values[] = {INFINITY, -INFINITY, NAN, 3e38, -3e38, 0};
+  for (int64_t classes : {1, 6, 60}) {
+    std::unique_ptr<float[]> x(new float[6 * classes]), grad(new float[6 * classes]);
+    for (int64_t i = 0; i < 6; ++i) {
+      for (int64_t k = 0; k < classes; ++k) x[i * classes + k] = float(k % 3 == 0 ? values[i] : values[(i + k) % 6]);
+    }
+    std::unique_ptr<int64_t[]> y(new int64_t[6]());
+    Loss loss = {};
+    loss.branches = 2;
+    loss.rows = 6;
+    loss.classes = classes;
+    loss.dtype = arl::cpu::kFloat32;
+    loss.logits[0] = x.get();
+    loss.row_stride[0] = classes;
+    loss.grad[0] = grad.get();
+    loss.grad_scale[0] = 1;
+    loss.target = y.get();
+    loss.target_is_int64 = true;
+    loss.weight_total = double(classes);
+    std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, 8192), &std::free);
+    arl::cpu::ChunkSums sums;
+    arl::cpu::isa_sanitized.rows[arl::cpu::kFloat32](loss, 0, 0, 6, scratch.get(), &sums);
+  }
+}
+
+}  // namespace
+
+int main() {
+  int wrong = 0, cases = 0;
+  for (int64_t classes : {1, 2, 6, 7, 16, 34, 48, 49, 64, 65, 309, 1000}) {
+    for (int64_t rows : {1, 3, 16, 64, 67}) {
+      for (int variant = 0; variant < 16; ++variant) {
+        const Case c{rows, classes, classes + variant % 3, arl::cpu::kFloat32, (variant & 1) != 0, (variant & 2) != 0,
+                     (variant & 4) != 0, (variant & 8) != 0, variant % 5 == 0 ? 0.0 : 0.1};
+        Case own = c;
+        wrong += check<float, float, float>(own);
+        own.dtype = arl::cpu::kFloat64;
+        wrong += check<double, double, double>(own);
+        own.dtype = arl::cpu::kBFloat16;
+        wrong += check<float, arl::sanitized::Bf16, arl::sanitized::Bf16>(own);
+        own.dtype = arl::cpu::kFloat16;
+        wrong += check<float, arl::sanitized::F16, float>(own);
+        cases += 4;
+      }
+    }
+  }
+  extremes();
+  std::printf("%d cases, %d wrong\n", cases, wrong);
+  return wrong == 0 ? 0 : 1;
+}

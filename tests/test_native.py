@@ -1,0 +1,357 @@
+"""What only the native CPU implementation promises: instruction sets, threads, memory, and the eager step in one call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import arl_fast
+from arl_fast import ARLLoss, BranchLogits, arl_loss, dispatch, functional, modulate, reference
+from arl_fast.options import Options
+from arl_fast.stats import unpack_sums
+
+native, REASON = dispatch.load("native", "cpu")
+pytestmark = pytest.mark.skipif(native is None, reason=REASON)
+ISAS = native._C.available_isas() if native else []
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def only_native(monkeypatch):
+    monkeypatch.setattr(dispatch, "override", "native")
+    isa = native._C.isa()
+    yield
+    native._C.set_isa(isa)
+
+
+def inputs(batch=33, classes=37, modalities=2, dtype=torch.float32, target_dtype=torch.int64):
+    logits = [(3 * torch.randn(batch, classes)).to(dtype) for _ in range(modalities + 1)]
+    target = torch.randint(0, classes, (batch,)).to(target_dtype)
+    if batch > 2:
+        target[1] = -100
+    return logits, target
+
+
+def step(logits, target, upstream=None, **options):
+    """Loss, packed statistics and gradients of logits and link by the public way."""
+    leaves = [x.detach().clone().requires_grad_() for x in logits]
+    link = torch.zeros(len(logits) - 1, dtype=torch.float64 if logits[0].dtype == torch.float64 else torch.float32, requires_grad=True)
+    loss, stats = arl_loss(leaves[0], leaves[1:], target, link, **options)
+    loss.backward(upstream)
+    return loss.detach(), torch.cat(list(stats)), [x.grad for x in leaves], link.grad
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "classes"), [(64, 6), (5, 1), (0, 4), (70, 37), (129, 48), (7, 49), (33, 309), (3, 2000)])
+def test_every_instruction_set(isa, dtype, batch, classes):
+    native._C.set_isa(isa)
+    logits, target = inputs(batch, classes, dtype=dtype, target_dtype=torch.int32)
+    weight = torch.rand(classes, dtype=reference.compute_dtype(dtype))
+    mask = torch.rand(batch, 2) > 0.3
+    soft = torch.softmax(torch.randn(batch, classes), 1).to(dtype)
+    exact = 1e-12 if dtype == torch.float64 else 2e-5
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-6}[dtype]
+    for reduction in ("mean", "none"):
+        for smoothing in (0.0, 0.1):
+            for y in (target, soft):
+                options = Options("share", "logit_l1", None, "residual", -100, smoothing, reduction)
+                got = native.forward(logits, y, mask, weight, None, (2.0, 8.0, False), options, True)
+                want = reference.forward(logits, y, mask, weight, None, (2.0, 8.0, False), options, True)
+                torch.testing.assert_close(got[0], want[0], rtol=exact, atol=exact, equal_nan=True)
+                torch.testing.assert_close(got[1], want[1], rtol=exact, atol=exact, equal_nan=True)
+                for g, w in zip(got[2], want[2], strict=True):
+                    torch.testing.assert_close(g, w, rtol=rounding, atol=rounding, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("batch", [64, 512])
+@pytest.mark.parametrize("classes", [6, 40, 309, 5000])
+def test_error_is_not_above_torch(isa, batch, classes):
+    """Relative RMS error of the gradient against float64, next to torch's own cross-entropy."""
+    native._C.set_isa(isa)
+    logits, _ = inputs(batch, classes)
+    logits = [x + 1000 for x in logits]
+    target = logits[0].argmax(1)  # confident rows
+    _, _, grads, _ = step(logits, target)
+    for x, g in zip(logits, grads, strict=True):
+        truth = x.double().requires_grad_()
+        F.cross_entropy(truth, target).backward()
+        own = x.clone().requires_grad_()
+        F.cross_entropy(own, target).backward()
+        error, torch_error = ((e.double() - truth.grad).norm() / truth.grad.norm() for e in (g, own.grad))
+        assert error <= torch_error + 6e-8  # half a unit in the last place
+
+
+def test_infinities_and_nan_agree_with_reference():
+    inf = float("inf")
+    rows = [[0.0, -inf, 1.0], [-inf, -inf, 0.0], [inf, 0.0, 1.0], [float("nan"), 0.0, 1.0], [-inf] * 3, [1e4, -1e4, 0.0]]
+    for width in (3, 60):
+        x = torch.tensor([row + [-inf] * (width - 3) for row in rows])
+        for y in range(3):
+            target = torch.full((6,), y)
+            for reduction in ("sum", "none"):
+                options = Options("share", "confidence", None, "residual", -100, 0.0, reduction)
+                got = native.forward([x, x], target, None, None, None, (1.0, 8.0, False), options, True)
+                want = reference.forward([x, x], target, None, None, None, (1.0, 8.0, False), options, True)
+                torch.testing.assert_close(got[0], want[0], equal_nan=True)
+                torch.testing.assert_close(unpack_sums(got[1]), unpack_sums(want[1]), equal_nan=True)
+                torch.testing.assert_close(got[2][0], want[2][0], equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(64, 6), (300, 309), (40, 5000)])
+def test_threads_do_not_change_a_bit(shape):
+    logits, target = inputs(*shape)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss, stats, grads, link = step(logits, target)
+            results.append(torch.cat([loss.reshape(1), stats, link, *(g.reshape(-1) for g in grads)]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_rows_of_any_stride():
+    logits, target = inputs(20, 60)
+    wide = [torch.randn(20, 200).index_copy(1, torch.arange(60), x) for x in logits]
+    views = [wide[0][:, :60], logits[1].t().contiguous().t(), torch.stack([logits[2]] * 2, 1)[:, 0]]
+    assert [x.is_contiguous() for x in views] == [False] * 3
+    for got, want in zip(step_of_views(views, target), step_of_views(logits, target), strict=True):
+        assert torch.equal(got, want)
+    expanded = logits[0][:1].expand(20, 60)
+    assert torch.equal(step_of_views([expanded] * 3, target)[0], step_of_views([expanded.contiguous()] * 3, target)[0])
+    strided_target = torch.stack([target, target], 1)[:, 0]
+    assert torch.equal(step_of_views(logits, strided_target)[0], step_of_views(logits, target)[0])
+
+
+def step_of_views(views, target):
+    leaves = [x.detach().requires_grad_() for x in views]
+    loss, _ = arl_loss(leaves[0], leaves[1:], target, rule="none")
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+# ---- the step in one call ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast_calls(monkeypatch):
+    """Counts the calls that fast_loss has served."""
+    calls = []
+
+    def counted(*args):
+        result = native._C.fast_loss(*args)
+        calls.append(result is not None)
+        return result
+
+    monkeypatch.setattr(native, "fast_loss", counted)
+    return calls
+
+
+OPTIONS = [
+    dict(),
+    dict(rule="paper", dependence="logit_l1", gain="mean_one"),
+    dict(rule="constant", gain="plain", entropy_floor=0.2, gamma=0.5, temperature=2.0),
+    dict(rule="none", reduction="sum", label_smoothing=0.1),
+    dict(warming=True),
+    dict(gamma=torch.tensor(2.0), temperature=torch.tensor(3), warming=torch.tensor(False)),
+    dict(ignore_index=-100, gamma=0.0),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extras", [False, True])
+def test_fast_step_equals_the_general_one(options, dtype, extras, fast_calls, monkeypatch):
+    logits, target = inputs(dtype=dtype)
+    if extras:
+        options = options | dict(mask=torch.rand(33, 2) > 0.5, weight=torch.rand(37, dtype=reference.compute_dtype(dtype)))
+    upstream = torch.tensor(0.5, dtype=reference.compute_dtype(dtype))
+    fast = step(logits, target, upstream, **options)
+    assert fast_calls == [True]
+    monkeypatch.setattr(dispatch, "native_steps", lambda: None)
+    general = step(logits, target, upstream, **options)
+    for got, want in zip([*fast[:2], *fast[2], fast[3]], [*general[:2], *general[2], general[3]], strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        lambda x, y: ([t.to(torch.float32).requires_grad_() for t in x], y.float().softmax(0).expand(37, 33).t()),
+        lambda x, y: ([t.reshape(33, 37, 1) for t in x], y.reshape(33, 1)),
+        lambda x, y: ([t.t().contiguous().t() for t in x], y),
+    ],
+    ids=["soft target", "three dimensions", "class stride"],
+)
+def test_unusual_steps_take_the_general_way(unusual, fast_calls):
+    logits, target = inputs()
+    logits, target = unusual(logits, target)
+    arl_loss(logits[0], logits[1:], target, rule="none")
+    assert fast_calls == [False]
+
+
+def test_modes_that_watch_operations_see_them(fast_calls):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    logits, target = inputs()
+    with Watch():
+        arl_loss(logits[0], logits[1:], target)
+    assert fast_calls == [False]
+
+
+def test_missing_link_and_bad_arguments_still_raise():
+    logits, target = inputs()
+    leaves = [x.requires_grad_() for x in logits]
+    with pytest.raises(ValueError, match="link: got None"):
+        arl_loss(leaves[0], leaves[1:], target)
+    with pytest.raises(ValueError, match="gamma"):
+        arl_loss(leaves[0], leaves[1:], target, gamma=-1.0, rule="none")
+    with pytest.raises(ValueError, match="shape"):
+        arl_loss(leaves[0], [leaves[1][:, :3], leaves[2]], target, rule="none")
+    bad = target.clone()
+    bad[2] = 37
+    with pytest.raises(IndexError, match=r"target: got class 37, expected 0 <= target < 37 or ignore_index=-100"):
+        arl_loss(leaves[0], leaves[1:], bad, rule="none")
+    features, link = modulate({"a": torch.randn(33, 3, requires_grad=True), "b": torch.randn(33, 3)})
+    assert list(features) == ["a", "b"]
+    with pytest.raises(ValueError, match="order given to modulate"):
+        arl_loss(leaves[0], {"b": leaves[1], "a": leaves[2]}, target, link)
+
+
+def test_autograd_steals_the_buffers():
+    """The gradients that forward wrote are the ones in .grad: no copy, and none is left elsewhere."""
+    logits, target = inputs(64, 6000)
+    leaves = [x.requires_grad_() for x in logits]
+    loss, _ = arl_loss(leaves[0], leaves[1:], target, rule="none")
+    assert native._C.kept_memory() == 0  # what other sizes have left is gone
+    loss.backward()
+    pointers = {x.grad.data_ptr() for x in leaves}
+    assert len(pointers) == 3
+    assert not pointers & {x.data_ptr() for x in leaves}
+    # the next step of the same size lies in the same memory, once this one is freed
+    for x in leaves:
+        x.grad = None
+    assert native._C.kept_memory() >= 3 * 64 * 6000 * 4
+    arl_loss(leaves[0], leaves[1:], target, rule="none")[0].backward()
+    assert {x.grad.data_ptr() for x in leaves} == pointers
+    # an evaluation keeps nothing
+    for x in leaves:
+        x.grad = None
+    with torch.no_grad():
+        arl_loss(leaves[0], leaves[1:], target)
+    assert native._C.kept_memory() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_retained_graph_and_upstream(dtype):
+    logits, target = inputs(dtype=dtype)
+    leaves = [x.requires_grad_() for x in logits]
+    loss, _ = arl_loss(leaves[0], leaves[1:], target, rule="none")
+    once = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    for g in torch.autograd.grad(loss, leaves, retain_graph=True):
+        g.zero_()  # a user may write into what autograd.grad gave
+    twice = torch.autograd.grad(loss, leaves, torch.full_like(loss, 2.0), retain_graph=True)
+    last = torch.autograd.grad(loss, leaves, torch.full_like(loss, 2.0))
+    for a, b, c in zip(once, twice, last, strict=True):
+        assert torch.equal(b, c)
+        torch.testing.assert_close(2 * a, b)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_gradients_of_some_branches_only():
+    logits, target = inputs()
+    full = step(logits, target)[2]
+    for wanted in ([0], [1], [0, 2]):
+        leaves = [x.detach().clone().requires_grad_(b in wanted) for b, x in enumerate(logits)]
+        loss, _ = arl_loss(leaves[0], leaves[1:], target, torch.zeros(2))
+        loss.backward()
+        for b, x in enumerate(leaves):
+            assert (x.grad is not None) == (b in wanted)
+            assert b not in wanted or torch.equal(x.grad, full[b])
+    leaves = [x.detach().clone().requires_grad_() for x in logits]
+    loss, _ = arl_loss(leaves[0], leaves[1:], target, rule="none")
+    (only,) = torch.autograd.grad(loss, leaves[1:2])
+    assert torch.equal(only, full[1])
+
+
+def test_saved_tensor_hooks_and_checkpoint():
+    logits, target = inputs()
+    full = step(logits, target)[2]
+    leaves = [x.detach().clone().requires_grad_() for x in logits]
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        loss, _ = arl_loss(leaves[0], leaves[1:], target, rule="none")
+    assert len(held) == 3
+    before = [t.clone() for t in held]
+    loss.backward(torch.tensor(3.0))
+    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))  # what the hook holds stays as it was
+    torch.testing.assert_close([x.grad for x in leaves], [3 * g for g in full])
+    from torch.utils.checkpoint import checkpoint
+
+    leaves = [x.detach().clone().requires_grad_() for x in logits]
+    loss = checkpoint(lambda *x: arl_loss(x[0], x[1:], target, rule="none")[0], *leaves, use_reentrant=False)
+    loss.backward()
+    assert all(torch.equal(x.grad, g) for x, g in zip(leaves, full, strict=True))
+
+
+def test_modulate_node_equals_the_function(monkeypatch):
+    results = []
+    for fast in (True, False):
+        torch.manual_seed(1)
+        if not fast:
+            monkeypatch.setattr(dispatch, "native_steps", lambda: None)
+        z = [torch.randn(5, 4, requires_grad=True), torch.randn(5, 3, 2, dtype=torch.bfloat16, requires_grad=True)]
+        features, link = modulate([z[0] * 1, z[1] * 1])
+        assert features[0].grad_fn.name().startswith("ARLModulate" if fast else "_Modulate")
+        total = (features[0] * torch.randn(5, 4)).sum() + features[1].float().square().sum() + (link * torch.tensor([0.5, -0.25])).sum()
+        total.backward()
+        results.append([t.grad for t in z])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_modulate_shares_memory_and_version():
+    base = torch.randn(4, 3, requires_grad=True)
+    z = base.exp()  # exp saves its result for backward
+    (feature,), _ = modulate([z])
+    assert feature.data_ptr() == z.data_ptr()
+    assert feature.requires_grad
+    feature.relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        feature.sum().backward()
+
+
+def test_modulate_then_loss_scales_the_encoders():
+    torch.manual_seed(0)
+    encoders = torch.nn.ModuleList([torch.nn.Linear(4, 8), torch.nn.Linear(3, 8)])
+    head = arl_fast.ConcatHead({"a": 8, "b": 8}, num_classes=5)
+    data, target = {"a": torch.randn(16, 4), "b": torch.randn(16, 3)}, torch.randint(0, 5, (16,))
+    grads = []
+    for rule in ("share", "none"):
+        criterion = ARLLoss(rule=rule)
+        encoders.zero_grad()
+        criterion(head({name: f(x) for f, (name, x) in zip(encoders, data.items(), strict=True)}), target).backward()
+        grads.append([f.weight.grad.clone() for f in encoders])
+        gains = criterion.stats.gains
+        if rule == "share":
+            share = gains
+    for m in range(2):
+        torch.testing.assert_close(grads[0][m], grads[1][m] * share[m])
+
+
+def test_names_of_the_contract():
+    assert native.unavailable("cpu") is None
+    assert "avx" in native.describe("cpu") or "baseline" in native.describe("cpu")
+    with pytest.raises(ValueError, match="ARL_FAST_ISA: got mmx"):
+        native._C.set_isa("mmx")
+    assert functional.dispatch.native_steps() is native
+    assert isinstance(BranchLogits(*(torch.zeros(1, 1),) * 2), tuple)
