@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import machine, measure, rows
+from benchmarks import machine, measure, rows, truth
 from benchmarks.cases import SUITES, Case, make
 from benchmarks.contenders import Contender, contenders
-from benchmarks.truth import Rejected
 
 LARGE = 1 << 22  # elements from which a single call is a sample
 HUGE = 1 << 26  # elements from which a CPU takes one sample per rotation: no cache holds them, so none is warm either
@@ -55,7 +54,7 @@ class Session:
         self.samples: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
 
     def step(self, contender: Contender) -> measure.Step:
-        """The contender's step, gated and counted the first time. Raises Rejected every time if the gate said no."""
+        """The contender's step, gated and counted the first time. Raises truth.Rejected every time if the gate said no."""
         assert self.case is not None
         found = self.steps.get(contender.name)
         if found is None:
@@ -63,26 +62,25 @@ class Session:
                 found = measure.Step(contender, self.case, self.logits, self.target)
                 errors = found.gate()
                 self.facts[contender.name] = self._facts(found) | {"errors": {k: float(f"{v:.2g}") for k, v in errors.items()}}
-            except Rejected as reason:
+            except truth.Rejected as reason:
                 found = str(reason)
             except Exception as error:  # a contender that breaks is reported, the others go on
                 found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
             self.steps[contender.name] = found
         if isinstance(found, str):
-            raise Rejected(found)
+            raise truth.Rejected(found)
         return found
 
     def _facts(self, step: measure.Step) -> dict[str, Any]:
         """What is counted once per contender and case."""
+        assert self.case is not None
         if self.device != "cuda":
-            return {
-                "both": {"operations": measure.count_operations(step.both), "peak_bytes": measure.peak_bytes(step.both, "cpu")},
-                "forward": {"operations": measure.count_operations(step.forward), "peak_bytes": measure.peak_bytes(step.forward, "cpu")},
-            }
+            huge = self.case.elements >= HUGE
+            return {what: measure.count_on_cpu(getattr(step, what)) for what in (("both",) if huge else ("both", "forward"))}
         found = {}
         for what in ("both", "forward"):
             call = getattr(step, what)
-            found[what] = {"peak_bytes": measure.peak_bytes(call, "cuda")}
+            found[what] = {"peak_bytes": measure.peak_bytes(call)}
             found[what] |= {"launches": measure.count_launches(call), "syncs": measure.count_syncs(call)}
         found["both"]["launches_forward"] = measure.count_launches(step.record)
         return found
@@ -141,6 +139,7 @@ class Session:
         self.steps, self.timers, self.samples = {}, {}, defaultdict(list)
         self.logits, self.target = [], torch.empty(0)
         _cached.clear()
+        truth.forget()
         torch.compiler.reset()
         gc.collect()
         if self.device == "cuda":
@@ -193,7 +192,7 @@ def test_micro(session: Session, benchmark: Any, request: pytest.FixtureRequest,
 
     try:
         session.measure(contender, what, pedantic)
-    except Rejected as reason:
+    except truth.Rejected as reason:
         if contender.ours:
             pytest.fail(f"{name}: {reason}")
         pytest.skip(f"{name}: {reason}")

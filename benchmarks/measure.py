@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from . import machine, truth
-from .cases import Case, make
+from .cases import Case
 from .contenders import Contender, statistics
 
 WHATS = ("both", "forward", "backward")
@@ -26,6 +26,7 @@ class Step:
 
     def __init__(self, contender: Contender, case: Case, logits: list[Tensor], target: Tensor) -> None:
         self.contender, self.case, self.target = contender, case, target
+        self.given = logits
         if contender.in_place:  # a repetition then runs on the last one's gradients; memory traffic stays the same
             logits = [x.clone() for x in logits]
         self.inputs = [x.detach() for x in logits]
@@ -50,14 +51,13 @@ class Step:
     def gate(self) -> dict[str, float]:
         """Relative errors against float64 truth; raises truth.Rejected. Runs the contender for the first time."""
         c, device = self.contender, self.target.device
-        fresh, _ = make(self.case, device.type)
         loss, outcome = c.loss(self.leaves, self.target, self.link)
         stats = statistics(outcome)
         covered = 1 if c.fused_only else len(self.leaves)
         grads = self.backward(loss)[:covered]
         if stats is not None:
             stats = {name: value.to(device) for name, value in stats.items()}
-        return truth.check(fresh, self.target, loss.detach(), grads, stats, c.dependence, c.floor, covered, c.coarse)
+        return truth.check(self.given, self.target, loss.detach(), grads, stats, c.dependence, c.floor, covered, c.coarse)
 
 
 def synchronize(device: str) -> None:
@@ -202,11 +202,14 @@ def count_launches(call: Callable[[], Any]) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
 
 
-def count_operations(call: Callable[[], Any]) -> int:
-    """Outermost torch operations and graph nodes of one call on a CPU; a fused or compiled one counts once."""
-    call()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        call()
+def count_on_cpu(call: Callable[[], Any]) -> dict[str, int]:
+    """Of one call: its torch operations, and the most memory it holds at a time.
+
+    Operations are the outermost ones and graph nodes; a fused or compiled one counts once. Memory is what comes on top
+    of what existed before; results count, inputs do not.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        keep = call()
 
     def operation(name: str) -> bool:
         return "::" in name and not name.startswith(("autograd::", "profiler::"))
@@ -217,24 +220,20 @@ def count_operations(call: Callable[[], Any]) -> int:
                 return True
         return False
 
-    return sum(operation(e.name) and not nested(e) for e in profiler.events())
-
-
-def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """Most memory that one call holds at a time, beyond what existed before it. Its results count, its inputs do not."""
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        keep = call()
     held = peak = 0
     for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
     del keep
-    return peak
+    return {"operations": sum(operation(e.name) and not nested(e) for e in profiler.events()), "peak_bytes": peak}
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Most GPU memory that one call holds at a time, beyond what existed before it."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

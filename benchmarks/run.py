@@ -55,10 +55,10 @@ def commands(phase: str, device: str, out: str, tiny: bool) -> list[list[str]]:
         first = [
             _micro(device, out, "paper", "--rotations=6"),
             _micro(device, out, "modalities", "--rotations=6", "--no-compile"),
-            _micro(device, out, "large", "--rotations=4"),
+            _micro(device, out, "large", "--rotations=3"),
             _micro(device, out, "large-bf16", "--rotations=4", "--no-compile"),
         ]
-        more = [[_micro(device, out, "paper,large", "--rotations=3", "--no-compile", f"--threads={t}")] for t in threads()[1:]]
+        more = [[_micro(device, out, "paper,large", "--rotations=2", "--no-compile", f"--threads={t}")] for t in threads()[1:]]
         return [*first, *(c for cs in more for c in cs)]
     suites = "tiny" if tiny else "scaling-batch,scaling-classes,scaling-modalities"
     options = ["--rotations=2", "--rounds=3", "--sample=1e-4", "--no-compile"] if tiny else ["--rotations=5"]
