@@ -9,6 +9,7 @@ M+1 branches. With z_m [N, D_m], W_m [C, D_m], own bias b_m [C] and g the gradie
 
 The rows go to the implementation that dispatch.py chose, in chunks of a memory budget; the products to torch's BLAS.
 
+* A few logits: the same products with ``arl_loss`` and its link behind them. Autograd's own nodes cost less than this file's.
 * One chunk: the logits' gradients [N, C] are kept, and backward makes the products. Few calls, for small shapes.
 * Several chunks, the usual case: forward makes a chunk's logits, their gradients and the products at once and keeps the
   sums; backward multiplies these by the upstream gradient and the gains, which only the last chunk completes.
@@ -25,10 +26,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import dispatch, rules
 from .branches import BranchLogits, check_not_dtensor
-from .functional import _from_rows, _graph_is_kept, _mask_rows, _to_rows, prepare, refuse_second_derivatives, refuse_transforms
+from .functional import (
+    _from_rows,
+    _graph_is_kept,
+    _mask_rows,
+    _to_rows,
+    modulate,
+    packed_loss,
+    prepare,
+    refuse_second_derivatives,
+    refuse_transforms,
+)
 from .loss import ARLLoss
 from .options import Options, _choice, make_options
 from .reference import compute_dtype
@@ -40,6 +52,7 @@ BIAS_MODES = ("full", "split")
 # they fill the machine, and a GPU needs many (docs/performance.md).
 BUDGET = {"cpu": 128 << 20}
 DEFAULT_BUDGET = 1 << 30
+FEW = 2048  # logits of a branch
 
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -87,7 +100,7 @@ class _Layout(NamedTuple):
         elif biases:
             own = [biases[0] / self.modalities if self.fusion == "concat" else biases[0]] * self.modalities
             own = own if len(biases) == 1 else list(biases)
-        parts = [torch.mm(z, w.t()) if b is None else torch.addmm(b, z, w.t()) for z, w, b in zip(features, weights, own, strict=True)]
+        parts = [F.linear(z, w, b) for z, w, b in zip(features, weights, own, strict=True)]
         fused = parts[0]
         for m, part in enumerate(parts[1:]):
             fused = fused + part if m == 0 else fused.add_(part)
@@ -510,13 +523,23 @@ def packed_linear_loss(
     classes = next(iter(w.values())).shape[0]
     batch, *positions = first.shape[:-1]
     dtype = _product_dtype(first)
+    count = first.shape[:-1].numel()
+    if chunk is not None or count * classes > FEW or positions or return_logits or torch.compiler.is_compiling():
+        rows_at_once = chunk_rows(count, classes, len(z), dtype, first.device.type, chunk)
+    else:
+        layout = _Layout(fusion, bias_mode, len(z), len(w), dtype, count, False)
+        modulated, link = modulate(list(z.values()))
+        dims = [x.shape[1] for x in modulated]
+        fused, *unimodal = layout.logits(modulated, layout.by_modality(list(w.values()), dims), list(b.values()))
+        loss, packed = packed_loss(fused, unimodal, target, link, mask, weight, gamma, temperature, warming, options, sync_stats)
+        return loss, packed, None
+    layout = _Layout(fusion, bias_mode, len(z), len(w), dtype, rows_at_once, return_logits)
     shape = (batch, classes, *positions)
     like = torch.empty((), dtype=dtype, device=first.device).expand(shape)  # what the checks want to know of the logits
     weight, schedule, group = prepare(like, len(z), target, mask, weight, gamma, temperature, warming, options, sync_stats)
-    rows = target.numel() // classes if target.is_floating_point() else target.numel()
-    layout = _Layout(
-        fusion, bias_mode, len(z), len(w), dtype, chunk_rows(rows, classes, len(z), dtype, first.device.type, chunk), return_logits
-    )
+    rows = [x.reshape(-1, x.shape[-1]) for x in z.values()]
+    target = _to_rows(target) if target.is_floating_point() else target.reshape(-1)
+    mask = _mask_rows(mask, like)
     loss, packed, *logits = _LinearARL.apply(
         torch.is_grad_enabled(),  # needs_input_grad would not tell: the parameters need gradients in evaluation too
         dispatch.for_loss(like, options, gamma),
@@ -524,10 +547,10 @@ def packed_linear_loss(
         options,
         schedule,
         group,
-        _to_rows(target) if target.is_floating_point() else target.reshape(-1),
-        _mask_rows(mask, like),
+        target,
+        mask,
         weight,
-        *(x.reshape(-1, x.shape[-1]) for x in z.values()),
+        *rows,
         *w.values(),
         *b.values(),
     )

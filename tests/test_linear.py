@@ -13,7 +13,7 @@ import arl_fast
 from arl_fast import ARLLoss, ConcatHead, LinearARLLoss, SharedHead, SumHead, arl_loss, dispatch, linear, linear_arl_loss
 
 CLASSES = 6
-CHUNKS = [None, 1, 4, 9]  # all rows at once; row by row; a short last chunk; exactly the batch
+CHUNKS = [None, 1, 4, 9]  # through autograd; row by row; a short last chunk; exactly the batch
 HEADS = {
     "concat-full": lambda dims: ConcatHead(dims, CLASSES),
     "concat-split": lambda dims: ConcatHead(dims, CLASSES, bias="split"),
@@ -149,7 +149,7 @@ def test_empty_batch(implementation, reduction):
     assert stats.count.eq(0).all()
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("chunk", [None, 64, 4])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", HEADS)
 def test_gradcheck(kind, reduction, chunk):
@@ -174,7 +174,7 @@ def test_gradcheck(kind, reduction, chunk):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize("chunk", [None, 64, 8])
 @pytest.mark.parametrize("kind", ["concat-full", "sum", "shared"])
 def test_error_is_that_of_torch(kind, chunk, dtype):
     """Against the same inputs in float64: not more than twice what head + arl_loss loses at this dtype."""
@@ -190,7 +190,7 @@ def test_error_is_that_of_torch(kind, chunk, dtype):
         assert relative(g, want) <= 2 * relative(t, want) + torch.finfo(dtype).eps / 4
 
 
-@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize("chunk", [None, 64, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, chunk):
     head, features, target = make("sum", batch=32, dtype=torch.float32)
@@ -226,7 +226,7 @@ def test_float16_needs_the_loss_scale_before_it_rounds(chunk):
         assert relative(g, t) < 5e-3
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("chunk", [None, 64, 4])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_retained_graph_survives(implementation, chunk, reduction):
     head, features, target = make()
@@ -244,7 +244,7 @@ def test_retained_graph_survives(implementation, chunk, reduction):
         torch.autograd.grad(loss, leaves, upstream)
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("chunk", [None, 64, 4])
 def test_accumulation(implementation, chunk):
     """Two micro-batches into .grad, one forward before the other's backward."""
     head, features, target = make()
@@ -256,7 +256,7 @@ def test_accumulation(implementation, chunk):
         torch.testing.assert_close(leaf.grad, w)
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("chunk", [None, 64, 4])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", ["concat-full", "sum", "shared"])
 def test_only_wanted_gradients(kind, reduction, chunk):
@@ -410,7 +410,7 @@ def test_compiled_for_any_batch_size():
                 torch.testing.assert_close(g, w)
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("chunk", [None, 64, 4])
 def test_criterion(implementation, chunk):
     """head.loss with an ARLLoss: its options, class weights, warm-up counter and stats."""
     head, features, target = make()
@@ -445,7 +445,7 @@ def plain_loss(criterion, head, features, target, step):
     return again(head(features), target)
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("chunk", [None, 64, 4])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_tensor_schedule(implementation, chunk, reduction):
     head, features, target = make()
@@ -472,7 +472,7 @@ def test_callable_rule_sees_the_batch_once(implementation):
     torch.testing.assert_close(seen[0].entropy, seen[1].entropy)
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("chunk", [None, 64, 4])
 def test_target_out_of_range(implementation, chunk):
     head, features, target = make()
     target[-1] = CLASSES
