@@ -92,6 +92,7 @@ def sources(cuda: bool) -> list[str]:
     files = ["csrc/bindings.cpp", "csrc/autograd.cpp", "csrc/ops.cpp"]
     files += ["csrc/cpu/forward.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/isa_baseline.cpp"]
     if cuda:
+        files.append("csrc/cuda_ops.cpp")
         files += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
     return files
 

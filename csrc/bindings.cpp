@@ -4,6 +4,7 @@
 #include "autograd.h"
 #include "cpu/forward.h"
 #include "cpu/memory.h"
+#include "cuda_ops.h"
 #include "ops.h"
 
 namespace {
@@ -48,6 +49,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("forward", &forward);
   module.def("scale", &scale);
   module.def("modulate_backward", &modulate_backward);
+#ifdef ARL_FAST_CUDA
+  arl::cuda::define(module);
+#endif
   module.def("available_isas", &arl::cpu::available_isas);
   module.def("isa", &arl::cpu::isa);
   module.def("set_isa", &arl::cpu::set_isa);

@@ -17,7 +17,7 @@ from ..options import DEPENDENCES, GAINS, REDUCTIONS, RULES, Options
 from ..reference import compute_dtype, grad_dtype
 from ..stats import packed_length
 
-MAX_BRANCHES = 64  # kMaxBranches in csrc/cpu/loss.h
+MAX_BRANCHES = {"cpu": 64, "cuda": 16}  # kMaxBranches in csrc/cpu/loss.h and csrc/cuda/launch.h
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _C: Any = None
@@ -38,13 +38,17 @@ def unavailable(device: str) -> str | None:
     """Why the extension cannot serve this type of device, or None."""
     if _C is None:
         return _absent
-    if device != "cpu":
+    if device == "cuda" and torch.version.hip is not None:
+        return "the CUDA kernels are not for ROCm"
+    if device not in MAX_BRANCHES or (device == "cuda" and not hasattr(_C, "cuda_forward")):
         return f"arl_fast._C was built without kernels for {device}"
     return None
 
 
 def describe(device: str) -> str:
     """One line for ``python -m arl_fast``."""
+    if device == "cuda":
+        return "arl_fast._C, CUDA kernels"
     return f"arl_fast._C, {_C.isa()} (ARL_FAST_ISA chooses among {', '.join(_C.available_isas())})"
 
 
@@ -80,7 +84,7 @@ def forward(
     grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As reference.forward."""
-    if len(logits) > MAX_BRANCHES or logits[0].dtype not in _DTYPES:
+    if len(logits) > MAX_BRANCHES[logits[0].device.type] or logits[0].dtype not in _DTYPES:
         return reference.forward(logits, target, mask, weight, norm, schedule, options, grad)
     tensor = schedule if isinstance(schedule, Tensor) else None
     gamma, temperature, warming = (0.0, 0.0, False) if isinstance(schedule, Tensor) else schedule
@@ -89,9 +93,8 @@ def forward(
             logits, target, mask, weight, norm, tensor, gamma, temperature, warming, *_numbers.__wrapped__(options), grad
         )
     else:
-        loss, packed, grads = _C.forward(
-            logits, target, mask, weight, norm, tensor, gamma, temperature, warming, _native_options(options), grad
-        )
+        arguments = (logits, target, mask, weight, norm, tensor, gamma, temperature, warming, _native_options(options), grad)
+        loss, packed, grads = _cuda_forward(*arguments) if logits[0].is_cuda else _C.forward(*arguments)
     if not isinstance(options.rule, str):
         packed = rules.apply_rule(packed, schedule, options)
     return loss, packed, grads
@@ -101,6 +104,8 @@ def scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtyp
     """As reference.scale; without ``keep`` the result may be ``grads`` themselves, scaled in place."""
     if torch.compiler.is_compiling():
         return torch.ops.arl_fast.scale(grads, upstream, factor, dtype)
+    if grads[0].is_cuda:
+        return _C.cuda_scale(grads, upstream, factor, dtype, not keep, _stream(upstream))
     return _C.scale(grads, upstream, factor, dtype, not keep)
 
 
@@ -108,9 +113,58 @@ def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[
     """As reference.modulate_backward."""
     modality = [m for m, g in enumerate(grads) if g is not None]
     given = [grads[m] for m in modality]
-    op = torch.ops.arl_fast.modulate_backward if torch.compiler.is_compiling() else _C.modulate_backward
-    modulated = dict(zip(modality, op(given, link, modality), strict=True))
+    if torch.compiler.is_compiling():
+        results = torch.ops.arl_fast.modulate_backward(given, link, modality)
+    elif link.is_cuda:
+        results = _C.cuda_modulate_backward(given, link, modality, _stream(link))
+    else:
+        results = _C.modulate_backward(given, link, modality)
+    modulated = dict(zip(modality, results, strict=True))
     return [modulated.get(m) for m in range(len(grads))]
+
+
+def _stream(x: Tensor) -> int:
+    """The current stream of the tensor's device, as the address that the launchers take."""
+    return torch._C._cuda_getCurrentRawStream(x.device.index)
+
+
+_tickets: dict[tuple[int, int], Tensor] = {}
+
+
+def _ticket(x: Tensor, stream: int) -> Tensor | None:
+    """The counter with which the last block of a launch finds itself: one per stream, which every launch leaves at 0.
+
+    None while a graph is captured: the graph may be replayed on another stream, so its launches zero counters of their own.
+    """
+    if torch._C._cuda_isCurrentStreamCapturing():
+        return None
+    key = (x.device.index, stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return _tickets[key]
+
+
+def _cuda_forward(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    stream = _stream(logits[0])
+    return _C.cuda_forward(logits, *arguments, stream, _ticket(logits[0], stream))
+
+
+def _register_cuda() -> None:
+    """The registered ops on CUDA tensors; on a CPU csrc/ops.cpp registers them."""
+
+    def forward_op(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        *inputs, grad = arguments
+        return _cuda_forward(logits, *inputs[:-7], _C.Options(*inputs[-7:]), grad)
+
+    def scale_op(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+        return _C.cuda_scale(grads, upstream, factor, dtype, False, _stream(upstream))
+
+    def modulate_op(grads: Sequence[Tensor], link: Tensor, modality: Sequence[int]) -> list[Tensor]:
+        return _C.cuda_modulate_backward(grads, link, modality, _stream(link))
+
+    torch.library.impl("arl_fast::forward", "CUDA", forward_op)
+    torch.library.impl("arl_fast::scale", "CUDA", scale_op)
+    torch.library.impl("arl_fast::modulate_backward", "CUDA", modulate_op)
 
 
 def _register_fakes() -> None:
@@ -154,3 +208,5 @@ def _register_fakes() -> None:
 
 if _C is not None:
     _register_fakes()
+    if hasattr(_C, "cuda_forward"):
+        _register_cuda()
