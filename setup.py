@@ -83,6 +83,12 @@ def nvcc_release(nvcc: Path) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
+def cuda_library_folders(nvcc: Path) -> list[str]:
+    """Where nvcc's own toolkit has libcudart: CUDA_HOME may hold no more than a wrapper of nvcc."""
+    text = subprocess.run([str(nvcc), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
+    return re.findall(r'"-L([^"]+)"', text)
+
+
 def cuda_architectures(release: tuple[int, int]) -> str:
     """The architectures of TORCH_CUDA_ARCH_LIST when it is unset: from sm_80 to the newest this nvcc knows."""
     return "8.0;9.0;10.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
@@ -106,7 +112,8 @@ def extension(cuda: bool) -> dict:
         macros.append(("ARL_FAST_X86_ISAS", None))
     if cuda:
         macros.append(("ARL_FAST_CUDA", None))
-        release = nvcc_release(Path(CUDA_HOME, "bin", "nvcc"))
+        nvcc = Path(CUDA_HOME, "bin", "nvcc")
+        release = nvcc_release(nvcc)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures(release))
 
     class Build(BuildExtension):
@@ -126,6 +133,7 @@ def extension(cuda: bool) -> dict:
         "arl_fast._C",
         sources(cuda),
         define_macros=macros,
+        library_dirs=cuda_library_folders(nvcc) if cuda else [],
         extra_compile_args={"cxx": [*TORCH_FLAGS, "-fno-math-errno", "-O3"], "nvcc": ["-O3", "-lineinfo", "--extended-lambda"]},
         depends=[str(path.relative_to(ROOT)) for pattern in ("*.h", "*.inc", "*.cuh") for path in (ROOT / "csrc").rglob(pattern)],
     )
