@@ -290,13 +290,14 @@ def _early_gradients(ctx: Any, upstream: Tensor, keep: bool) -> list[Tensor | No
     grads: list[Tensor | None] = []
     for i, (g, dtype) in enumerate(zip(sums, ctx.dtypes, strict=True)):
         factor = upstream * (1 + link[i]) if link is not None and i < ctx.layout.modalities else upstream
-        if g is not None:
-            wide = g.to(upstream.dtype)
-            # what is saved may be overwritten if this backward is the last
-            g = wide.mul_(factor) if wide is not g or not keep else wide * factor
-            g = g.to(dtype)
-        grads.append(g)
+        grads.append(None if g is None else _times(g, factor, keep).to(dtype))
     return grads
+
+
+def _times(g: Tensor, factor: Tensor, keep: bool) -> Tensor:
+    """g * factor in the factor's dtype, in place unless ``keep``."""
+    wide = g.to(factor.dtype)
+    return wide * factor if keep and wide is g else wide.mul_(factor)
 
 
 def _late_gradients(ctx: Any, upstream: Tensor, keep: bool) -> list[Tensor | None]:
@@ -319,8 +320,10 @@ def _late_gradients(ctx: Any, upstream: Tensor, keep: bool) -> list[Tensor | Non
         u = _take(upstream, part) if upstream.dim() else upstream
         sums.add(part, implementation.scale(grads, u, None, layout.dtype, keep and bool(kept)), z, weights)
         grads = []
-    scaled = sums.features if link is None else list(implementation.modulate_backward(sums.features, link))
-    return [*scaled, *sums.weights, *sums.biases]
+    if link is not None:
+        gains = 1 + link
+        sums.features = [None if g is None else _times(g, gains[m], False).to(g.dtype) for m, g in enumerate(sums.features)]
+    return [*sums.features, *sums.weights, *sums.biases]
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
