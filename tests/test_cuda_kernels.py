@@ -100,7 +100,7 @@ PLACES = [
     (torch.float16, 5, 8195, BLOCK, 128),
     (torch.bfloat16, 1, 5003, BLOCK, 256),
     (torch.float32, 1, 8193, BLOCK, 256),
-    (torch.float64, 2, 5001, BLOCK, 384),
+    (torch.float64, 2, 5001, BLOCK, 256),
 ]
 
 
@@ -131,7 +131,7 @@ def test_dense_targets(dtype, classes, kind):
     [
         (torch.float32, 16403, SHARED, 1),
         (torch.bfloat16, 60001, 44000, 4),
-        (torch.float64, 13001, 33000, 4),
+        (torch.float64, 9001, 33000, 6),
         (torch.float16, 40001, SHARED, 2),
     ],
 )
@@ -139,7 +139,7 @@ def test_rows_beyond_the_registers(dtype, classes, shared, vectors):
     """Registers and shared memory; then also what is read again because neither can hold it."""
     module.library().set_device(2, shared)
     chosen = plan(dtype, 2, classes, branches=2, device=(2, shared))
-    assert (chosen.threads, chosen.shared_vectors) == (384 if dtype == torch.float64 else 512, vectors)
+    assert (chosen.threads, chosen.shared_vectors) == (256 if dtype == torch.float64 else 512, vectors)
     logits, target = make(2, classes, dtype, branches=2)
     target[1] = classes - 1
     compare(logits, target)
@@ -365,7 +365,7 @@ def test_rule(device):
         p = plan(dtype, rows, classes, branches, dense, none, device=device)
         per_vector = 16 // dtype.itemsize
         heavy = dense or dtype == torch.float64
-        resident = (512 if heavy else 768) if p.family == SMALL else (384 if heavy else 512)
+        resident = (512 if heavy else 768) if p.family == SMALL else (256 if heavy else 512)
         assert p.threads % 32 == 0
         assert p.threads <= resident
         assert p.rows_per_block * p.threads_per_row == p.threads

@@ -60,7 +60,7 @@ struct Plan {
 
 // Threads resident per multiprocessor: a kernel keeps to as many registers per thread as that leaves it of 64 K.
 // Heavy: float64, or a target's distribution that differs from class to class.
-constexpr int resident_threads(int family, bool heavy) { return family == kSmall ? (heavy ? 512 : 768) : heavy ? 384 : 512; }
+constexpr int resident_threads(int family, bool heavy) { return family == kSmall ? (heavy ? 512 : 768) : heavy ? 256 : 512; }
 
 // Vectors that a thread holds in registers, kSmall apart. The short rows of 16-bit types are unpacked at once.
 constexpr int held_vectors(int element_size, int family) { return element_size == 2 && family == kWarp ? kHeld / 2 : kHeld; }
@@ -88,8 +88,8 @@ inline Plan plan(const Shape& shape, const Device& device) {
     // row, as long as each has a vector.
     const int64_t all_rows = shape.rows * p.grid_y;
     const int most = resident_threads(kBlock, heavy);
-    for (const int threads : {64, 128, 256, 384, 512}) {
-      if (most % threads != 0) continue;
+    for (const int threads : {64, 128, 256, 512}) {
+      if (threads > most) break;
       p.threads = threads;
       const bool larger_helps = threads * 2 <= vectors && threads * 2 * all_rows <= device.multiprocessors * int64_t(most);
       if (int64_t(threads) * kHeld >= vectors && !larger_helps) break;
