@@ -21,6 +21,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+NOTE = ROOT / "arl_fast" / "native_build.txt"
 MODES = ("auto", "cpu", "cuda", "none")
 # Instruction sets beyond the compiler's default, each with its own copy of the row kernels (x86-64 only).
 X86_ISAS = {
@@ -39,7 +40,9 @@ def build_mode() -> str:
 
 
 def say(text: str) -> None:
+    """Tell the user now, and `python -m arl_fast` later, what is not built and why."""
     print(f"arl_fast: {text}", file=sys.stderr)
+    NOTE.write_text(text + "\n")
 
 
 def is_x86() -> bool:
@@ -142,6 +145,7 @@ def extension(cuda: bool) -> dict:
 
 def arguments() -> dict:
     mode = build_mode()
+    NOTE.unlink(missing_ok=True)
     if mode == "none":
         say("Python only, as ARL_FAST_BUILD=none asks")
         return {}

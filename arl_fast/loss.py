@@ -102,7 +102,7 @@ class ARLLoss(nn.Module):
     def release(cls, dataset: str, **changes: Any) -> ARLLoss:
         """What the authors' scripts for "crema-d", "ave" or "ks" would do if they ran; ``changes`` override it.
 
-        The release warms up for five epochs: pass ``warmup=5 * len(loader)``. See docs/errata.md.
+        The release warms up during its epochs 0 to 5: pass ``warmup=6 * len(loader)``. See docs/errata.md.
         """
         fixed = dict(rule="constant", dependence="logit_l1", entropy_floor=0.3)
         return cls._preset("release", {name: fixed | own for name, own in _RELEASE.items()}, dataset, changes)

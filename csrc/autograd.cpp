@@ -257,7 +257,8 @@ struct ModulateBackward final : Node {
     for (size_t m = 0; m < grads.size(); ++m) {
       at::Tensor& g = grads[m];
       if (!g.defined()) continue;
-      const bool alone = !at::GradMode::is_enabled() && g.use_count() == 1 && g.storage().use_count() == 1;
+      const bool alone = !at::GradMode::is_enabled() && g.use_count() == 1 && g.storage().use_count() == 1 &&
+                         g.is_non_overlapping_and_dense();  // not one that expand() has made
       g = alone ? g.mul_(1 + value[m]) : g.mul(1 + value[m]);
     }
     return std::move(grads);

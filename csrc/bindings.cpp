@@ -44,6 +44,7 @@ PyMethodDef fast_methods[] = {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+  module.attr("interface") = 1;  // INTERFACE in native.py: raise both whenever what Python calls changes
   module.doc() = "Native kernels of arl_fast; arl_fast/kernels/native.py is their interface.";
   pybind11::class_<arl::Options>(module, "Options").def(pybind11::init(&options_from));
   module.def("forward", &forward);

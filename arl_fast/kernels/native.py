@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,20 @@ from ..stats import packed_length
 MAX_BRANCHES = {"cpu": 64, "cuda": 16}  # kMaxBranches in csrc/cpu/loss.h and csrc/cuda/launch.h
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+INTERFACE = 1  # of arl_fast._C, see csrc/bindings.cpp
+
+_note = Path(__file__).parents[1] / "native_build.txt"  # what setup.py left out, and why
+_left_out = f" ({_note.read_text().strip()})" if _note.exists() else ""
+
 _C: Any = None
 _absent = ""
 try:
     from .. import _C  # type: ignore[attr-defined, no-redef]
 except ImportError as error:
-    _absent = f"arl_fast._C was not built or does not load ({error}); build it with pip install --no-build-isolation ."
+    _absent = f"{error}{_left_out}; build it with pip install --no-build-isolation ."
+else:
+    if getattr(_C, "interface", 0) != INTERFACE:
+        _C, _absent = None, "arl_fast._C was built from another version of the sources; build it again"
 
 # The usual eager step on a CPU, checked, computed and recorded for autograd in one call (csrc/autograd.h): fast_loss(options,
 # fused, unimodal, target, link, mask, weight, gamma, temperature, warming) -> (loss, packed), and fast_modulate([z_1, ...])
@@ -41,7 +50,7 @@ def unavailable(device: str) -> str | None:
     if device == "cuda" and torch.version.hip is not None:
         return "the CUDA kernels are not for ROCm"
     if device not in MAX_BRANCHES or (device == "cuda" and not hasattr(_C, "cuda_forward")):
-        return f"arl_fast._C was built without kernels for {device}"
+        return f"arl_fast._C was built without kernels for {device}{_left_out}"
     return None
 
 

@@ -1,0 +1,59 @@
+"""Building without the native kernels: a Python install that works and says why they are absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what setup.py needs, so that nothing in this checkout is touched."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "csrc", "arl_fast"):
+        target = tmp_path / name
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("_C*", "__pycache__", "native_build.txt"))
+        else:
+            target.write_bytes((ROOT / name).read_bytes())
+    return tmp_path
+
+
+def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def report(checkout: Path) -> str:
+    return subprocess.run([sys.executable, "-m", "arl_fast"], cwd=checkout, capture_output=True, text=True, check=True).stdout
+
+
+def test_python_only(checkout):
+    assert build(checkout, ARL_FAST_BUILD="none").returncode == 0
+    text = report(checkout)
+    assert "cpu: reference" in text
+    assert "Python only, as ARL_FAST_BUILD=none asks" in text
+
+
+def test_without_a_compiler(checkout):
+    assert build(checkout, ARL_FAST_BUILD="auto", CXX="no-such-compiler").returncode == 0
+    assert "there is no C++ compiler (no-such-compiler)" in report(checkout)
+    done = build(checkout, ARL_FAST_BUILD="cpu", CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "ARL_FAST_BUILD=cpu, but there is no C++ compiler" in done.stderr
+
+
+def test_a_wrong_mode_is_named(checkout):
+    done = build(checkout, ARL_FAST_BUILD="gpu")
+    assert done.returncode != 0
+    assert "ARL_FAST_BUILD: got 'gpu', expected one of auto, cpu, cuda, none" in done.stderr
+
+
+def test_the_note_stays_out_of_version_control():
+    assert "arl_fast/native_build.txt" in (ROOT / ".gitignore").read_text()
