@@ -7,7 +7,7 @@
 # Packages of others to compare with, which must not be fetched there, are taken as wheels from wheels/ or .whl/:
 #   pip download --no-deps -d wheels liger-kernel
 # PYTHON chooses the interpreter (python3), MINUTES the time for all of it (8.7).
-# Every phase has a time limit of its own; one that fails or is cut off does not stop the others. Rows are written as
+# Every phase has a time limit of its own, at which it is interrupted, so that tests still say what failed; one that fails or is cut off does not stop the others. Rows are written as
 # they are measured. The last thing printed is a short table, and what failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -38,7 +38,7 @@ phase() {
     [ "$seconds" -lt "$left" ] || seconds=$left
     echo "== $name (at $SECONDS s, at most $seconds s)"
     echo "== $name: $*" >>"$file"
-    timeout --kill-after=5 "$seconds" "$@" >>"$file" 2>&1
+    timeout --signal=INT --kill-after=6 "$seconds" "$@" >>"$file" 2>&1
     status=$?
     tail -n "${SHOW:-3}" "$file" | cut -c1-300
     echo "-- $name: status $status, $((SECONDS - begin)) s"
@@ -67,14 +67,14 @@ else
 fi
 SHOW=8 phase "who serves what" 60 "$LOG" "$PYTHON" -m arl_fast
 
-PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --no-header -W ignore)
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --no-header -W ignore --maxfail=30)
 if [ "$DEVICE" = cuda ]; then
+    phase "tests of what only a GPU can get wrong" 100 "$TESTS" "${PYTEST[@]}" tests/test_gpu.py
     if "$PYTHON" -c 'import xdist' 2>/dev/null; then WORKERS=(-n 6); else WORKERS=(); fi
-    # memory and launches are counted, and compiling is slow: on their own, the rest in parallel
-    phase "tests on the GPU" 110 "$TESTS" "${PYTEST[@]}" "${WORKERS[@]}" tests/test_gpu.py -k "not memory and not launches and not two_to_the_31 and not waits"
-    phase "tests one by one" 60 "$TESTS" "${PYTEST[@]}" tests/test_gpu.py -k "memory or launches or two_to_the_31 or waits"
+    phase "the contract on the GPU" 80 "$TESTS" "${PYTEST[@]}" "${WORKERS[@]}" tests/test_gpu_contract.py
 else
-    phase "tests on the GPU" 110 "$TESTS" env ARL_TEST_DEVICE=cpu "${PYTEST[@]}" tests/test_gpu.py -k "small_steps or out_of_range or int32"
+    phase "tests of what only a GPU can get wrong" 100 "$TESTS" env ARL_TEST_DEVICE=cpu "${PYTEST[@]}" tests/test_gpu.py -k "small_steps or int32"
+    phase "the contract on the GPU" 80 "$TESTS" env ARL_TEST_DEVICE=cpu "${PYTEST[@]}" tests/test_gpu_contract.py -k "out_of_range or against_truth"
 fi
 
 RUN=("$PYTHON" -m benchmarks.run --device "$DEVICE" --out "$ROWS" "${TINY[@]}")

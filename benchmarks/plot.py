@@ -159,7 +159,15 @@ def gpu(found: list[Row], folder: Path) -> list[Path]:
 def generated(found: list[Row]) -> dict[str, str]:
     """Markers of docs/performance.md and what belongs between them."""
     warm = dict(kind="cpu", what="both", cache="warm")
+    gpu_plots = {
+        "small": "Device and host time at the paper's shapes",
+        "large": "Device time and share of the copy bandwidth, large logits",
+    }
+    drawn = [
+        f"![{text}](bench-gpu-{name}.svg)" for name, text in gpu_plots.items() if tables.select(found, kind="cuda", experiment="micro")
+    ]
     return {
+        "gpu-plots": "\n".join(drawn),
         "runs": tables.runs(found),
         "cpu-paper": tables.ratios(found, suite="paper", threads=1, **warm),
         "cpu-modalities": tables.ratios(found, suite="modalities", threads=1, **warm),

@@ -49,8 +49,8 @@ def commands(phase: str, device: str, out: str, tiny: bool) -> list[list[str]]:
             return [_micro(device, out, "tiny", "--rotations=2", "--rounds=3", "--sample=1e-4", "--no-compile")]
         if device == "cuda":
             return [
-                _micro(device, out, "paper,modalities,large,large-bf16", "--rotations=3"),
-                _micro(device, out, "huge", "--rotations=3", "--no-compile"),
+                _micro(device, out, "paper,modalities,large,large-bf16", "--rotations=2"),
+                _micro(device, out, "huge", "--rotations=2", "--no-compile"),
             ]
         first = [
             _micro(device, out, "paper", "--rotations=6"),

@@ -1,42 +1,15 @@
-"""On a GPU: the contract and the link once more, for every implementation that serves it, and what only a GPU can get wrong.
-
-Skipped without one. ARL_TEST_DEVICE=cpu runs what can run on a CPU, to see that the file itself is sound.
-"""
+"""What only a GPU can get wrong: launch plans, waiting, graphs, streams, launches, memory, sizes. Skipped without one."""
+# ruff: noqa: F811, the fixtures of gpu.py are parameters here
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic matrix products
-
-import oracle
 import pytest
 import torch
+from gpu import DEVICE, gpu_only, implementation, on_device, plain_device, poisoned  # noqa: F401  first: it skips without a GPU
+from test_contract import relative, run
 
 import arl_fast
-from arl_fast import ARLLoss, BranchLogits, ConcatHead, arl_loss, dispatch, reference
-
-DEVICE = os.environ.get("ARL_TEST_DEVICE", "cuda")
-if DEVICE == "cuda" and not torch.cuda.is_available():
-    pytest.skip("no GPU", allow_module_level=True)
-
-# Their tests are collected here again, with the fixtures below.
-from test_contract import *  # noqa: E402, F403
-from test_contract import make, relative, run  # noqa: E402
-from test_link import *  # noqa: E402, F403
-
-pytestmark: list = []  # not that of test_contract
-gpu_only = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-TRUTH = oracle.arl
-
-
-@pytest.fixture(params=["native", "triton", "reference"])
-def implementation(request, monkeypatch):
-    module, reason = dispatch.load(request.param, DEVICE)
-    if module is None:
-        pytest.skip(f"{request.param}: {reason}")
-    monkeypatch.setattr(dispatch, "override", request.param)
-    return request.param
+from arl_fast import ARLLoss, BranchLogits, ConcatHead, arl_loss, reference
 
 
 @pytest.fixture
@@ -45,57 +18,6 @@ def kernels(implementation):
     if implementation == "reference":
         pytest.skip("plain torch promises neither")
     return implementation
-
-
-@pytest.fixture
-def poisoned():
-    """As in conftest.py, but torch's own operations may lack a deterministic form on a GPU."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def _truth_on_cpu(logits, target, **options):
-    def away(value):
-        return value.cpu() if isinstance(value, torch.Tensor) else value
-
-    with torch.device("cpu"):
-        truth = TRUTH([x.cpu() for x in logits], target.cpu(), **{name: away(value) for name, value in options.items()})
-    return oracle.Truth(truth.loss.to(DEVICE), [g.to(DEVICE) for g in truth.grads], truth.stats)
-
-
-@pytest.fixture
-def plain_device():
-    """Tensors of this test are made where the test says."""
-
-
-@pytest.fixture(autouse=True)
-def on_device(monkeypatch, request):
-    """Tensors are made on the GPU; float64 truth, with its loops over rows, is computed on the CPU."""
-    monkeypatch.setattr(oracle, "arl", _truth_on_cpu)
-    if "plain_device" in request.fixturenames:  # tests of what the library does with tensors of the CPU
-        yield
-        return
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
-
-
-def test_target_out_of_range(implementation):
-    """Checking would stall: the row's loss is NaN, and so is everything it enters; nothing outside is read."""
-    if DEVICE == "cpu":
-        pytest.skip("an error on a CPU")
-    logits, target = make()
-    for bad in (5, -1, 2**40):
-        target[3] = bad
-        loss, grads, stats = run(logits, target)
-        assert loss.isnan()
-        assert stats.loss.isnan().all()
-        for g in grads:
-            assert g[3].isnan().all()
-        rows, _, _ = run(logits, target, reduction="none")
-        assert rows.isnan().tolist() == [i == 3 for i in range(len(target))]
 
 
 def branches(batch, classes, modalities=2, dtype=torch.float32, seed=0):
