@@ -190,6 +190,18 @@ def test_error_is_that_of_torch(kind, chunk, dtype):
         assert relative(g, want) <= 2 * relative(t, want) + torch.finfo(dtype).eps / 4
 
 
+@pytest.mark.parametrize("kind", ["concat-full", "shared"])
+def test_sums_over_many_chunks_do_not_round(kind):
+    """bfloat16 in 256 chunks: added up in bfloat16, the late ones would hardly count."""
+    head, features, target = make(kind, batch=512, dtype=torch.bfloat16)
+    exact = HEADS[kind](head.dims).double()
+    exact.load_state_dict({name: p.double() for name, p in head.state_dict().items()})
+    _, _, truth = composed(exact, [z.detach().double().requires_grad_() for z in features], target)
+    loss, _ = head.loss(features, target, chunk=2)
+    for g, want in zip(gradients(loss, head, features), truth, strict=True):
+        assert relative(g, want) < 8e-3
+
+
 @pytest.mark.parametrize("chunk", [None, 64, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, chunk):
