@@ -42,7 +42,7 @@ __device__ inline void transform(const In* in, Out* out, int64_t size, F f) {
 #pragma unroll
       for (int i = 0; i < kN; i += kLoad) {
         C part[kLoad];
-        decode(*reinterpret_cast<const uint4*>(in + first + i), part, In());
+        decode(load_vector(reinterpret_cast<const uint4*>(in + first + i)), part, In());
 #pragma unroll
         for (int j = 0; j < kLoad; ++j) v[i + j] = part[j];
       }

@@ -233,7 +233,17 @@ __device__ inline uint4 encode(const float (&v)[n], int first, __half) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// In PTX, because the compiler would split a plain 16-byte store and share the parts with the branch for single elements.
+// In PTX, because the compiler would split a plain 16-byte access and share the parts with the branch for single elements.
+// Not the read-only path of __ldg: the memory may be written in place.
+__device__ inline uint4 load_vector(const uint4* in) {
+#if defined(__CUDA_ARCH__)
+  uint4 raw;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(in) : "memory");
+  return raw;
+#else
+  return *in;
+#endif
+}
 __device__ inline void store_vector(uint4* out, uint4 raw) {
 #if defined(__CUDA_ARCH__)
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(out), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
