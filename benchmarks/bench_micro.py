@@ -96,8 +96,7 @@ class Session:
         if (name, what) not in self.loops:
             launches = facts["both"].get("launches", 1)
             self.loops[name, what] = 1 if large else measure.loops_for(call, self.device, self.sample, launches)
-        warm = (0 if self.samples[name, what, "warm", "host"] else 2) if huge else 1
-        samples = measure.host_samples(step, what, self.device, self.loops[name, what], rounds, warm, pedantic)
+        samples = measure.host_samples(step, what, self.device, self.loops[name, what], rounds, pedantic)
         self.samples[name, what, "warm", "host"] += samples
         if what == "backward":
             return

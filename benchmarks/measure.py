@@ -77,8 +77,8 @@ def loops_for(call: Callable[[], Any], device: str, seconds: float, launches: in
     return min(loops, max(1, 400 // max(1, launches))) if device == "cuda" else loops
 
 
-def host_samples(step: Step, what: str, device: str, loops: int, rounds: int, warm: int, pedantic: Callable) -> list[float]:
-    """Seconds per call, one sample per round of ``loops`` calls, after ``warm`` rounds that do not count.
+def host_samples(step: Step, what: str, device: str, loops: int, rounds: int, pedantic: Callable) -> list[float]:
+    """Seconds per call, one sample per round of ``loops`` calls, after a round that does not count.
 
     ``pedantic`` is that of pytest-benchmark. The clock stops before the device has finished. For "backward" the graphs
     are built outside the clock.
@@ -103,7 +103,7 @@ def host_samples(step: Step, what: str, device: str, loops: int, rounds: int, wa
             for _ in range(loops):
                 one()
 
-    samples = pedantic(call, setup=prepare, rounds=rounds, warmup_rounds=warm)
+    samples = pedantic(call, setup=prepare, rounds=rounds, warmup_rounds=1)
     synchronize(device)
     return [s / loops for s in samples]
 
