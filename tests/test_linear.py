@@ -202,10 +202,29 @@ def test_sums_over_many_chunks_do_not_round(kind):
         assert relative(g, want) < 8e-3
 
 
+class Products(TorchDispatchMode):
+    """The dtypes of the matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "mm" in func.name():
+            self.dtypes.add(out.dtype)
+        return out
+
+
 @pytest.mark.parametrize("chunk", [None, 64, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, chunk):
     head, features, target = make("sum", batch=32, dtype=torch.float32)
+    with Products() as products:
+        with torch.autocast("cpu", dtype=dtype):
+            loss, _ = head.loss(features, target, chunk=chunk)
+        gradients(loss, head, features)
+    assert products.dtypes == {dtype}
     with torch.autocast("cpu", dtype=dtype):
         loss, stats = head.loss(features, target, chunk=chunk)
         out = head(features)
