@@ -88,9 +88,7 @@ def compile_source(source: Path, architecture: str) -> list[Kernel]:
         partial.rename(cubin)
         report.write_text(done.stdout + done.stderr)
     kernels: dict[str, Kernel] = {}
-    pattern = (
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
-    )
+    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
     for name, stores, loads, registers, rest in re.findall(pattern, report.read_text(), re.S):
         shared = re.search(r"(\d+) bytes smem", rest)
         kernels[name] = Kernel(name, int(stores) + int(loads), int(registers), int(shared[1]) if shared else 0)
