@@ -99,4 +99,5 @@ grep -hE '^(FAILED|ERROR) |passed|failed' "$TESTS" | cut -c1-200 | tail -25
 [ -f "$OUT/sanitizer.txt" ] && grep -h 'ERROR SUMMARY\|RACECHECK SUMMARY' "$OUT/sanitizer.txt"
 for failure in "${FAILED[@]}"; do echo "FAILED $failure"; done
 echo "$SECONDS s; rows and plots: $OUT"
+[ "$DEVICE" = cpu ] || echo "to keep them: cp $ROWS benchmarks/results/$("$PYTHON" -c 'from benchmarks import machine; print(machine.slug("cuda"))').jsonl; python -m benchmarks.plot"
 [ ${#FAILED[@]} = 0 ]

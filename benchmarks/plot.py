@@ -70,8 +70,9 @@ def _bars(axis: Any, chosen: list[Row], value: Callable[[Row], float | None], ti
                 heights.append(v)
         bars = axis.bar(places, heights, width * 0.92, color=COLOURS.get(name, GREY), label=name)
         if name == names[0]:
-            axis.bar_label(bars, [f"{v:.2g}" for v in heights], padding=1, fontsize=7, color=COLOURS.get(name, GREY))
+            axis.bar_label(bars, [f"{v:.2g}" for v in heights], label_type="center", rotation=90, fontsize=7, color="white")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axis.set_xticks(range(len(shapes)), [s.replace(", ", "\n") for s in shapes])
     axis.tick_params(axis="x", length=0)
     axis.set_title(title, fontsize=9, loc="left")
@@ -93,6 +94,7 @@ def cpu(found: list[Row], folder: Path) -> list[Path]:
         for axis, (title, chosen) in zip([axes] if len(panels) == 1 else axes, panels.items(), strict=True):
             _bars(axis, chosen, lambda r: tables.ratio(found, r), f"CPU, 1 thread, {title}")
             axis.axhline(1, color=GREY, linewidth=0.8)
+            axis.set_ylim(bottom=0.1)
         figure.axes[0].set_ylabel("forward + backward\nover one torch cross-entropy")
         lines = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         figure.legend(lines.values(), lines.keys(), ncols=4, loc="outside lower center")
@@ -124,6 +126,7 @@ def _scaling(found: list[Row], kind: str, folder: Path) -> list[Path]:
                     axis.plot(*zip(*line, strict=True), style, marker="o", markersize=3, color=COLOURS.get(name, GREY), label=label)
         axis.set_yscale("log")
         axis.set_xscale("linear" if column == "modalities" else "log")
+        axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
         axis.set_xlabel({"batch": "B (C = 101, M = 2)", "classes": "C (B = 64, M = 2)", "modalities": "M (B = 64, C = 101)"}[column])
     what = "over one torch cross-entropy\nat B = 64, C = 256, 1 thread" if kind == "cpu" else "device time, us"
     axes[0].set_ylabel("forward + backward\n" + what)

@@ -74,7 +74,7 @@ def by_shape(found: list[Row], cell: Callable[[Row], str], **wanted: object) -> 
     columns = shapes(chosen)
     at = {(r["contender"], shape(r)): r for r in chosen}
     body = [[n, *(cell(at[n, s]) if (n, s) in at else "" for s in columns)] for n in names(chosen)]
-    return markdown(["", *columns], body)
+    return markdown(["", *columns], body) if body else "Not measured yet."
 
 
 def ratios(found: list[Row], **wanted: object) -> str:
