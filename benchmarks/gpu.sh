@@ -19,7 +19,7 @@ if [ "${1:-}" = --dry ]; then DEVICE=cpu TINY=(--tiny); fi
 mkdir -p "$OUT"
 ROWS=$OUT/rows.jsonl LOG=$OUT/log.txt TESTS=$OUT/tests.txt
 rm -f "$ROWS"
-: >"$LOG"
+: >"$LOG" >"$TESTS"
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
 export PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
