@@ -91,7 +91,7 @@ class Session:
         name, facts = contender.name, self.facts[contender.name]
         large = self.case.elements >= LARGE
         huge = self.device == "cpu" and self.case.elements >= HUGE
-        rounds = 1 if huge else max(3, self.rounds // 3) if large else self.rounds
+        rounds = 1 if huge else self.rounds
         call = step.both if what == "backward" else getattr(step, what)
         if (name, what) not in self.loops:
             launches = facts["both"].get("launches", 1)
