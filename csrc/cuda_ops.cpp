@@ -24,6 +24,11 @@ int dtype_of(at::ScalarType type) {
 
 void check(int error) { TORCH_CHECK(error == 0, "arl_fast: CUDA: ", error_string(error)); }
 
+// The arguments of a launch hold arrays of kMaxBranches.
+void check_branches(size_t branches) {
+  TORCH_CHECK(branches <= size_t(kMaxBranches), "arl_fast: got ", branches, " branches, expected at most ", kMaxBranches);
+}
+
 void* handle(int64_t stream) { return reinterpret_cast<void*>(stream); }
 
 // The same values with adjacent classes; a view where they are already.
@@ -38,6 +43,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> forward(
     const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& norm,
     const std::optional<at::Tensor>& schedule, double gamma, double temperature, bool warming, const Options& options,
     bool grad, int64_t stream, const std::optional<at::Tensor>& ticket) {
+  check_branches(logits.size());
   const at::Tensor& first = logits[0];
   const c10::OptionalDeviceGuard guard(first.device());
   const at::ScalarType type = first.scalar_type();
@@ -100,6 +106,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> forward(
 
 std::vector<at::Tensor> scale(const std::vector<at::Tensor>& grads, const at::Tensor& upstream, const std::optional<at::Tensor>& factor,
                               at::ScalarType dtype, bool reuse, int64_t stream) {
+  check_branches(grads.size());
   const at::Tensor& first = grads[0];
   const c10::OptionalDeviceGuard guard(first.device());
   const at::ScalarType compute = first.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

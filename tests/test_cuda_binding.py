@@ -100,3 +100,19 @@ def test_more_tensors_than_one_launch_takes(implementation, binding):
 def test_a_dtype_that_no_kernel_takes_is_named(binding):
     with pytest.raises(RuntimeError, match=r"arl_fast: got dtype Int, expected float64, float32, bfloat16 or float16"):
         binding.cuda_scale([torch.ones(2, 2)], torch.ones(()), None, torch.int32, False, 0)
+
+
+def test_more_branches_than_a_launch_holds_are_refused(binding):
+    """The Python side gives these to the reference; the binding must not write past its arrays if it is asked all the same."""
+    grads = [torch.ones(2, 2) for _ in range(17)]
+    with pytest.raises(RuntimeError, match=r"arl_fast: got 17 branches, expected at most 16"):
+        binding.cuda_scale(grads, torch.ones(()), None, torch.float32, False, 0)
+
+
+def test_native_leaves_more_branches_to_the_reference(monkeypatch):
+    """Forward and backward alike: what the reference has computed, the reference scales."""
+    monkeypatch.setattr(native, "MAX_BRANCHES", {"cpu": 2})
+    monkeypatch.setattr(native, "_C", None)  # must not be reached
+    grads = [torch.ones(2, 2) for _ in range(3)]
+    for g in native.scale(grads, torch.tensor(0.5), None, torch.float32, False):
+        assert g.eq(0.5).all()

@@ -111,6 +111,8 @@ def forward(
 
 def scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool) -> Sequence[Tensor]:
     """As reference.scale; without ``keep`` the result may be ``grads`` themselves, scaled in place."""
+    if len(grads) > MAX_BRANCHES[grads[0].device.type]:
+        return reference.scale(grads, upstream, factor, dtype, keep)
     if torch.compiler.is_compiling():
         return torch.ops.arl_fast.scale(grads, upstream, factor, dtype)
     if grads[0].is_cuda:
