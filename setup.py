@@ -98,7 +98,7 @@ def cuda_architectures(release: tuple[int, int]) -> str:
 
 
 def sources(cuda: bool) -> list[str]:
-    files = ["csrc/bindings.cpp", "csrc/autograd.cpp", "csrc/ops.cpp"]
+    files = ["csrc/bindings.cpp", "csrc/eager.cpp", "csrc/autograd.cpp", "csrc/linear.cpp", "csrc/ops.cpp"]
     files += ["csrc/cpu/forward.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/isa_baseline.cpp"]
     if cuda:
         files.append("csrc/cuda_ops.cpp")

@@ -518,6 +518,13 @@ def packed_linear_loss(
     return_logits: bool = False,
 ) -> tuple[Tensor, Tensor, BranchLogits | None]:
     """What linear_arl_loss, LinearARLLoss and the heads share: check, flatten, apply."""
+    if sync_stats is False and not return_logits and (native := dispatch.native_steps()) is not None:
+        # None where anything is unusual or wrong, or takes several chunks
+        result = native.fast_linear_loss(
+            options, fusion, bias_mode, chunk, BUDGET["cpu"], features, weights, bias, target, mask, weight, gamma, temperature, warming
+        )
+        if result is not None:
+            return *result, None
     refuse_transforms("linear_arl_loss")
     _choice("fusion", fusion, FUSIONS)
     _choice("bias_mode", bias_mode, BIAS_MODES)

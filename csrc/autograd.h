@@ -9,6 +9,10 @@ namespace arl {
 // if anything about the call is unusual or wrong: the general path in functional.py then serves or diagnoses it.
 PyObject* fast_loss(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
+// fast_linear_loss(options, fusion, bias_mode, chunk, budget, features, weights, bias, target, mask, weight, gamma, temperature,
+// warming) -> (loss, packed) for one chunk of rows (chunk of them, or None and a budget in bytes), or None as above.
+PyObject* fast_linear_loss(PyObject* module, PyObject* const* args, Py_ssize_t count);
+
 // fast_modulate(features) -> (features, link) for a list of tensors, or None as above.
 PyObject* fast_modulate(PyObject* module, PyObject* features);
 

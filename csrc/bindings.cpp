@@ -37,6 +37,7 @@ auto modulate_backward(const Tensors& grads, const at::Tensor& link, const std::
 // Called with as little in between as CPython allows: pybind11 would cost as much as their own checks.
 PyMethodDef fast_methods[] = {
     {"fast_loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&arl::fast_loss)), METH_FASTCALL, nullptr},
+    {"fast_linear_loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&arl::fast_linear_loss)), METH_FASTCALL, nullptr},
     {"fast_modulate", &arl::fast_modulate, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -44,7 +45,7 @@ PyMethodDef fast_methods[] = {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.attr("interface") = 1;  // INTERFACE in native.py: raise both whenever what Python calls changes
+  module.attr("interface") = 2;  // INTERFACE in native.py: raise both whenever what Python calls changes
   module.doc() = "Native kernels of arl_fast; arl_fast/kernels/native.py is their interface.";
   pybind11::class_<arl::Options>(module, "Options").def(pybind11::init(&options_from));
   module.def("forward", &forward);

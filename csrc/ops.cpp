@@ -11,7 +11,9 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> forward(
     const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& norm,
     const std::optional<at::Tensor>& schedule, double gamma, double temperature, bool warming, const Options& options,
     bool grad) {
-  cpu::Inputs inputs{logits, &target};
+  cpu::Inputs inputs;
+  inputs.logits = logits;
+  inputs.target = &target;
   inputs.mask = mask ? &*mask : nullptr;
   inputs.weight = weight ? &*weight : nullptr;
   inputs.norm = norm ? &*norm : nullptr;

@@ -21,7 +21,7 @@ from ..stats import packed_length
 MAX_BRANCHES = {"cpu": 64, "cuda": 16}  # kMaxBranches in csrc/cpu/loss.h and csrc/cuda/launch.h
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-INTERFACE = 1  # of arl_fast._C, see csrc/bindings.cpp
+INTERFACE = 2  # of arl_fast._C, see csrc/bindings.cpp
 
 _note = Path(__file__).parents[1] / "native_build.txt"  # what setup.py left out, and why
 _left_out = f" ({_note.read_text().strip()})" if _note.exists() else ""
@@ -37,9 +37,12 @@ else:
         _C, _absent = None, "arl_fast._C was built from another version of the sources; build it again"
 
 # The usual eager step on a CPU, checked, computed and recorded for autograd in one call (csrc/autograd.h): fast_loss(options,
-# fused, unimodal, target, link, mask, weight, gamma, temperature, warming) -> (loss, packed), and fast_modulate([z_1, ...])
-# -> ([z_1, ...], link). Both return None for the general path of functional.py to serve or diagnose the call.
+# fused, unimodal, target, link, mask, weight, gamma, temperature, warming) -> (loss, packed), fast_linear_loss(options, fusion,
+# bias_mode, chunk, budget, features, weights, bias, target, mask, weight, gamma, temperature, warming) -> (loss, packed), and
+# fast_modulate([z_1, ...]) -> ([z_1, ...], link). All return None for the general path, functional.py or linear.py, to serve
+# or diagnose the call.
 fast_loss = getattr(_C, "fast_loss", None)
+fast_linear_loss = getattr(_C, "fast_linear_loss", None)
 fast_modulate = getattr(_C, "fast_modulate", None)
 
 

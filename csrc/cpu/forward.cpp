@@ -231,7 +231,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
     loss.logits[b] = x->const_data_ptr();
     loss.row_stride[b] = x->stride(0);
     if (inputs.wanted >> b & 1) {
-      outputs.grads[b] = empty_gradient(loss.rows, loss.classes, type == at::kHalf ? at::kFloat : type);
+      outputs.grads[b] = inputs.in_place ? *x : empty_gradient(loss.rows, loss.classes, type == at::kHalf ? at::kFloat : type);
       loss.grad[b] = outputs.grads[b].mutable_data_ptr();
     }
   }

@@ -14,13 +14,14 @@ namespace arl::cpu {
 // Arguments as in arl_fast/reference.py, which documents them; logits are 2-D tensors on the CPU.
 struct Inputs {
   at::TensorList logits;
-  const at::Tensor* target;
+  const at::Tensor* target = nullptr;
   const at::Tensor* mask = nullptr;
   const at::Tensor* weight = nullptr;
   const at::Tensor* norm = nullptr;
-  double gamma, temperature;
-  bool warming;
-  uint64_t wanted;  // bit b: the gradient of branch b is to be written
+  double gamma = 1, temperature = 1;
+  bool warming = false;
+  uint64_t wanted = 0;    // bit b: the gradient of branch b is to be written
+  bool in_place = false;  // gradients overwrite the logits, which are contiguous and not float16
 };
 
 struct Outputs {

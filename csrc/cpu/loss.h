@@ -17,7 +17,8 @@ constexpr int64_t kNarrowClasses = 48;  // up to here the kernel gives each row 
 constexpr int kMostLanes = 16;
 
 // One call of the loss: M+1 branches of [rows, classes]. T below is the compute type, double for float64 and float for
-// all others. Gradients are contiguous, of the logits' type, but float for float16 logits.
+// all others. Gradients are contiguous, of the logits' type, but float for float16 logits. A gradient may lie exactly where
+// its logits do: rows are read to their end before they are written.
 struct Loss {
   int branches;
   int64_t rows, classes;
