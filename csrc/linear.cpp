@@ -16,6 +16,7 @@
 #include "autograd.h"
 #include "cpu/forward.h"
 #include "cpu/memory.h"
+#include "cpu/multiply.h"
 #include "eager.h"
 
 namespace arl {
@@ -108,39 +109,26 @@ c10::SmallVector<int64_t, 4> sizes_of(const variable_list& features) {
   return sizes;
 }
 
-// out = factor a b, or += unless `first`. The factor is part of the product; but of a factor 0 a BLAS makes 0 without
-// reading a and b, where NaN has to stay NaN.
-void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double factor, bool first) {
-  out.addmm_(a, b, first ? 0 : 1, factor == 0 ? 1 : factor);
-  if (factor == 0) out.mul_(0);
-}
-
 // All logits into x [M+1, N, C], the fused ones first.
-void make_logits(const Head& head, const variable_list& x) {
+void make_logits(const Head& head, const at::Tensor& x) {
+  const int64_t modalities = head.modalities();
   const variable_list weights = by_modality(head.weights, head.fusion, sizes_of(head.features));
-  const size_t modalities = head.features.size();
-  at::Tensor split;
-  if (head.fusion == kConcat && !head.full && !head.biases.empty()) split = head.biases[0].div(double(modalities));
-  for (size_t m = 0; m < modalities; ++m) {
-    at::Tensor out = x[m + 1];
-    const at::Tensor& z = head.features[m];
-    if (head.biases.empty() || (head.full && m > 0)) {  // x_f has b once, as a part of the first product
-      at::mm_out(out, z, weights[m].t());
-    } else {
-      const at::Tensor& b = split.defined() ? split : head.biases[head.biases.size() > 1 ? m : 0];
-      at::addmm_out(out, b, z, weights[m].t());
+  const variable_list branches = x.unbind(0);
+  for (int64_t m = 0; m < modalities; ++m) cpu::multiply(branches[m + 1], head.features[m], weights[m].t(), 1, true);
+  at::Tensor fused = branches[0], unimodal = x.narrow(0, 1, modalities);
+  if (!head.full) {  // x_f has each bias once
+    for (int64_t m = 0; m < int64_t(head.biases.size()); ++m) {
+      at::Tensor out = head.biases.size() == 1 ? unimodal : branches[m + 1];
+      out.add_(head.biases[m], head.fusion == kConcat ? 1.0 / double(modalities) : 1.0);
     }
   }
-  at::Tensor fused = x[0];
   if (modalities == 1) {
-    fused.copy_(x[1]);
+    fused.copy_(branches[1]);
   } else {
-    at::add_out(fused, x[1], x[2]);
-    for (size_t m = 2; m < modalities; ++m) fused.add_(x[m + 1]);
+    at::add_out(fused, branches[1], branches[2]);
+    for (int64_t m = 2; m < modalities; ++m) fused.add_(branches[m + 1]);
   }
-  if (head.full && !head.biases.empty()) {
-    for (size_t m = 1; m < modalities; ++m) x[m + 1].add_(head.biases[0]);
-  }
+  if (head.full && !head.biases.empty()) x.add_(head.biases[0]);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -186,7 +174,7 @@ struct LinearLossBackward final : Node {
       for (size_t m = 0; m < modalities; ++m) {
         if (!task_should_compute_output(m)) continue;
         results[m] = cpu::empty_gradient(t[m].size(0), sizes[m], type);
-        multiply(results[m], t[m], w[m], upstream * gains[m], true);
+        cpu::multiply(results[m], t[m], w[m], upstream * gains[m], true);
       }
     }
     if (some_weights) weight_gradients(t, z, upstream, &results);
@@ -220,10 +208,10 @@ struct LinearLossBackward final : Node {
       if (!parts[m].defined()) continue;
       const bool first = m == 0 || fusion != kShared;
       if (sum_type == type) {
-        multiply(parts[m], t[m].t(), z[m], upstream, first);
+        cpu::multiply(parts[m], t[m].t(), z[m], upstream, first);
       } else {
         at::Tensor product = at::empty(parts[m].sizes(), t[m].options());
-        multiply(product, t[m].t(), z[m], upstream, true);
+        cpu::multiply(product, t[m].t(), z[m], upstream, true);
         at::Tensor out = parts[m];
         first ? out.copy_(product) : out.add_(product);
       }
@@ -323,8 +311,8 @@ PyObject* fast_linear_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
       const int64_t all_rows = (modalities + 1) * rows;
       x = record ? cpu::empty_gradient(all_rows, classes, type) : cpu::empty({all_rows, classes}, type);
       x = x.view({modalities + 1, rows, classes});
+      make_logits(head, x);
       const variable_list logits = x.unbind(0);
-      make_logits(head, logits);
       inputs.logits = logits;
       inputs.wanted = record ? ~uint64_t(0) : 0;
       inputs.in_place = true;
