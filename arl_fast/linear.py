@@ -7,10 +7,10 @@ M+1 branches. With z_m [N, D_m], W_m [C, D_m], own bias b_m [C] and g the gradie
     t_m  = g_f + g_m                        what reaches modality m's product, from its own branch and the fused one
     dz_m = gain_m t_m W_m                   dW_m = t_m^T z_m          db: column sums
 
-The rows go to the implementation that dispatch.py chose, in chunks of a memory budget; the products to torch's BLAS.
+The rows go to the implementation that dispatch.py chose, in chunks of a memory budget; the products to torch's BLAS or oneDNN.
 
-* A few logits: the same products with ``arl_loss`` and its link behind them. Autograd's own nodes cost less than this file's.
-* One chunk: the logits' gradients [N, C] are kept, and backward makes the products. Few calls, for small shapes.
+* One chunk: the logits' gradients [N, C] are kept, and backward makes the products. Few calls, for small shapes. The usual
+  eager step on a CPU is one call of ``csrc/linear.cpp``, with an autograd node of its own.
 * Several chunks, the usual case: forward makes a chunk's logits, their gradients and the products at once and keeps the
   sums; backward multiplies these by the upstream gradient and the gains, which only the last chunk completes.
 * Several chunks where a product must not be made before the upstream gradient is known: one such gradient per row
@@ -35,8 +35,6 @@ from .functional import (
     _graph_is_kept,
     _mask_rows,
     _to_rows,
-    modulate,
-    packed_loss,
     prepare,
     refuse_second_derivatives,
     refuse_transforms,
@@ -52,7 +50,6 @@ BIAS_MODES = ("full", "split")
 # they fill the machine, and a GPU needs many (docs/performance.md).
 BUDGET = {"cpu": 128 << 20}
 DEFAULT_BUDGET = 1 << 30
-FEW = 2048  # logits of a branch
 
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -100,7 +97,7 @@ class _Layout(NamedTuple):
         elif biases:
             own = [biases[0] / self.modalities if self.fusion == "concat" else biases[0]] * self.modalities
             own = own if len(biases) == 1 else list(biases)
-        parts = [F.linear(z, w, b) for z, w, b in zip(features, weights, own, strict=True)]
+        parts = [_linear(z, w, b) for z, w, b in zip(features, weights, own, strict=True)]
         fused = parts[0]
         for m, part in enumerate(parts[1:]):
             fused = fused + part if m == 0 else fused.add_(part)
@@ -143,21 +140,17 @@ class _Sums:
         for m, (g, z, w) in enumerate(zip(own, features, weights, strict=True)):
             total = g.add_(fused)
             if self.needs_features[m]:
-                self._put_features(m, part, torch.mm(total, w))
+                self._put_features(m, part, total, w)
             out = self.weights_by_modality[m]
             if out is not None:
                 _add_product(out, total.t(), z, first and (m == 0 or layout.fusion != "shared"))
             if not layout.full and self.biases:
                 self._add_bias(m if len(self.biases) > 1 else 0, total)
 
-    def _put_features(self, m: int, part: slice | None, product: Tensor) -> None:
-        if part is None:
-            self.features[m] = product
-            return
-        whole = self.features[m]
-        if whole is None:
-            whole = self.features[m] = product.new_empty(self.rows, product.shape[1])
-        whole[part] = product
+    def _put_features(self, m: int, part: slice | None, total: Tensor, w: Tensor) -> None:
+        if self.features[m] is None:
+            self.features[m] = total.new_empty(self.rows, w.shape[1])
+        _multiply(_take(self.features[m], part), total, w)
 
     def _add_bias(self, position: int, g: Tensor) -> None:
         if self.needs_biases[position]:
@@ -168,14 +161,36 @@ class _Sums:
             self.biases[position] = column if before is None else before + column
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+def _multiply(out: Tensor, a: Tensor, b: Tensor, first: bool = True) -> None:
     """out += a @ b; the first product overwrites."""
-    if out.dtype == a.dtype:
+    if not _natively(out, a, b, first):
         out.addmm_(a, b, beta=0 if first else 1)
-    elif first:
-        out.copy_(torch.mm(a, b))
+
+
+def _natively(out: Tensor, a: Tensor, b: Tensor, first: bool) -> bool:
+    native = dispatch.native_steps() if out.device.type == "cpu" else None
+    return native is not None and native.multiply(out, a, b, 1.0, first)
+
+
+def _linear(z: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    if z.device.type == "cpu":
+        out = z.new_empty(z.shape[0], w.shape[0])
+        if _natively(out, z, w.t(), True):
+            return out if b is None else out.add_(b)
+    return F.linear(z, w, b)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """out += a @ b, where the product may have a smaller dtype; the first product overwrites."""
+    if out.dtype == a.dtype:
+        _multiply(out, a, b, first)
+        return
+    product = a.new_empty(out.shape)
+    _multiply(product, a, b)
+    if first:
+        out.copy_(product)
     else:
-        out.add_(torch.mm(a, b))
+        out.add_(product)
 
 
 def _norm(
@@ -534,15 +549,7 @@ def packed_linear_loss(
     batch, *positions = first.shape[:-1]
     dtype = _product_dtype(first)
     count = first.shape[:-1].numel()
-    if chunk is not None or count * classes > FEW or positions or return_logits or torch.compiler.is_compiling():
-        rows_at_once = chunk_rows(count, classes, len(z), dtype, first.device.type, chunk)
-    else:
-        layout = _Layout(fusion, bias_mode, len(z), len(w), dtype, count, False)
-        modulated, link = modulate(list(z.values()))
-        dims = [x.shape[1] for x in modulated]
-        fused, *unimodal = layout.logits(modulated, layout.by_modality(list(w.values()), dims), list(b.values()))
-        loss, packed = packed_loss(fused, unimodal, target, link, mask, weight, gamma, temperature, warming, options, sync_stats)
-        return loss, packed, None
+    rows_at_once = chunk_rows(count, classes, len(z), dtype, first.device.type, chunk)
     layout = _Layout(fusion, bias_mode, len(z), len(w), dtype, rows_at_once, return_logits)
     shape = (batch, classes, *positions)
     like = torch.empty((), dtype=dtype, device=first.device).expand(shape)  # what the checks want to know of the logits

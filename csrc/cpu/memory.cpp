@@ -35,8 +35,14 @@ std::vector<Block>& kept() {
   return *blocks;
 }
 
+// As torch's own allocators do: what is kept for later is not in use.
+void tell_profiler(const Block& block, int64_t change) {
+  if (c10::memoryProfilingEnabled()) c10::reportMemoryUsageToProfiler(block.memory, change, 0, 0, c10::Device(c10::kCPU));
+}
+
 void give_back(void* context) {
   Block* block = static_cast<Block*>(context);
+  tell_profiler(*block, -int64_t(block->bytes));
   {
     std::lock_guard<std::mutex> guard(lock());
     if (kept_bytes + block->bytes <= kKeep) {
@@ -64,7 +70,7 @@ Block take(size_t bytes) {
   }
   release_kept_memory();  // the shapes have changed: what is kept would not be asked for again
   void* memory = std::aligned_alloc(kPage, bytes);
-  TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes for the gradient of the logits");
+  TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes for a gradient");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
@@ -75,6 +81,7 @@ Block take(size_t bytes) {
 struct LargeBlocks final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     const Block block = take((bytes + kPage - 1) / kPage * kPage);
+    tell_profiler(block, int64_t(block.bytes));
     return {block.memory, new Block(block), &give_back, c10::Device(c10::kCPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
