@@ -20,6 +20,9 @@ enum Dependence : int { kConfidence = 0, kLogitL1 = 1 };
 enum Gain : int { kResidual = 0, kMeanOne = 1, kPlain = 2 };
 enum Reduction : int { kMean = 0, kSum = 1, kNoReduction = 2 };
 
+// The types of logits, as tables of kernels count them.
+enum Dtype : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kDtypes = 4 };
+
 // Rows of the sums [6, M+1] and the layout of the packed vector: see arl_fast/stats.py.
 enum Sum : int { kLoss = 0, kNorm = 1, kCount = 2, kCorrect = 3, kEntropy = 4, kDependence = 5, kSums = 6 };
 

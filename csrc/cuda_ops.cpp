@@ -3,24 +3,10 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "cuda/launch.h"
+#include "dtype.h"
 
 namespace arl::cuda {
 namespace {
-
-int dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return kFloat64;
-    case at::kFloat:
-      return kFloat32;
-    case at::kBFloat16:
-      return kBFloat16;
-    case at::kHalf:
-      return kFloat16;
-    default:
-      TORCH_CHECK(false, "arl_fast: got dtype ", type, ", expected float64, float32, bfloat16 or float16");
-  }
-}
 
 void check(int error) { TORCH_CHECK(error == 0, "arl_fast: CUDA: ", error_string(error)); }
 

@@ -98,7 +98,7 @@ def test_more_tensors_than_one_launch_takes(implementation, binding):
 
 
 def test_a_dtype_that_no_kernel_takes_is_named(binding):
-    with pytest.raises(RuntimeError, match=r"arl_fast: got dtype Int, expected float64, float32, bfloat16 or float16"):
+    with pytest.raises(TypeError, match=r"arl_fast: got dtype Int, expected float64, float32, bfloat16 or float16"):
         binding.cuda_scale([torch.ones(2, 2)], torch.ones(()), None, torch.int32, False, 0)
 
 

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "../dtype.h"
 #include "memory.h"
 
 namespace arl::cpu {
@@ -185,21 +186,6 @@ void run(Loss& loss, const Options& options, const Inputs& inputs, const T* norm
     T unimodal = 0;
     for (int b = 1; b < branches; ++b) unimodal += row_loss[b * loss.rows + i];
     out[i] = row_loss[i] + schedule.gamma * unimodal;
-  }
-}
-
-Dtype dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return kFloat64;
-    case at::kFloat:
-      return kFloat32;
-    case at::kBFloat16:
-      return kBFloat16;
-    case at::kHalf:
-      return kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "logits: got dtype ", type, ", expected float64, float32, bfloat16 or float16");
   }
 }
 

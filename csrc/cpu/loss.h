@@ -9,8 +9,6 @@
 
 namespace arl::cpu {
 
-enum Dtype : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kDtypes = 4 };
-
 constexpr int kMaxBranches = 64;  // M+1; more modalities than this are served by the reference
 constexpr int kChunkRows = 64;    // most rows of one unit of work
 constexpr int64_t kNarrowClasses = 48;  // up to here the kernel gives each row a vector lane

@@ -19,7 +19,7 @@ constexpr int kMaxBranches = 16;
 enum Target : int { kInt64 = 0, kInt32 = 1, kProbabilities = 2 };
 
 struct ForwardArgs {
-  int dtype;     // DType of the logits
+  int dtype;     // Dtype of the logits
   int branches;  // M + 1, the fused branch first
   int64_t rows;
   int64_t classes;
@@ -61,7 +61,7 @@ int64_t forward_workspace_bytes(const ForwardArgs& args);
 int forward(const ForwardArgs& args, void* stream);
 
 struct ScaleArgs {
-  int dtype;  // DType of the result, the logits'; gradients come in as grad_dtype(dtype)
+  int dtype;  // Dtype of the result, the logits'; gradients come in as grad_dtype(dtype)
   int branches;
   int64_t rows;
   int64_t classes;
@@ -80,7 +80,7 @@ constexpr int kMaxTensors = 16;  // more are refused: the caller calls again
 
 struct ModulateArgs {
   int count;
-  int dtype[kMaxTensors];  // DType of each gradient and its result
+  int dtype[kMaxTensors];  // Dtype of each gradient and its result
   const void* grads[kMaxTensors];
   void* out[kMaxTensors];  // equal to grads for in place
   int64_t size[kMaxTensors];

@@ -4,10 +4,10 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "../arl_math.h"
+
 namespace arl {
 namespace cuda {
-
-enum DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 constexpr int element_size(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 constexpr int compute_size(int dtype) { return dtype == kFloat64 ? 8 : 4; }
