@@ -148,9 +148,10 @@ class _Sums:
                 self._add_bias(m if len(self.biases) > 1 else 0, total)
 
     def _put_features(self, m: int, part: slice | None, total: Tensor, w: Tensor) -> None:
-        if self.features[m] is None:
-            self.features[m] = total.new_empty(self.rows, w.shape[1])
-        _multiply(_take(self.features[m], part), total, w)
+        whole = self.features[m]
+        if whole is None:
+            whole = self.features[m] = total.new_empty(self.rows, w.shape[1])
+        _multiply(_take(whole, part), total, w)
 
     def _add_bias(self, position: int, g: Tensor) -> None:
         if self.needs_biases[position]:
@@ -161,22 +162,24 @@ class _Sums:
             self.biases[position] = column if before is None else before + column
 
 
+def _native(x: Tensor) -> Any:
+    """The module whose ``multiply`` may be faster than torch's own product, or None."""
+    return dispatch.native_steps() if x.device.type == "cpu" else None
+
+
 def _multiply(out: Tensor, a: Tensor, b: Tensor, first: bool = True) -> None:
     """out += a @ b; the first product overwrites."""
-    if not _natively(out, a, b, first):
+    native = _native(out)
+    if native is None or not native.multiply(out, a, b, 1.0, first):
         out.addmm_(a, b, beta=0 if first else 1)
 
 
-def _natively(out: Tensor, a: Tensor, b: Tensor, first: bool) -> bool:
-    native = dispatch.native_steps() if out.device.type == "cpu" else None
-    return native is not None and native.multiply(out, a, b, 1.0, first)
-
-
 def _linear(z: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    if z.device.type == "cpu":
-        out = z.new_empty(z.shape[0], w.shape[0])
-        if _natively(out, z, w.t(), True):
-            return out if b is None else out.add_(b)
+    native = _native(z)
+    if native is not None:
+        out = z.new_empty(z.shape[0], w.shape[0]) if b is None else b.repeat(z.shape[0], 1)
+        if native.multiply(out, z, w.t(), 1.0, b is None):
+            return out
     return F.linear(z, w, b)
 
 

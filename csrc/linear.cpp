@@ -109,26 +109,32 @@ c10::SmallVector<int64_t, 4> sizes_of(const variable_list& features) {
   return sizes;
 }
 
-// All logits into x [M+1, N, C], the fused ones first.
+// All logits into x [M+1, N, C], the fused ones first. A bias is there before the product that is added to it, which so
+// rounds once.
 void make_logits(const Head& head, const at::Tensor& x) {
   const int64_t modalities = head.modalities();
   const variable_list weights = by_modality(head.weights, head.fusion, sizes_of(head.features));
   const variable_list branches = x.unbind(0);
-  for (int64_t m = 0; m < modalities; ++m) cpu::multiply(branches[m + 1], head.features[m], weights[m].t(), 1, true);
-  at::Tensor fused = branches[0], unimodal = x.narrow(0, 1, modalities);
-  if (!head.full) {  // x_f has each bias once
-    for (int64_t m = 0; m < int64_t(head.biases.size()); ++m) {
-      at::Tensor out = head.biases.size() == 1 ? unimodal : branches[m + 1];
-      out.add_(head.biases[m], head.fusion == kConcat ? 1.0 / double(modalities) : 1.0);
-    }
+  variable_list own(modalities);
+  if (head.full && !head.biases.empty()) {
+    own[0] = head.biases[0];  // so that the sum of the parts has it once
+  } else if (!head.biases.empty()) {
+    const at::Tensor one = head.fusion == kConcat ? head.biases[0].div(double(modalities)) : head.biases[0];
+    own = head.fusion == kSumFusion ? head.biases : variable_list(modalities, one);
   }
+  for (int64_t m = 0; m < modalities; ++m) {
+    at::Tensor out = branches[m + 1];
+    if (own[m].defined()) out.copy_(own[m]);
+    cpu::multiply(out, head.features[m], weights[m].t(), 1, !own[m].defined());
+  }
+  at::Tensor fused = branches[0];
   if (modalities == 1) {
     fused.copy_(branches[1]);
   } else {
     at::add_out(fused, branches[1], branches[2]);
     for (int64_t m = 2; m < modalities; ++m) fused.add_(branches[m + 1]);
   }
-  if (head.full && !head.biases.empty()) x.add_(head.biases[0]);
+  if (head.full && !head.biases.empty() && modalities > 1) x.narrow(0, 2, modalities - 1).add_(head.biases[0]);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------

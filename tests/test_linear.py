@@ -13,7 +13,7 @@ import arl_fast
 from arl_fast import ARLLoss, ConcatHead, LinearARLLoss, SharedHead, SumHead, arl_loss, dispatch, linear, linear_arl_loss
 
 CLASSES = 6
-CHUNKS = [None, 1, 4, 9]  # through autograd; row by row; a short last chunk; exactly the batch
+CHUNKS = [None, 1, 4, 9]  # as many as fit the budget; row by row; a short last chunk; exactly the batch
 HEADS = {
     "concat-full": lambda dims: ConcatHead(dims, CLASSES),
     "concat-split": lambda dims: ConcatHead(dims, CLASSES, bias="split"),
@@ -570,6 +570,332 @@ def test_refuses_what_it_cannot_differentiate():
         torch.autograd.grad(loss, features, create_graph=True)
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda z: head.loss([z, features[1]], target)[0])(features[0])
+
+
+# ---- the usual step on a CPU, one call and one node (csrc/linear.cpp) ------------------------------------------------
+
+native, REASON = dispatch.load("native", "cpu")
+NODE = "ARLLinearLossBackward"
+
+
+@pytest.fixture
+def only_native(monkeypatch):
+    if native is None:
+        pytest.skip(REASON)
+    monkeypatch.setattr(dispatch, "override", "native")
+
+
+@pytest.fixture
+def served(only_native, monkeypatch):
+    """Whether each call was served by the one in C++."""
+    calls = []
+
+    def counted(*args):
+        result = native._C.fast_linear_loss(*args)
+        calls.append(result is not None)
+        return result
+
+    monkeypatch.setattr(native, "fast_linear_loss", counted)
+    return calls
+
+
+def truth(monkeypatch, *args, **options):
+    """Head and loss in plain torch."""
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "override", "reference")
+        return composed(*args, **options)
+
+
+def call(head, features, target, **options):
+    """linear_arl_loss with the head's parameters."""
+    weights, bias = head.weights_and_bias()
+    mode = "split" if head.bias_mode == "split" else "full"
+    return linear_arl_loss(features, weights, bias, target, fusion=head.fusion, bias_mode=mode, **options)
+
+
+ONE_CALL = {
+    "defaults": dict(),
+    "paper": dict(rule="paper", dependence="logit_l1", gain="mean_one"),
+    "constant": dict(rule="constant", gain="plain", entropy_floor=0.2, gamma=0.5, temperature=2.0),
+    "none": dict(rule="none", reduction="sum", label_smoothing=0.1),
+    "warming": dict(warming=True, gamma=3.0),
+    "tensors": dict(gamma=torch.tensor(2.0), temperature=torch.tensor(3), warming=torch.tensor(False)),
+    "no-unimodal": dict(gamma=0),
+    "masked": dict(mask=torch.tensor([[True, False], [False, True], [True, True]]).repeat(3, 1), ignore_index=3),
+    "weighted": dict(weight=torch.rand(CLASSES, dtype=torch.float64) + 0.1, label_smoothing=0.2, dependence="logit_l1", ignore_index=2),
+}
+
+
+@pytest.mark.parametrize("case", ONE_CALL)
+@pytest.mark.parametrize("kind", HEADS)
+def test_one_call_equals_head_and_loss(served, poisoned, monkeypatch, kind, case):
+    """In float64: against head + arl_loss in plain torch, head + arl_loss natively, and the general path."""
+    options = ONE_CALL[case]
+    head, features, target = make(kind)
+    upstream = torch.tensor(0.7, dtype=torch.float64)
+    loss, stats = call(head, features, target, **options)
+    assert loss.grad_fn.name() == NODE
+    got = [loss, *stats, *gradients(loss, head, features, upstream)]
+    want_loss, want_stats, want = truth(monkeypatch, head, features, target, upstream, **options)
+    native_loss, native_stats, native_want = composed(head, features, target, upstream, **options)
+    assert served == [True]
+    monkeypatch.setattr(dispatch, "native_steps", lambda: None)
+    general_loss, general_stats = call(head, features, target, **options)
+    assert general_loss.grad_fn.name() != NODE
+    for others in (
+        [want_loss, *want_stats, *want],
+        [native_loss, *native_stats, *native_want],
+        [general_loss, *general_stats, *gradients(general_loss, head, features, upstream)],
+    ):
+        for g, w in zip(got, others, strict=True):
+            assert g.dtype == w.dtype
+            torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("modalities", [1, 3, 4])
+@pytest.mark.parametrize("kind", HEADS)
+def test_one_call_for_any_number_of_modalities(served, poisoned, monkeypatch, kind, modalities):
+    head, features, target = make(kind, modalities)
+    loss, _ = call(head, features, target)
+    _, _, want = truth(monkeypatch, head, features, target)
+    assert served == [True]
+    for g, w in zip(gradients(loss, head, features), want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
+
+
+WIDE = {  # batch, classes and feature sizes: BLAS; oneDNN where it is faster; and a matrix that is copied in pieces there
+    "few": (9, 6, [5, 3]),
+    "many": (130, 301, [40, 72]),
+    "pieces": (24, 3000, [520, 410]),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("shape", WIDE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fusion", ["concat", "sum", "shared"])
+def test_one_call_at_any_size_and_stride(served, poisoned, fusion, dtype, shape, layout):
+    """Against float64: the error of the products is that of the dtype, whatever the memory of features and weights."""
+    batch, classes, dims = WIDE[shape]
+    if fusion == "shared":
+        dims = [dims[0]] * 2
+
+    def leaf(*size, scale=1.0):
+        x = (scale * torch.randn(size, dtype=torch.float64)).to(dtype)
+        if layout == "strided":
+            x = (
+                torch.stack([x, x], 1)[:, 0]
+                if len(size) == 1
+                else x.t().contiguous().t()
+                if size[0] == batch
+                else torch.cat([x, x], 1)[:, : size[1]]
+            )
+        return x.requires_grad_()
+
+    z = [leaf(batch, dim) for dim in dims]
+    columns = {"concat": [sum(dims)], "sum": dims, "shared": dims[:1]}[fusion]
+    w = [leaf(classes, dim, scale=0.1) for dim in columns]
+    b = [leaf(classes) for _ in (dims if fusion == "sum" else dims[:1])]
+    target = torch.randint(0, classes, (batch,))
+
+    def grads(z, w, b):
+        loss, stats = linear_arl_loss(z, w if fusion == "sum" else w[0], b if fusion == "sum" else b[0], target, fusion=fusion)
+        return [loss.detach(), stats.gains, *torch.autograd.grad(loss, [*z, *w, *b])]
+
+    got = grads(z, w, b)
+    want = grads(*([x.detach().double().contiguous().requires_grad_() for x in part] for part in (z, w, b)))
+    assert served == [True, True]
+    tolerance = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}[dtype]
+    for g, x in zip(got, want, strict=True):
+        assert relative(g, x) < tolerance
+
+
+USUAL = {
+    "dict of features": lambda h, z, y: linear_arl_loss(dict(zip("ab", z, strict=True)), h.weight, h.bias, y),
+    "tuple of features": lambda h, z, y: linear_arl_loss(tuple(z), h.weight, h.bias, y),
+    "list of weights": lambda h, z, y: linear_arl_loss(z, [w.detach() for w in h.weight.split(h.dims, 1)], h.bias, y),
+    "a chunk of all rows": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, chunk=9),
+    "int32 targets": lambda h, z, y: linear_arl_loss(z, h.weight, None, y.int()),
+    "module": lambda h, z, y: (LinearARLLoss(warmup=2)(z, h.weight, h.bias, y),),
+    "head": lambda h, z, y: h.loss(z, y, ARLLoss(gamma=2.0)),
+}
+UNUSUAL = {
+    "callable rule": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, rule=lambda stats: torch.softmax(stats.entropy, 0)),
+    "soft targets": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, torch.softmax(torch.randn(9, CLASSES, dtype=torch.float64), 1)),
+    "a loss per row": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, reduction="none"),
+    "several chunks": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, chunk=8),
+    "positions": lambda h, z, y: linear_arl_loss([x[:, None] for x in z], h.weight, h.bias, y[:, None]),
+    "dict of weights": lambda h, z, y: linear_arl_loss(
+        dict(zip("ab", z, strict=True)), dict(zip("ba", h.weight.split(h.dims, 1)[::-1], strict=True)), h.bias, y
+    ),
+    "float16": lambda h, z, y: linear_arl_loss([x.half() for x in z], h.weight.half(), h.bias.half(), y),
+    "plain cross-entropy": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, gamma=0.0, rule="none"),
+    "float32 class weights": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, weight=torch.ones(CLASSES)),
+}
+
+
+@pytest.mark.parametrize("case", [*USUAL, *UNUSUAL])
+def test_which_steps_are_one_call(served, monkeypatch, case):
+    """The same result with and without it; unusual steps go the general way."""
+    torch.manual_seed(1)
+    head, features, target = make()
+    step = (USUAL | UNUSUAL)[case]
+    torch.manual_seed(2)
+    loss = step(head, features, target)[0]
+    assert served == [case in USUAL]
+    assert (loss.grad_fn.name() == NODE) == (case in USUAL)
+    monkeypatch.setattr(dispatch, "native_steps", lambda: None)
+    torch.manual_seed(2)
+    other = step(head, features, target)[0]
+    torch.testing.assert_close(loss, other)
+    upstream = torch.rand_like(loss)
+    for g, w in zip(gradients(loss, head, features, upstream), gradients(other, head, features, upstream), strict=True):
+        assert (g is None) == (w is None)
+        if g is not None:
+            torch.testing.assert_close(g, w)
+
+
+def test_more_than_the_budget_is_not_one_call(served, monkeypatch):
+    head, features, target = make()
+    row = 3 * CLASSES * 2 * 8
+    for rows, one in ((9, True), (8, False)):
+        monkeypatch.setitem(linear.BUDGET, "cpu", rows * row)
+        call(head, features, target)
+        assert served.pop() == one
+    monkeypatch.setitem(linear.BUDGET, "cpu", 1)
+    call(head, [z[:1] for z in features], target[:1])
+    assert served == [True]  # less than a row cannot be held
+
+
+def test_modes_are_not_bypassed(served):
+    head, features, target = make("sum", dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        head.loss(features, target)
+    with Largest():
+        head.loss(features, target)
+    assert served == [False, False]
+    head.loss(features, target, sync_stats=False)
+    assert served.pop()
+
+
+def test_one_call_checks_what_was_saved(served):
+    """As autograd does: features where the weights, weights where the features need a gradient, must not change meanwhile."""
+    for frozen, changed, fails in (
+        ((), "features", True),
+        ((), "weight", True),
+        ((), "bias", False),
+        (("weight", "bias"), "features", False),
+        (("features",), "weight", False),
+    ):
+        head, features, target = make()
+        parts = {"features": features, "weight": [head.weight], "bias": [head.bias]}
+        for name in frozen:
+            for x in parts[name]:
+                x.requires_grad_(False)
+        loss, _ = call(head, features, target)
+        with torch.no_grad():
+            parts[changed][-1].add_(1)
+        if fails:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+        else:
+            loss.backward()
+    assert all(served)
+
+
+def test_one_call_and_saved_tensor_hooks(served):
+    head, features, target = make()
+    loss, _ = call(head, features, target)
+    want = gradients(loss, head, features)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t * 1):
+        loss, _ = call(head, features, target)
+    before = [t.clone() for t in held]
+    assert len(held) == 2 + 1 + 2  # features, weight, the gradients of all logits, the bias's gradient
+    got = gradients(loss, head, features, torch.tensor(3.0, dtype=torch.float64))
+    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
+    torch.testing.assert_close(got, tuple(3 * g for g in want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["concat-full", "shared"])
+def test_an_upstream_gradient_of_zero(served, kind, dtype):
+    """0 where all is finite, and NaN where it is not: a product times 0 must not hide it."""
+    head, features, target = make(kind, dtype=dtype)
+    loss, _ = call(head, features, target)
+    assert all(g.eq(0).all() for g in gradients(loss, head, features, torch.zeros_like(loss)))
+    with torch.no_grad():
+        features[0][0, 0] = torch.nan
+    loss, _ = call(head, features, target)
+    assert all(g.isnan().any() for g in gradients(loss, head, features, torch.zeros_like(loss)))
+    assert served == [True, True]
+
+
+def test_one_call_of_an_empty_batch_and_of_ignored_targets(served):
+    head, features, target = make(batch=0)
+    loss, stats = call(head, features, target, reduction="sum")
+    assert all(g.eq(0).all() for g in gradients(loss, head, features))
+    assert stats.count.eq(0).all()
+    head, features, target = make()
+    loss, _ = call(head, features, torch.full_like(target, -100))
+    assert loss.isnan()
+    assert served == [True, True]
+
+
+def test_one_call_in_evaluation_keeps_nothing(served):
+    head = ConcatHead([5, 3], 5000)
+    features = [torch.randn(64, dim) for dim in (5, 3)]
+    target = torch.randint(0, 5000, (64,))
+    loss, _ = call(head, features, target)
+    loss.backward()
+    del loss
+    assert native._C.kept_memory() >= 3 * 64 * 5000 * 4  # for the next step
+    with torch.no_grad():
+        loss, _ = call(head, features, target)
+    assert loss.grad_fn is None
+    assert not loss.requires_grad
+    assert native._C.kept_memory() == 0
+    for p in head.parameters():
+        p.requires_grad_(False)
+    assert call(head, features, target)[0].grad_fn is None
+    assert served == [True] * 3
+
+
+def test_memory_of_one_call_is_that_of_the_logits(served):
+    """Logits and gradients share a buffer, which a profiler sees; in backward the gradients of features and weights come on top."""
+    from benchmarks.linear import profiled
+
+    head = ConcatHead([512, 512], 3000)
+    features = [torch.randn(512, 512, requires_grad=True) for _ in range(2)]
+    target = torch.randint(0, 3000, (512,))
+    logits, results = 3 * 512 * 3000 * 4, sum(4 * x.numel() for x in (*features, head.weight))
+    peak, _ = profiled(lambda: call(head, features, target)[0], "cpu")
+    assert logits <= peak < logits + (8 << 20)  # a piece of the weights among it
+    peak, _ = profiled(lambda: gradients(call(head, features, target)[0], head, features), "cpu")
+    assert logits + results <= peak < logits + results + (16 << 20)
+    assert all(served)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (5, 7, 3), (0, 4, 3), (130, 90, 70), (17, 600, 4000), (9, 4000, 600)])
+def test_products(only_native, dtype, m, k, n):
+    """Any strides, with factor and sum, into columns of a wider matrix."""
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    layouts = [
+        lambda x: x,
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        lambda x: torch.cat([x.t(), x.t()], 1)[:, : x.shape[0]].t(),
+    ]
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    want = a.double() @ b.double()
+    for of_a, of_b in itertools.product(layouts, layouts):
+        for factor, first in ((1.0, True), (0.5, False), (0.0, True)):
+            wide = torch.full((m, n + 3), torch.nan if first else 2.0, dtype=dtype)
+            assert native.multiply(wide[:, 1 : n + 1], of_a(a), of_b(b), factor, first)
+            assert relative(wide[:, 1 : n + 1], factor * want + (0 if first else 2)) < tolerance
+            rest = wide[:, [0, n + 1, n + 2]]
+            assert rest.isnan().all() if first else rest.eq(2).all()
 
 
 Z = [torch.randn(4, 5), torch.randn(4, 3)]
