@@ -9,9 +9,9 @@ M+1 branches. With z_m [N, D_m], W_m [C, D_m], own bias b_m [C] and g the gradie
 
 The rows go to the implementation that dispatch.py chose, in chunks of a memory budget; the products to torch's BLAS or oneDNN.
 
-* One chunk: the logits' gradients [N, C] are kept, and backward makes the products. Few calls, for small shapes. The usual
-  eager step on a CPU is one call of ``csrc/linear.cpp``, with an autograd node of its own.
-* Several chunks, the usual case: forward makes a chunk's logits, their gradients and the products at once and keeps the
+* One chunk: the logits' gradients [N, C] are kept, and backward makes the products. The usual eager step on a CPU is one
+  call of ``csrc/linear.cpp``, with an autograd node of its own.
+* Several chunks: forward makes a chunk's logits, their gradients and the products at once and keeps the
   sums; backward multiplies these by the upstream gradient and the gains, which only the last chunk completes.
 * Several chunks where a product must not be made before the upstream gradient is known: one such gradient per row
   (reduction "none"), float16, which needs the loss scale before it is rounded, or statistics of several processes.

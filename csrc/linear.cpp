@@ -5,12 +5,14 @@
 // upstream gradient; db needs no product and is summed in forward. Nothing that is saved is written again.
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
+#include <c10/util/accumulate.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <mutex>
 
 #include "autograd.h"

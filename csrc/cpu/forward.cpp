@@ -217,6 +217,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
     loss.logits[b] = x->const_data_ptr();
     loss.row_stride[b] = x->stride(0);
     if (inputs.wanted >> b & 1) {
+      TORCH_CHECK(!inputs.in_place || (type != at::kHalf && x->is_contiguous()), "logits: gradients of these do not fit in their place");
       outputs.grads[b] = inputs.in_place ? *x : empty_gradient(loss.rows, loss.classes, type == at::kHalf ? at::kFloat : type);
       loss.grad[b] = outputs.grads[b].mutable_data_ptr();
     }

@@ -4,10 +4,13 @@
 
 #include <algorithm>
 
+#if defined(__x86_64__) && defined(__linux__)
+#define ARL_ONEDNN
 namespace at::native {
 // torch's way to oneDNN, exported but in none of its headers; weak, so that a torch without it uses its BLAS.
-__attribute__((weak)) void mkldnn_matmul(const Tensor& a, const Tensor& b, const Tensor& out, float beta, float alpha);
+__attribute__((weak)) TORCH_API void mkldnn_matmul(const Tensor& a, const Tensor& b, const Tensor& out, float beta, float alpha);
 }  // namespace at::native
+#endif
 
 namespace arl::cpu {
 namespace {
@@ -18,7 +21,7 @@ constexpr int64_t kFewMultiplications = 1 << 19;  // up to here oneDNN's prepara
 // On CPUs other than Intel's, MKL leaves AVX-512 unused. oneDNN, which torch's wheels also hold, does not: it takes half the
 // time (docs/performance.md).
 bool onednn_is_faster() {
-#if defined(__x86_64__)
+#if defined(ARL_ONEDNN)
   static const bool faster = [] {
     __builtin_cpu_init();
     return &at::native::mkldnn_matmul != nullptr && at::hasMKL() && !__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512bw") &&
@@ -27,6 +30,12 @@ bool onednn_is_faster() {
   return faster && at::globalContext().userEnabledMkldnn();
 #else
   return false;
+#endif
+}
+
+void onednn(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double beta, double alpha) {
+#if defined(ARL_ONEDNN)
+  at::native::mkldnn_matmul(a, b, out, float(beta), float(alpha));
 #endif
 }
 
@@ -59,7 +68,7 @@ void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double f
   const double alpha = factor == 0 ? 1 : factor;
   if (out.scalar_type() == at::kFloat && out.numel() * a.size(1) > kFewMultiplications && onednn_is_faster()) {
     in_pieces(out, a, b, beta, [alpha](const at::Tensor& to, const at::Tensor& x, const at::Tensor& y, double keep) {
-      at::native::mkldnn_matmul(x, y, to, float(keep), float(alpha));
+      onednn(to, x, y, keep, alpha);
     });
   } else if (out.scalar_type() == at::kBFloat16) {  // torch's own way to oneDNN
     out.addmm_(dense(a), dense(b), beta, alpha);
