@@ -98,9 +98,12 @@ bool read_head(PyObject* fusion, PyObject* bias_mode, PyObject* features, PyObje
   return true;
 }
 
-// W_m [C, D_m] for each modality: columns of one matrix, the shared one, or its own. So also for their gradients.
+// Whether each modality has a matrix of its own.
+bool own_matrices(size_t weights, int fusion, size_t modalities) { return weights == modalities && fusion != kShared; }
+
+// W_m [C, D_m] for each modality: its own, the shared one, or columns of one. So also for their gradients.
 variable_list by_modality(const variable_list& weights, int fusion, at::IntArrayRef dims) {
-  if (weights.size() == dims.size() && fusion != kShared) return weights;
+  if (own_matrices(weights.size(), fusion, dims.size())) return weights;
   if (fusion == kShared) return variable_list(dims.size(), weights[0]);
   return weights[0].split_with_sizes(dims, 1);
 }
@@ -164,14 +167,15 @@ struct LinearLossBackward final : Node {
     const bool some_features = wanted(0, modalities);
     const bool some_weights = wanted(modalities, weights.size());
     const bool some_biases = wanted(modalities + weights.size(), biases);
+    const bool own = own_matrices(weights.size(), fusion, modalities);
 
-    variable_list w, z, t;
+    variable_list w(weights.size()), z(modalities), t;
     at::Tensor db;
-    if (some_features) {
-      for (const SavedVariable& x : weights) w.push_back(x.unpack());
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (own ? task_should_compute_output(i) : some_features) w[i] = weights[i].unpack();
     }
-    if (some_weights) {
-      for (const SavedVariable& x : features) z.push_back(x.unpack());
+    for (size_t m = 0; m < modalities; ++m) {
+      if (task_should_compute_output(modalities + (own ? m : 0))) z[m] = features[m].unpack();
     }
     if (some_features || some_weights) t = totals.unpack().unbind(0);
     if (some_biases) db = bias_sums.unpack();
@@ -275,8 +279,15 @@ void attach(const Head& head, at::Tensor g, cpu::Outputs* outputs) {
   edges.insert(edges.end(), head.weights.begin(), head.weights.end());
   edges.insert(edges.end(), head.biases.begin(), head.biases.end());
   node->set_next_edges(torch::autograd::collect_next_edges(edges));
-  for (const at::Tensor& z : head.features) node->features.emplace_back(of_weights ? z : at::Tensor(), /*is_output=*/false);
-  for (const at::Tensor& w : head.weights) node->weights.emplace_back(of_features ? w : at::Tensor(), /*is_output=*/false);
+  const bool own = own_matrices(head.weights.size(), head.fusion, head.features.size());
+  for (size_t m = 0; m < head.features.size(); ++m) {
+    const bool read = head.weights[own ? m : 0].requires_grad();
+    node->features.emplace_back(read ? head.features[m] : at::Tensor(), /*is_output=*/false);
+  }
+  for (size_t i = 0; i < head.weights.size(); ++i) {
+    const bool read = own ? head.features[i].requires_grad() : of_features;
+    node->weights.emplace_back(read ? head.weights[i] : at::Tensor(), /*is_output=*/false);
+  }
   if (of_features || of_weights) node->totals = SavedVariable(t, /*is_output=*/false);
   if (of_biases) node->bias_sums = SavedVariable(db, /*is_output=*/false);
   torch::autograd::set_history(outputs->loss, node);

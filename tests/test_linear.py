@@ -800,6 +800,14 @@ def test_one_call_checks_what_was_saved(served):
                 loss.backward()
         else:
             loss.backward()
+    head, features, target = make("sum")  # of matrices that nothing reads either
+    features[1].requires_grad_(False)
+    head.layers[0].weight.requires_grad_(False)
+    loss, _ = call(head, features, target)
+    with torch.no_grad():
+        features[0].add_(1)
+        head.layers[1].weight.add_(1)
+    loss.backward()
     assert all(served)
 
 
