@@ -99,7 +99,7 @@ def cuda_architectures(release: tuple[int, int]) -> str:
 
 def sources(cuda: bool) -> list[str]:
     files = ["csrc/bindings.cpp", "csrc/eager.cpp", "csrc/autograd.cpp", "csrc/linear.cpp", "csrc/ops.cpp"]
-    files += ["csrc/cpu/forward.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/multiply.cpp", "csrc/cpu/isa_baseline.cpp"]
+    files += ["csrc/cpu/forward.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/isa_baseline.cpp"]
     if cuda:
         files.append("csrc/cuda_ops.cpp")
         files += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))

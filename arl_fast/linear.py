@@ -7,7 +7,7 @@ M+1 branches. With z_m [N, D_m], W_m [C, D_m], own bias b_m [C] and g the gradie
     t_m  = g_f + g_m                        what reaches modality m's product, from its own branch and the fused one
     dz_m = gain_m t_m W_m                   dW_m = t_m^T z_m          db: column sums
 
-The rows go to the implementation that dispatch.py chose, in chunks of a memory budget; the products to torch's BLAS or oneDNN.
+The rows go to the implementation that dispatch.py chose, in chunks of a memory budget; the products to torch's BLAS.
 
 * One chunk: the logits' gradients [N, C] are kept, and backward makes the products. The usual eager step on a CPU is one
   call of ``csrc/linear.cpp``, with an autograd node of its own.
@@ -97,7 +97,7 @@ class _Layout(NamedTuple):
         elif biases:
             own = [biases[0] / self.modalities if self.fusion == "concat" else biases[0]] * self.modalities
             own = own if len(biases) == 1 else list(biases)
-        parts = [_linear(z, w, b) for z, w, b in zip(features, weights, own, strict=True)]
+        parts = [F.linear(z, w, b) for z, w, b in zip(features, weights, own, strict=True)]
         fused = parts[0]
         for m, part in enumerate(parts[1:]):
             fused = fused + part if m == 0 else fused.add_(part)
@@ -151,7 +151,7 @@ class _Sums:
         whole = self.features[m]
         if whole is None:
             whole = self.features[m] = total.new_empty(self.rows, w.shape[1])
-        _multiply(_take(whole, part), total, w)
+        _add_product(_take(whole, part), total, w, True)
 
     def _add_bias(self, position: int, g: Tensor) -> None:
         if self.needs_biases[position]:
@@ -162,38 +162,14 @@ class _Sums:
             self.biases[position] = column if before is None else before + column
 
 
-def _native(x: Tensor) -> Any:
-    """The module whose ``multiply`` may be faster than torch's own product, or None."""
-    return dispatch.native_steps() if x.device.type == "cpu" else None
-
-
-def _multiply(out: Tensor, a: Tensor, b: Tensor, first: bool = True) -> None:
-    """out += a @ b; the first product overwrites."""
-    native = _native(out)
-    if native is None or not native.multiply(out, a, b, 1.0, first):
-        out.addmm_(a, b, beta=0 if first else 1)
-
-
-def _linear(z: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    native = _native(z)
-    if native is not None:
-        out = z.new_empty(z.shape[0], w.shape[0]) if b is None else b.repeat(z.shape[0], 1)
-        if native.multiply(out, z, w.t(), 1.0, b is None):
-            return out
-    return F.linear(z, w, b)
-
-
 def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """out += a @ b, where the product may have a smaller dtype; the first product overwrites."""
+    """out += a @ b; the first product overwrites."""
     if out.dtype == a.dtype:
-        _multiply(out, a, b, first)
-        return
-    product = a.new_empty(out.shape)
-    _multiply(product, a, b)
-    if first:
-        out.copy_(product)
+        out.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        out.copy_(torch.mm(a, b))
     else:
-        out.add_(product)
+        out.add_(torch.mm(a, b))
 
 
 def _norm(

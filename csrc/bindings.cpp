@@ -4,7 +4,6 @@
 #include "autograd.h"
 #include "cpu/forward.h"
 #include "cpu/memory.h"
-#include "cpu/multiply.h"
 #include "cuda_ops.h"
 #include "eager.h"
 #include "ops.h"
@@ -36,14 +35,6 @@ auto modulate_backward(const Tensors& grads, const at::Tensor& link, const std::
   return arl::modulate_backward(grads, link, modality);
 }
 
-// out (+)= factor a b in one go; false, and nothing done, where somebody watches the operations.
-bool multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double factor, bool first) {
-  if (!arl::nobody_watches()) return false;
-  pybind11::gil_scoped_release release;
-  arl::cpu::multiply(out, a, b, factor, first);
-  return true;
-}
-
 // Called with as little in between as CPython allows: pybind11 would cost as much as their own checks.
 PyMethodDef fast_methods[] = {
     {"fast_loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&arl::fast_loss)), METH_FASTCALL, nullptr},
@@ -67,7 +58,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("available_isas", &arl::cpu::available_isas);
   module.def("isa", &arl::cpu::isa);
   module.def("set_isa", &arl::cpu::set_isa);
-  module.def("multiply", &multiply);
   module.def("kept_memory", &arl::cpu::kept_memory);
   if (PyModule_AddFunctions(module.ptr(), fast_methods) != 0) throw pybind11::error_already_set();
 }

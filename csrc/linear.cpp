@@ -18,7 +18,6 @@
 #include "autograd.h"
 #include "cpu/forward.h"
 #include "cpu/memory.h"
-#include "cpu/multiply.h"
 #include "eager.h"
 
 namespace arl {
@@ -31,6 +30,20 @@ using torch::autograd::variable_list;
 enum Fusion : int { kConcat = 0, kSumFusion = 1, kShared = 2 };
 
 constexpr int64_t kProductsWithGil = 1 << 22;  // most multiplications in forward that other Python threads wait for
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+// The same values without gaps: torch's product of bfloat16 would copy columns of a wider matrix element by element.
+at::Tensor dense(const at::Tensor& x) {
+  return x.stride(0) < x.stride(1) ? x.t().contiguous().t() : x.contiguous();
+}
+
+// out = factor a b, or += unless `first`.
+void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double factor, bool first) {
+  const bool half = out.scalar_type() == at::kBFloat16;
+  out.addmm_(half ? dense(a) : a, half ? dense(b) : b, first ? 0 : 1, factor == 0 ? 1 : factor);
+  if (factor == 0) out.mul_(0);  // a product times 0 may be 0 without a look at a and b, but NaN has to stay NaN
+}
 
 // ---- the head ------------------------------------------------------------------------------------------------------
 
@@ -130,7 +143,7 @@ void make_logits(const Head& head, const at::Tensor& x) {
   for (int64_t m = 0; m < modalities; ++m) {
     at::Tensor out = branches[m + 1];
     if (own[m].defined()) out.copy_(own[m]);
-    cpu::multiply(out, head.features[m], weights[m].t(), 1, !own[m].defined());
+    multiply(out, head.features[m], weights[m].t(), 1, !own[m].defined());
   }
   at::Tensor fused = branches[0];
   if (modalities == 1) {
@@ -186,7 +199,7 @@ struct LinearLossBackward final : Node {
       for (size_t m = 0; m < modalities; ++m) {
         if (!task_should_compute_output(m)) continue;
         results[m] = cpu::empty_gradient(t[m].size(0), sizes[m], type);
-        cpu::multiply(results[m], t[m], w[m], upstream * gains[m], true);
+        multiply(results[m], t[m], w[m], upstream * gains[m], true);
       }
     }
     if (some_weights) weight_gradients(t, z, upstream, &results);
@@ -220,10 +233,10 @@ struct LinearLossBackward final : Node {
       if (!parts[m].defined()) continue;
       const bool first = m == 0 || fusion != kShared;
       if (sum_type == type) {
-        cpu::multiply(parts[m], t[m].t(), z[m], upstream, first);
+        multiply(parts[m], t[m].t(), z[m], upstream, first);
       } else {
         at::Tensor product = at::empty(parts[m].sizes(), t[m].options());
-        cpu::multiply(product, t[m].t(), z[m], upstream, true);
+        multiply(product, t[m].t(), z[m], upstream, true);
         at::Tensor out = parts[m];
         first ? out.copy_(product) : out.add_(product);
       }

@@ -45,10 +45,6 @@ fast_loss = getattr(_C, "fast_loss", None)
 fast_linear_loss = getattr(_C, "fast_linear_loss", None)
 fast_modulate = getattr(_C, "fast_modulate", None)
 
-# multiply(out, a, b, factor, first): out (+)= factor a @ b on a CPU with the faster of torch's BLAS and oneDNN (csrc/cpu/multiply.h);
-# False, with nothing done, where a mode watches the operations.
-multiply = getattr(_C, "multiply", None)
-
 
 def unavailable(device: str) -> str | None:
     """Why the extension cannot serve this type of device, or None."""
