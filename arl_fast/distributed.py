@@ -253,8 +253,7 @@ def _sharded_forward(
     device = logits[0].device
     on_host = device.type == "cpu" and not torch.compiler.is_compiling()
     n, classes = logits[0].shape
-    gamma, _, warming = schedule
-    gamma = torch.where(warming != 0, 1.0, gamma) if isinstance(warming, Tensor) else (1.0 if warming else gamma)
+    gamma, _, _ = rules.unpack_schedule(schedule)
     weights = torch.ones(classes, dtype=dtype, device=device) if weight is None else weight
 
     seen: _Classes | _Probabilities

@@ -18,27 +18,35 @@ TINY_SHARE = 1e-12  # keeps 1 / share finite when the caller asks for entropy_fl
 HUGE_RATIO = 1e30  # Eq. 18's unbounded ratios stay finite: inf - inf must not become NaN
 
 
-def inverse_variance(entropy: Tensor, present: Tensor, floor: float | None) -> Tensor:
-    """Shares q [M] proportional to 1 / max(H_m / sum H, floor) over the present modalities (Eq. 17)."""
-    modalities = present.sum().clamp_min(1).to(entropy.dtype)
-    total = entropy.sum()
-    share = torch.where(total <= 0, 1 / modalities, entropy / total)  # a NaN stays
-    share = torch.maximum(share, 0.6 / modalities) if floor is None else share.clamp_min(max(floor, TINY_SHARE))
-    inverse = torch.where(present, 1 / share, 0)
-    return inverse / inverse.sum().clamp_min(torch.finfo(inverse.dtype).tiny)
+def unpack_schedule(schedule: Schedule) -> tuple[float | Tensor, float | Tensor, bool | Tensor]:
+    """(gamma, temperature, warming), gamma being what multiplies the unimodal losses now: 1 while the warm-up runs."""
+    gamma, temperature, warming = schedule
+    if isinstance(warming, Tensor):
+        warming = warming != 0
+        return torch.where(warming, 1.0, gamma), temperature, warming
+    return 1.0 if warming else gamma, temperature, warming
 
 
-def dependence_share(dependence: Tensor, present: Tensor) -> Tensor:
-    """Shares d [M] = D_m / sum D over the present modalities (Eq. 4)."""
-    modalities = present.sum().clamp_min(1).to(dependence.dtype)
-    total = dependence.sum()
-    return torch.where(present, torch.where(total <= 0, 1 / modalities, dependence / total), 0)
+def _normalised(values: Tensor, absent: Tensor) -> Tensor:
+    """Values [..., M] over their sum; 0 for an absent modality."""
+    values = values.masked_fill(absent, 0)
+    return values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def shares(statistics: Tensor, absent: Tensor) -> Tensor:
+    """H_m / sum H and d_m = D_m / sum D (Eq. 4) from means [2, M], over the present modalities; uniform if all are 0."""
+    return _normalised(statistics.clamp_min(torch.finfo(statistics.dtype).tiny), absent)  # a NaN stays
+
+
+def inverse_variance(share: Tensor, absent: Tensor, modalities: Tensor, floor: float | None) -> Tensor:
+    """Shares q [M] proportional to 1 / max(H_m / sum H, floor) over the present modalities (Eq. 17), of which there are ``modalities``."""
+    share = torch.maximum(share, modalities.reciprocal() * 0.6) if floor is None else share.clamp_min(max(floor, TINY_SHARE))
+    return _normalised(share.reciprocal(), absent)
 
 
 def _softmax(scores: Tensor, present: Tensor) -> Tensor:
-    scores = scores.masked_fill(~present, -torch.inf)
-    powers = torch.where(present, torch.exp(scores - scores.amax()), 0)
-    return powers / powers.sum().clamp_min(torch.finfo(powers.dtype).tiny)
+    absent = ~present
+    return torch.softmax(scores.masked_fill(absent, -torch.inf), 0).masked_fill_(absent, 0)  # NaN if all are absent
 
 
 def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
@@ -60,46 +68,36 @@ def coefficients(
 
 def gains(a: Tensor, present: Tensor, warming: bool | Tensor, options: Options) -> Tensor:
     """Gains [M]: 1 + a (Eq. 19), M a, or a; 1 for rule "none", an absent modality and during warm-up."""
-    if options.rule == "none":
+    if options.rule == "none" or (not isinstance(warming, Tensor) and warming):
         return torch.ones_like(a)
     if options.gain == "residual":
-        gain = 1 + a
-    elif options.gain == "mean_one":
-        gain = present.sum() * a
+        gain = 1 + a  # an absent modality's a is 0
     else:
-        gain = a
-    scaled = present & ~warming if isinstance(warming, Tensor) else present & (not warming)
-    return torch.where(scaled, gain, 1)
+        gain = torch.where(present, present.sum() * a if options.gain == "mean_one" else a, 1)
+    return torch.where(warming, 1, gain) if isinstance(warming, Tensor) else gain
 
 
 def finish(sums: Tensor, schedule: Schedule, options: Options) -> tuple[Tensor, Tensor]:
     """Sums [6, M+1] -> the loss, a 0-d tensor (for reduction "none" the sum over rows), and the packed vector [16M+9]."""
-    gamma, temperature, warming = schedule
-    if isinstance(warming, Tensor):
-        warming = warming != 0
-        gamma = torch.where(warming, 1.0, gamma)
-    elif warming:
-        gamma = 1.0
-    loss_sum, norm, count, correct, entropy, dependence = sums.unbind(0)
-    present = count > 0
-    rows = count.clamp_min(1)
+    gamma, temperature, warming = unpack_schedule(schedule)
+    loss_sum, norm, count, *_ = sums.unbind(0)
+    means = sums[3:] / count.clamp_min(1)  # accuracy, entropy, dependence
+    absent = count[1:].logical_not()
+    present = ~absent
 
     # Eq. 22. All targets ignored: 0/0 = NaN for the fused branch, as torch; an absent modality contributes nothing.
     loss = loss_sum / norm
-    loss = torch.cat([loss[:1], torch.where(present, loss, 0)[1:]])
+    loss[1:].masked_fill_(absent, 0)
     terms = loss if options.reduction == "mean" else loss_sum
     total = terms[0] + gamma * terms[1:].sum()
 
-    present = present[1:]
-    entropy = (entropy / rows)[1:]
-    dependence = (dependence / rows)[1:]
-    q = inverse_variance(entropy, present, options.entropy_floor)
-    d = dependence_share(dependence, present)
+    entropy, dependence = statistics = means[1:, 1:]
+    share, d = shares(statistics, absent)
+    q = inverse_variance(share, absent, present.sum(dtype=sums.dtype), options.entropy_floor)
     rule = options.rule if isinstance(options.rule, str) else "constant"
     a = coefficients(rule, temperature, entropy, dependence, q, d, present)
     gain = gains(a, present, warming, options)
-    pieces = [loss, correct / rows, entropy, dependence, q, d, a, gain, count, gain - 1, sums.reshape(-1)]
-    packed = torch.cat(pieces)
+    packed = torch.cat([loss, means[0], entropy, dependence, q, d, a, gain, count, gain - 1, sums.reshape(-1)])
     if not isinstance(options.rule, str):
         packed = apply_rule(packed, schedule, options)
     return total, packed
@@ -118,7 +116,6 @@ def apply_rule(packed: Tensor, schedule: Schedule, options: Options) -> Tensor:
         raise ValueError(f"rule: the callable returned {what}, expected coefficients of shape {list(stats.entropy.shape)}")
     present = stats.count[1:] > 0
     a = torch.where(present, a.detach().to(stats.entropy), 0)
-    warming = schedule[2]
-    gain = gains(a, present, warming != 0 if isinstance(warming, Tensor) else warming, options)
+    gain = gains(a, present, unpack_schedule(schedule)[2], options)
     replaced = stats._replace(coefficients=a, gains=gain)
     return torch.cat([*replaced, gain - 1, unpack_sums(packed).reshape(-1)])
