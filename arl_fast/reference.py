@@ -7,18 +7,19 @@ Any device, float64 to float16, traceable by torch.compile. An implementation of
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .options import Options
-from .rules import Schedule, finish
+from .rules import Schedule, finish, unpack_schedule
 from .stats import BranchStats
 
-aten = torch.ops.aten
-_SUM = 2  # at::Reduction::Sum
+_BLOCK = 1 << 18  # logits to work on at a time: their temporaries fit a CPU's cache; a compiler gets whole branches, which it fuses
+_NARROW = 512  # branches of at most so many classes are stacked if they fit a block; linear heads count on wide ones not being copied
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,55 +43,92 @@ def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
         raise IndexError(f"target: got class {value}, expected 0 <= target < {classes} or ignore_index={ignore_index}")
 
 
-def _hard_rows(
-    logp: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Class indices: weighted loss (rows or sum), norm, valid rows, correct, p_y and -d(row loss)/d(log p)."""
-    classes = logp.shape[1]
+def _on_host(x: Tensor) -> bool:
+    """Whether this runs on a CPU, uncompiled: its values may be looked at, and its caches count."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _clear_rows(x: Tensor, keep: Tensor) -> None:
+    """Zeros where ``keep``, integers as wide as x, is 0 and not -1: NaN * 0 is not 0, and masked_fill_ is 8 times slower on a CPU."""
+    x.view(keep.dtype).bitwise_and_(keep)
+
+
+def _targets(target: Tensor, classes: int, weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Of class indices [N], as [1, N, 1]: the class, whether it counts, its weight, and NaN where it is out of range, else 0.
+
+    Out of range is an error on a CPU, so that there is no such NaN there.
+    """
+    index = target.long().view(1, -1, 1)
+    valid = index != options.ignore_index
+    y = index.clamp(0, classes - 1)  # of an ignored row any class
+    known = torch.where(valid, index, y)
+    row_weight = None if weight is None else weight[y]
+    if _on_host(target):
+        if not torch.equal(known, y):
+            check_targets(target, classes, options.ignore_index)
+        return y, valid, row_weight, None
+    good = known == y
+    row_weight = good.to(torch.float32) if row_weight is None else row_weight * good
+    return y, valid, row_weight, torch.where(good, 0.0, torch.nan)
+
+
+def _blocks(logits: Sequence[Tensor]) -> Iterator[tuple[int, slice, Tensor]]:
+    """Which rows of which branch to work on at a time, and their logits [n, C]."""
+    n, classes = logits[0].shape
+    step = max(1, torch.get_num_threads() * _BLOCK // classes) if _on_host(logits[0]) else 0
+    for branch, x in enumerate(logits):
+        for part in [slice(start, start + step) for start in range(0, max(n, 1), step)] if step else [slice(None)]:
+            yield branch, part, x[part]
+
+
+def _rows(x: Tensor, y: Tensor, weight: Tensor | None, options: Options, grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Of logits x [..., C] and targets y, classes [..., 1] or probabilities [..., C]: what is known of a row, and its gradient.
+
+    Log likelihood, whether the prediction is correct, entropy (negative) and dependence, [..., 4]; the gradient of the negative log
+    likelihood, [..., C]. Weights of class indices without smoothing are left to the caller, who multiplies both.
+    """
+    soft = y.is_floating_point()
     smoothing = options.label_smoothing
-    valid = target != options.ignore_index
-    bad = valid & ((target < 0) | (target >= classes))
-    y = torch.where(valid & ~bad, target, 0).unsqueeze(1)
-    poison = torch.where(bad, torch.nan, 0.0).to(logp.dtype)
+    log_p = torch.log_softmax(x, -1)
+    p = log_p.exp()
+    correct = x.max(-1, keepdim=True)[1] == (y.argmax(-1, keepdim=True) if soft else y)  # the first largest
+    u = None  # of the loss -sum_c u_c log p_c, unless it is 1 at y and 0 elsewhere
+    if soft:
+        confidence = (y * p).sum(-1, keepdim=True)
+    else:
+        log_likelihood = log_p.gather(-1, y)
+        confidence = log_likelihood.exp()
+    if soft or smoothing:
+        u = y if soft else torch.zeros_like(p).scatter_(-1, y, 1.0)
+        u = u * (1 - smoothing) + smoothing / p.shape[-1] if smoothing else u
+        u = u if weight is None else u * weight
+        log_likelihood = (u * log_p).sum(-1, keepdim=True)
+    dependence = confidence if options.dependence == "confidence" else x.abs().sum(-1, keepdim=True)
+    minus_entropy = log_p.clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1, keepdim=True)  # 0 log 0 = 0
+    known = torch.cat([log_likelihood, correct.to(p.dtype), minus_entropy, dependence], -1)
+    if not grad:
+        return known, None
+    if u is not None:
+        return known, p.mul_(u.sum(-1, keepdim=True)).sub_(u)  # p sum_c u_c - u
+    return known, p.scatter_(-1, y, torch.expm1(log_likelihood))  # p_y - 1 at y
 
-    # torch's own loss, so that a plain cross-entropy is reproduced bit for bit
-    safe = torch.where(valid & ~bad, target, options.ignore_index)
-    reduction = 0 if options.reduction == "none" else _SUM
-    loss, norm = aten.nll_loss_forward(logp, safe, weight, reduction, options.ignore_index)
-    row_weight = valid.to(logp.dtype) if weight is None else torch.where(valid, weight[y.squeeze(1)], 0)
-    if reduction == 0:
-        norm = row_weight.sum()
-    target_p = torch.zeros_like(logp).scatter_(1, y, ((1 - smoothing) * row_weight + poison).unsqueeze(1))
-    if smoothing:
-        smooth = smoothing / classes * (torch.ones_like(logp) if weight is None else weight.expand_as(logp))
-        smooth = torch.where(valid.unsqueeze(1), smooth, 0)
-        target_p = target_p + smooth
-        smooth_loss = torch.where(valid.unsqueeze(1), -(logp * smooth), 0).sum(1)
-        loss = (1 - smoothing) * loss + (smooth_loss if reduction == 0 else smooth_loss.sum())
-    loss = loss + (poison if reduction == 0 else poison.sum())
-    confidence = logp.gather(1, y).squeeze(1).exp() + poison
-    correct = x.argmax(1) == y.squeeze(1)
-    return loss, norm, valid, correct, confidence, target_p
 
-
-def _soft_rows(
-    logp: Tensor, x: Tensor, target: Tensor, present: Tensor | None, weight: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Class probabilities: as _hard_rows, with the expected probability sum_c t_c p_c in the place of p_y."""
-    classes = logp.shape[1]
-    valid = torch.ones_like(target[:, 0], dtype=torch.bool) if present is None else present
-    target = target.to(logp.dtype)
-    target_p = target
-    if options.label_smoothing:
-        target_p = target_p * (1 - options.label_smoothing) + options.label_smoothing / classes
-    if weight is not None:
-        target_p = target_p * weight
-    target_p = torch.where(valid.unsqueeze(1), target_p, 0)
-    loss = -torch.where(valid.unsqueeze(1), logp * target_p, 0).sum(1)
-    norm = valid.to(logp.dtype).sum()  # torch divides by the number of rows, whatever the weights
-    confidence = (logp.exp() * target).sum(1)
-    correct = x.argmax(1) == target.argmax(1)
-    return (loss if options.reduction == "none" else loss.sum()), norm, valid, correct, confidence, target_p
+def _torch_cross_entropy(
+    x: Tensor, target: Tensor, poison: Tensor | None, weight: Tensor | None, options: Options, grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """torch's own loss of logits [N, C] and its gradient, to the last bit; ``poison`` [1, N, 1] is added."""
+    if poison is not None:
+        target = target.masked_fill(poison.isnan().view(-1), options.ignore_index)
+    with torch.set_grad_enabled(grad):
+        x = x.detach().requires_grad_(grad)
+        loss = F.cross_entropy(
+            x, target, weight, ignore_index=options.ignore_index, reduction=options.reduction, label_smoothing=options.label_smoothing
+        )
+    g = torch.autograd.grad(loss, x, torch.ones_like(loss))[0] if grad else None
+    if poison is None:
+        return loss.detach(), g
+    loss = loss.detach() + (poison.view(-1) if options.reduction == "none" else poison.sum())
+    return loss, None if g is None else g + poison[0]
 
 
 def forward(
@@ -119,42 +157,74 @@ def forward(
         loss (0-d, or [N] for reduction "none"), packed [16M+9] (see stats.py), and M+1 gradients [N, C] or none.
         With reduction "none" a gradient row belongs to that row's own loss.
     """
-    dtype = compute_dtype(logits[0].dtype)
-    gamma, _, warming = schedule
-    gamma = torch.where(warming != 0, 1.0, gamma) if isinstance(warming, Tensor) else (1.0 if warming else gamma)
-    soft = target.is_floating_point()
-    if not soft:
-        target = target.long()
-        if target.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_targets(target, logits[0].shape[1], options.ignore_index)
+    dtype, result_dtype = compute_dtype(logits[0].dtype), grad_dtype(logits[0].dtype)
+    branches = len(logits)
+    n, classes = logits[0].shape
+    gamma, _, _ = unpack_schedule(schedule)
+    row_weight = poison = None  # [1, N, 1]
+    if target.is_floating_point():
+        y = target.to(dtype).unsqueeze(0)
+        valid = torch.ones(1, n, 1, dtype=torch.bool, device=target.device)
+    else:
+        y, valid, row_weight, poison = _targets(target, classes, weight, options)
+    if mask is not None:
+        valid = torch.cat([valid, valid & mask.t().unsqueeze(2)])  # [M+1, N, 1], without a mask [1, N, 1]
+    keep = -valid.to(torch.int64 if dtype == torch.float64 else torch.int32)
+    valid = valid.to(dtype)
+    count = valid.sum((1, 2)).expand(branches)
+    # torch divides the loss of probabilities by the number of rows, whatever the weights
+    norms = count if row_weight is None else (valid * row_weight).sum((1, 2)).expand(branches)
+    if options.label_smoothing:
+        row_weight = None  # the classes have been weighted one by one
+    if grad:  # the factor on the gradient of a row's own loss, [M+1, 1 or N, 1]
+        factor = (norms if norm is None else norm).reciprocal() if options.reduction == "mean" else torch.ones_like(count)
+        if isinstance(gamma, Tensor) or gamma != 1:
+            factor[1:].mul_(gamma)
+        factor = factor.view(branches, 1, 1)
+        if row_weight is not None:
+            factor = factor * row_weight
+        if poison is not None:
+            factor = factor + poison
 
-    sums, grads, row_loss = [], [], None
-    for branch, raw in enumerate(logits):
-        x = raw.to(dtype)
-        logp = torch.log_softmax(x, 1)
-        present = None if mask is None or branch == 0 else mask[:, branch - 1]
-        if soft:
-            loss, divisor, valid, correct, confidence, target_p = _soft_rows(logp, x, target, present, weight, options)
-        else:
-            y = target if present is None else torch.where(present, target, options.ignore_index)
-            loss, divisor, valid, correct, confidence, target_p = _hard_rows(logp, x, y, weight, options)
-        p = logp.exp()
-        entropy = -(p * logp.clamp_min(torch.finfo(dtype).min)).sum(1)  # 0 log 0 = 0
-        dependence = confidence if options.dependence == "confidence" else x.abs().sum(1)
-        if options.reduction == "none":
-            row_loss = loss if row_loss is None else row_loss + gamma * loss
-            loss = loss.sum()
-        statistics = torch.stack([correct.to(dtype), entropy, dependence])
-        statistics = torch.where(valid, statistics, 0).sum(1)
-        sums.append(torch.cat([torch.stack([loss, divisor, valid.to(dtype).sum()]), statistics]))
+    y = y.expand(branches, n, -1)
+    grads: list[Tensor] = []
+    if not torch.compiler.is_compiling() and classes <= _NARROW and branches * n * classes <= _BLOCK:
+        rows, g = _rows(torch.stack(list(logits)).to(dtype), y, weight, options, grad)  # [M+1, N, 4], [M+1, N, C]
+        if g is not None:
+            _clear_rows(g.mul_(factor), keep)
+            grads = list(g.to(result_dtype).unbind(0))
+    else:
         if grad:
-            scale: float | Tensor = 1.0 if branch == 0 else gamma
-            if options.reduction == "mean":
-                scale = scale / (divisor if norm is None else norm[branch])
-            g = aten._log_softmax_backward_data(-(target_p * scale), logp, 1, dtype)
-            grads.append(torch.where(valid.unsqueeze(1), g, 0).to(grad_dtype(raw.dtype)))
-    total, packed = finish(torch.stack(sums, 1), schedule, options)
-    return (total if row_loss is None else row_loss), packed, grads
+            grads = [torch.empty(n, classes, dtype=result_dtype, device=target.device) for _ in logits]
+            factor, row_keep = factor.expand(branches, n, 1), keep.expand(branches, n, 1)
+        known = []
+        for branch, part, x in _blocks(logits):
+            rows, g = _rows(x.to(dtype), y[branch, part], weight, options, grad)
+            known.append(rows)
+            if g is not None:
+                _clear_rows(g.mul_(factor[branch, part]), row_keep[branch, part])
+                grads[branch][part] = g
+        rows = torch.cat(known).view(branches, n, 4)
+
+    if row_weight is not None:
+        rows[:, :, :1].mul_(row_weight)
+    if poison is not None:
+        rows = rows + poison
+    _clear_rows(rows, keep)
+    log_likelihood, correct, minus_entropy, dependence = rows.sum(1).unbind(1)
+    total, packed = finish(torch.stack([-log_likelihood, norms, count, correct, -minus_entropy, dependence]), schedule, options)
+    if options.reduction == "none":
+        total = -rows[0, :, 0] - gamma * rows[1:, :, 0].sum(0)
+
+    # the baseline of comparisons
+    plain = options.rule == "none" and not isinstance(gamma, Tensor) and gamma == 0
+    if plain and norm is None and not torch.compiler.is_compiling():
+        target = target.to(dtype) if target.is_floating_point() else target.long()
+        total, g = _torch_cross_entropy(logits[0].to(dtype), target, poison, weight, options, grad)
+        if g is not None:
+            _clear_rows(g, keep[0])
+            grads[0] = g.to(result_dtype)
+    return total, packed, grads
 
 
 def scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool) -> Sequence[Tensor]:
@@ -167,10 +237,12 @@ def scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtyp
         dtype: dtype of the result, the logits'.
         keep: the graph is retained, so ``grads`` must stay as they are.
     """
-    del keep  # plain torch never scales in place
     if upstream.dim():
         upstream = upstream.unsqueeze(1)
-    return [(g.to(upstream.dtype) * (upstream if factor is None else upstream * factor[b])).to(dtype) for b, g in enumerate(grads)]
+    factors = [upstream if factor is None else upstream * factor[b] for b in range(len(grads))]
+    if keep or dtype != upstream.dtype:
+        return [(g.to(upstream.dtype) * f).to(dtype) for g, f in zip(grads, factors, strict=True)]
+    return [g.mul_(f) for g, f in zip(grads, factors, strict=True)]
 
 
 def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[Tensor | None]:
