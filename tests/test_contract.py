@@ -171,6 +171,21 @@ def test_absent_modality_is_as_if_it_did_not_exist(implementation):
     assert all(torch.isfinite(value).all() for value in stats)
 
 
+@pytest.mark.parametrize("gain", ["residual", "mean_one", "plain"])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_absent_modality_against_truth(implementation, gain, zeros):
+    """Floor, shares and gains go by the modalities that are present, also where all of their sums are 0."""
+    logits, target = make(modalities=3, batch=8)
+    mask = torch.ones(8, 3, dtype=torch.bool)
+    mask[:, 1] = False
+    logits[1] *= 30
+    if zeros:
+        check([torch.zeros_like(x) for x in logits], target, mask=mask, gain=gain, dependence="logit_l1")
+    else:
+        _, _, stats = check(logits, target, mask=mask, gain=gain)
+        assert float(stats.entropy[0] / stats.entropy.sum()) < 0.6 / 3, "the floor was not reached"
+
+
 def test_partly_absent_rows_may_hold_nan(implementation):
     logits, target = make(batch=8)
     mask = torch.ones(8, 2, dtype=torch.bool)
@@ -192,7 +207,8 @@ def test_all_ignored(implementation, poisoned, reduction):
     assert loss.isnan().all() if reduction == "mean" else loss.eq(0).all()
     assert all(g.eq(0).all() for g in grads)
     assert stats.gains.tolist() == [1, 1]
-    assert stats.count.eq(0).all()
+    for name in ("accuracy", "entropy", "dependence", "inverse_variance", "dependence_share", "coefficients", "count"):
+        assert getattr(stats, name).eq(0).all(), name
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
