@@ -1,9 +1,9 @@
 """What the Triton kernels compile to, for GPUs that are not here: registers, spills, widths, and a predicted time.
 
-    python benchmarks/static_report.py [--targets sm_80 sm_90 sm_100 gfx942] [--classes 6 1000 32000]
+    python benchmarks/static_report.py [--targets sm_80 sm_90 sm_100 gfx942] [--classes 6 1000 32000 | --every]
 
-Compiles every kind of plan that arl_fast/kernels/triton_rule.py can pick, ahead of time, and reads the machine code's
-properties from the compiler. tests/test_triton_static.py keeps the budgets. Nothing here is a measurement.
+Compiles plans that arl_fast/kernels/triton_rule.py can pick, ahead of time, and reads the machine code's properties from
+the compiler. tests/test_triton_static.py keeps the budgets, for every plan. Nothing here is a measurement.
 
 The model behind the predicted time of one forward launch with gradients (M = 2), `predict`:
 - the kernel runs as long as the slowest of: DRAM traffic at 90 % of the data sheet's bandwidth, counted at the floor
@@ -19,22 +19,25 @@ The model behind the predicted time of one forward launch with gradients (M = 2)
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
+import io
 import math
+import multiprocessing
+import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import triton
+from triton import __version__ as version
+from triton import compile as compile_ahead
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from arl_fast.kernels import triton_rule
-from arl_fast.kernels.triton_forward import count_kernel, forward_kernel
+from arl_fast.kernels.triton_forward import forward_kernel
 from arl_fast.kernels.triton_multiply import modulate_kernel, scale_kernel
 
 TARGETS = {
@@ -77,7 +80,7 @@ class Case:
 
     @property
     def plan(self) -> triton_rule.Plan:
-        heavy = self.soft or self.smoothing > 0 or self.dependence == "logit_l1"
+        heavy = triton_rule.heavy(self.soft, self.smoothing, self.dependence, self.dtype == "fp16")
         return triton_rule.plan(self.classes, ITEMSIZE[self.dtype], heavy)
 
     @property
@@ -104,8 +107,11 @@ def constant(value: Any) -> tuple[str, Any]:
     return ("constexpr", value)
 
 
-def compile_kernel(kernel: Any, arguments: dict[str, Any], target: GPUTarget, threads: int, registers: int | None) -> Any:
-    """``arguments``: a type such as "*fp32" (pointers are 16-byte aligned), a tuple of types, or ``constant(value)``."""
+def compile_kernel(kernel: Any, arguments: dict[str, Any], target: GPUTarget, threads: int, registers: int | None) -> tuple[Any, str]:
+    """The compiled kernel and what ptxas said of it, with the options that Triton gives it.
+
+    ``arguments``: a type such as "*fp32" (pointers are 16-byte aligned), a tuple of types, or ``constant(value)``.
+    """
     signature: dict[str, Any] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -122,7 +128,10 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: GPUTarget, th
     options = {"num_warps": threads // target.warp_size}
     if registers is not None and target.backend == "cuda":
         options["maxnreg"] = registers
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    source, said = ASTSource(kernel, signature, constants, attributes), io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+        return compile_ahead(source, target=target, options=options), said.getvalue()
 
 
 def forward_arguments(case: Case) -> dict[str, Any]:
@@ -139,7 +148,7 @@ def forward_arguments(case: Case) -> dict[str, Any]:
         schedule=none,
         row_loss=f"*{compute}" if case.reduction == "none" else none,
         work=f"*{compute}",
-        ticket="*i32",
+        state="*i32",
         loss=f"*{compute}",
         packed=f"*{compute}",
         rows="i32",
@@ -149,7 +158,6 @@ def forward_arguments(case: Case) -> dict[str, Any]:
         C=constant(case.classes),
         STRIDE=constant(case.classes),
         BRANCHES=constant(branches),
-        NORM_PARTS=constant(1),
         SOFT=constant(case.soft),
         IGNORE=constant(-100),
         SMOOTHING=constant(case.smoothing),
@@ -162,15 +170,10 @@ def forward_arguments(case: Case) -> dict[str, Any]:
         STEPS=constant(plan.steps),
         OWNERS=constant(plan.owners),
         LANES=constant(plan.lanes),
-        COUNT_BLOCK=constant(triton_rule.COUNT_BLOCK),
+        ALONE=constant(triton_rule.COUNT_ALONE),
+        BLOCK=constant(triton_rule.COUNT_BLOCK),
+        CHUNKS=constant(triton_rule.COUNT_CHUNKS),
     )
-
-
-@functools.cache
-def ptxas() -> str:
-    """Triton's own; the name for recent targets first."""
-    root = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return str(next(p for p in (root / "ptxas-blackwell", root / "ptxas") if p.exists()))
 
 
 def innermost_loops(ptx: str, marker: str) -> list[list[str]]:
@@ -186,15 +189,8 @@ def innermost_loops(ptx: str, marker: str) -> list[list[str]]:
     return [[x for x in lines[a:b] if ";" in x and not x.startswith((".", "//"))] for a, b in inner]
 
 
-def inspect_cuda(kernel: Any, target: GPUTarget) -> Report:
+def inspect_cuda(kernel: Any, said: str) -> Report:
     ptx = kernel.asm["ptx"]
-    architecture = re.search(r"\.target (sm_\w+)", ptx)
-    assert architecture is not None
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [ptxas(), "-v", f"-arch={architecture[1]}", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
     assert registers is not None
     assert spills
@@ -211,6 +207,7 @@ def inspect_cuda(kernel: Any, target: GPUTarget) -> Report:
 
 
 def inspect_hip(kernel: Any) -> Report:
+    """Spills are bytes of memory: scalar registers that are parked in lanes of vector registers are not."""
     code = kernel.asm["amdgcn"]
 
     def metadata(name: str) -> int:
@@ -218,7 +215,7 @@ def inspect_hip(kernel: Any) -> Report:
 
     return Report(
         registers=metadata("vgpr_count"),
-        spills=4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count")) + metadata("private_segment_fixed_size"),
+        spills=4 * metadata("vgpr_spill_count") + metadata("private_segment_fixed_size"),
         shared=kernel.metadata.shared,
         loads16=16 * len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", code)),
         stores16=16 * len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", code)),
@@ -227,17 +224,39 @@ def inspect_hip(kernel: Any) -> Report:
     )
 
 
-def inspect(kernel: Any, target: GPUTarget) -> Report:
-    return inspect_cuda(kernel, target) if target.backend == "cuda" else inspect_hip(kernel)
+def inspect(target: GPUTarget, kernel: Any, said: str) -> Report:
+    return inspect_cuda(kernel, said) if target.backend == "cuda" else inspect_hip(kernel)
 
 
-def report(case: Case, target: GPUTarget) -> Report:
-    plan = case.plan
-    return inspect(compile_kernel(forward_kernel, forward_arguments(case), target, plan.threads, plan.registers), target)
+def report(case: Case, name: str) -> Report:
+    plan, target = case.plan, TARGETS[name]
+    return inspect(target, *compile_kernel(forward_kernel, forward_arguments(case), target, plan.threads, plan.registers))
 
 
-def backward_reports(target: GPUTarget, dtype: str = "bf16", modalities: int = 2) -> dict[str, Report]:
+def reports(wanted: Sequence[tuple[Case, str]]) -> list[Report]:
+    """``report`` of every case and target, on all cores."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(wanted)), context) as pool:
+        return list(pool.map(report, *zip(*wanted, strict=True), chunksize=4))
+
+
+def every_plan(largest: int = 40_000) -> list[Case]:
+    """One case for each plan that the rule can pick, with the widths of its accesses, for each dtype: plain, and all sums."""
+    everything = dict(soft=True, mask=True, smoothing=0.1, dependence="logit_l1")
+    found = []
+    for dtype, size in ITEMSIZE.items():
+        for options in ({}, everything):
+            seen: dict[Any, Case] = {}
+            for classes in range(1, largest):
+                case = Case(classes, dtype, **options)
+                seen.setdefault((case.plan, triton_rule.vector(classes, size)), case)
+            found += seen.values()
+    return found
+
+
+def backward_reports(name: str, dtype: str = "bf16", modalities: int = 2) -> dict[str, Report]:
     """The kernels other than the forward one."""
+    target = TARGETS[name]
     branches = modalities + 1
     pointers = (f"*{dtype}",)
     block, threads = triton_rule.FLAT_BLOCK, triton_rule.FLAT_THREADS
@@ -262,25 +281,11 @@ def backward_reports(target: GPUTarget, dtype: str = "bf16", modalities: int = 2
         TENSORS=constant(modalities),
         BLOCK=constant(block),
     )
-    count = dict(
-        target="*i64",
-        mask="*i1",
-        weight=constant(None),
-        parts="*fp32",
-        rows="i32",
-        C=constant(1000),
-        BRANCHES=constant(branches),
-        IGNORE=constant(-100),
-        SOFT=constant(False),
-        BLOCK=constant(triton_rule.COUNT_BLOCK),
-    )
     per_row = scale | dict(PER_ROW=constant(True), factor="*fp32", IN_PLACE=constant(False))
     cases = {"scale": (scale_kernel, scale), "scale per row": (scale_kernel, per_row), "modulate": (modulate_kernel, modulate)}
-    reports = {}
-    for name, (kernel, arguments) in cases.items():
-        reports[name] = inspect(compile_kernel(kernel, arguments, target, threads, None), target)
-    reports["count"] = inspect(compile_kernel(count_kernel, count, target, triton_rule.THREADS, None), target)
-    return reports
+    return {
+        name: inspect(target, *compile_kernel(kernel, arguments, target, threads, None)) for name, (kernel, arguments) in cases.items()
+    }
 
 
 def per_logit(case: Case, value: int) -> float:
@@ -322,37 +327,41 @@ def cases(classes: Sequence[int]) -> list[Case]:
 CLASSES = (1, 6, 28, 34, 101, 309, 1000, 2048, 4096, 8191, 8192, 32000, 32001)
 
 
+def line(case: Case, found: Report, device: str | None) -> str:
+    plan = case.plan
+    tile = f"{plan.steps}x{plan.owners}x{plan.lanes}" + (" streamed" if plan.online else "")
+    time = ""
+    if device and case.dtype != "fp64":
+        rows = round(2e8 / (case.classes * (case.modalities + 1) * ITEMSIZE[case.dtype]))
+        floor = rows * case.classes * (case.modalities + 1) * ITEMSIZE[case.dtype] * (1 + case.grad) / DEVICES[device].dram
+        time = f"{predict(case, found, DEVICES[device], rows) * 1e6:.0f} ({floor * 1e6:.0f})"
+    return (
+        f"| {case.classes} | {case.dtype} | {case.options} M={case.modalities} | {tile} | {plan.threads} | {found.registers} | "
+        f"{found.spills} | {found.shared} | {found.loads16} | {found.stores16} | {per_logit(case, found.exponentials):.2f} | "
+        f"{per_logit(case, found.instructions):.1f} | {time} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--classes", nargs="+", type=int, default=list(CLASSES))
+    parser.add_argument("--every", action="store_true", help="one class count for each plan that the rule can pick, instead")
     arguments = parser.parse_args()
-    print(f"Triton {triton.__version__}. ld16/st16: bytes of logits and gradients per thread and tile in 16-byte accesses.")
+    print(f"Triton {version}. ld16/st16: bytes of logits and gradients per thread and tile in 16-byte accesses.")
     print("ex2, instr: per logit (float64 has no such loop to count). Time: predicted for 200 MB of logits.\n")
+    wanted = every_plan() if arguments.every else cases(arguments.classes)
     for name in arguments.targets:
-        target = TARGETS[name]
         device = {"sm_80": "A100", "sm_90": "H200"}.get(name)
         print(f"### {name}\n")
         print(f"| C | dtype | with | tile | threads | regs | spills | smem | ld16 | st16 | ex2 | instr | {device or ''} us (floor) |")
         print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
-        for case in cases(arguments.classes):
-            found, plan = report(case, target), case.plan
-            tile = f"{plan.steps}x{plan.owners}x{plan.lanes}" + (" streamed" if plan.online else "")
-            time = ""
-            if device and case.dtype != "fp64":
-                rows = round(2e8 / (case.classes * (case.modalities + 1) * ITEMSIZE[case.dtype]))
-                floor = rows * case.classes * (case.modalities + 1) * ITEMSIZE[case.dtype] * (1 + case.grad) / DEVICES[device].dram
-                time = f"{predict(case, found, DEVICES[device], rows) * 1e6:.0f} ({floor * 1e6:.0f})"
-            print(
-                f"| {case.classes} | {case.dtype} | {case.options} M={case.modalities} | {tile} | {plan.threads} | {found.registers} | "
-                f"{found.spills} | {found.shared} | {found.loads16} | {found.stores16} | {per_logit(case, found.exponentials):.2f} | "
-                f"{per_logit(case, found.instructions):.1f} | {time} |",
-                flush=True,
-            )
+        for case, found in zip(wanted, reports([(case, name) for case in wanted]), strict=True):
+            print(line(case, found, device))
         print("\n| kernel | regs | spills | smem | ld16 | st16 |\n|---|---|---|---|---|---|")
-        for kernel, found in backward_reports(target).items():
+        for kernel, found in backward_reports(name).items():
             print(f"| {kernel} | {found.registers} | {found.spills} | {found.shared} | {found.loads16} | {found.stores16} |")
-        print()
+        print(flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """What the contract's suite does not reach in the Triton implementation: streamed rows, several tiles and programs,
-the counting launch, tickets, ops and warming up. TRITON_INTERPRET=1 pytest -m contract runs it with the contract."""
+counting together, the counters, ops and warming up. TRITON_INTERPRET=1 pytest -m contract runs it with the contract."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ SMALL_STREAM = triton_rule.Plan(online=True, steps=2, owners=4, lanes=2, threads
 @pytest.fixture(autouse=True)
 def serve(monkeypatch):
     monkeypatch.setattr(dispatch, "override", "triton")
+    implementation._constants.cache_clear()  # of another test's rule
+    yield
+    implementation._constants.cache_clear()
 
 
 @pytest.fixture
@@ -37,15 +40,14 @@ def streamed(monkeypatch):
 @contextmanager
 def counted(monkeypatch, name):
     """Launches of a kernel."""
-    kernel, launches = getattr(implementation, name), []
+    launch, launches = getattr(implementation, name), []
 
-    class Counting:
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return kernel[grid]
+    def counting(*arguments):
+        launches.append(arguments)
+        launch(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(implementation, name, Counting())
+        patch.setattr(implementation, name, counting)
         yield launches
 
 
@@ -107,32 +109,52 @@ def test_programs_take_several_tiles(monkeypatch, poisoned):
         test_contract.check(logits, target)
 
 
-def test_counting_launch(monkeypatch, poisoned):
-    """Above the threshold a launch of its own counts; below it the forward kernel is the only one."""
-    logits, target = test_contract.make(batch=50)
+@pytest.fixture
+def many_rows(monkeypatch):
+    """Sixteen rows are many, to be counted in four pieces of whole blocks of eight."""
+    monkeypatch.setattr(triton_rule, "COUNT_ALONE", 15)
+    monkeypatch.setattr(triton_rule, "COUNT_BLOCK", 8)
+    monkeypatch.setattr(triton_rule, "COUNT_CHUNKS", 4)
+
+
+@pytest.mark.parametrize("batch", [16, 31, 50, 65])
+def test_many_rows_are_counted_together(many_rows, monkeypatch, poisoned, batch):
+    """In the one launch there is, and what is ignored, absent or weighted counts as it should."""
+    logits, target = test_contract.make(batch=batch)
     target[::3] = -100
-    mask, weight = torch.rand(50, 2) > 0.4, torch.rand(5) + 0.1
-    with counted(monkeypatch, "count_kernel") as counts, counted(monkeypatch, "forward_kernel") as forwards:
+    mask, weight = torch.rand(batch, 2) > 0.4, torch.rand(5) + 0.1
+    with counted(monkeypatch, "run_forward") as forwards:
+        test_contract.check(logits, target)
         test_contract.check(logits, target, mask=mask, weight=weight)
-        assert len(counts) == 0
-        assert len(forwards) == 1
-        monkeypatch.setattr(triton_rule, "COUNT_IN_PLACE", 49)
-        monkeypatch.setattr(triton_rule, "COUNT_BLOCK", 8)
-        monkeypatch.setattr(triton_rule, "COUNT_PROGRAMS", 3)
-        test_contract.check(logits, target, mask=mask, weight=weight)
-        test_contract.check(logits, torch.softmax(torch.randn(50, 5), 1), mask=mask)
-        assert len(counts) == 2
+        test_contract.check(logits, torch.softmax(torch.randn(batch, 5), 1), mask=mask)
+        test_contract.check(logits, torch.softmax(torch.randn(batch, 5), 1))
+        assert len(forwards) == 4
         with torch.no_grad():
             arl_loss(logits[0], logits[1:], target)
-        assert len(counts) == 2
+
+
+def test_programs_share_the_counting(many_rows, monkeypatch):
+    """As if other programs had already counted the first two pieces: they are not counted again, and their sums are used."""
+    logits, target = test_contract.make(batch=32)
+    loss, packed, grads = reference.forward(logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True)
+    programs = triton_rule.programs(32, 3, triton_rule.plan(5, 4, False), 4)
+    work = torch.full([triton_rule.workspace(3, programs)], torch.nan)
+    state = torch.tensor([0, 2, 2], dtype=torch.int32)
+    parts = work[3 * 6 * programs :].view(3, 4)
+    parts[:, :2] = torch.tensor([[5.0, 7.0], [6.0, 1.0], [0.0, 4.0]])  # not what is there
+    norm = parts[:, :2].sum(1) + 16
+    monkeypatch.setattr(implementation.workspaces, "take", lambda *arguments: (state, work))
+    got = implementation.forward(logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True)
+    torch.testing.assert_close([got[0], got[1]], [loss, packed])
+    torch.testing.assert_close(got[2], [g * 32 / n for g, n in zip(grads, norm, strict=True)])
+    assert state.tolist() == [0, 0, 0]
 
 
 def test_one_launch_forward_and_backward(monkeypatch):
     logits, target = test_contract.make(modalities=4, batch=64, classes=6)
-    names = ("forward_kernel", "count_kernel", "scale_kernel")
-    with counted(monkeypatch, names[0]) as f, counted(monkeypatch, names[1]) as c, counted(monkeypatch, names[2]) as s:
+    with counted(monkeypatch, "run_forward") as f, counted(monkeypatch, "run_scale") as s:
         test_contract.run(logits, target)
-    assert (len(f), len(c), len(s)) == (1, 0, 1)
+    assert (len(f), len(s)) == (1, 1)
 
 
 def test_a_given_norm_replaces_the_count_in_the_gradients_only():
@@ -159,13 +181,17 @@ def test_nan_logits_and_a_class_out_of_range_poison_their_row_only(streamed):
         assert g.isnan().all(1).tolist() == [False, True, False, False]
 
 
-def test_ticket_is_zero_again(monkeypatch):
-    ticket = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(implementation.tickets, "take", lambda device: ticket)
-    logits, target = test_contract.make()
+@pytest.mark.parametrize("batch", [7, 40])
+def test_counters_are_zero_again(many_rows, monkeypatch, batch):
+    """One workspace serves one launch after the other."""
+    work = implementation.workspaces.take(torch.device("cpu"), torch.float32, 10000)
+    work.work.fill_(torch.nan)
+    monkeypatch.setattr(implementation.workspaces, "take", lambda *arguments: work)
+    logits, target = test_contract.make(batch=batch)
     first = test_contract.run(logits, target)
-    assert ticket.item() == 0
-    assert torch.equal(first[0], test_contract.run(logits, target)[0])
+    assert not work.state.any()
+    again = test_contract.run(logits, target)
+    assert all(torch.equal(a, b) for a, b in zip([first[0], *first[1]], [again[0], *again[1]], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

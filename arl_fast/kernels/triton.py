@@ -19,11 +19,13 @@ from ..options import Options
 from ..reference import check_targets, compute_dtype, grad_dtype
 from ..stats import packed_length
 from . import triton_ops, triton_rule
-from .triton_forward import count_kernel, forward_kernel
+from .triton_forward import forward_kernel
+from .triton_launch import INTERPRETED, Launcher, kind, kinds, multiprocessors, workspaces
 from .triton_multiply import modulate_kernel, scale_kernel
 
-INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
 MINIMUM = (3, 6)
+
+run_forward, run_scale, run_modulate = Launcher(forward_kernel), Launcher(scale_kernel), Launcher(modulate_kernel)
 
 
 def unavailable(device: str) -> str | None:
@@ -48,67 +50,6 @@ def describe(device: str) -> str:
     return f"Triton {triton.__version__}, {how}"
 
 
-# Device state
-
-
-@functools.cache
-def multiprocessors(index: int) -> int:
-    return 4 if INTERPRETED else torch.cuda.get_device_properties(index).multi_processor_count
-
-
-@functools.cache
-def launch_options(threads: int, registers: int | None = None) -> dict[str, int]:
-    if INTERPRETED:
-        return {}
-    if torch.version.hip is not None:
-        return {"num_warps": threads // triton.runtime.driver.active.get_current_target().warp_size}
-    return {"num_warps": threads // 32} | ({} if registers is None else {"maxnreg": registers})
-
-
-class Tickets:
-    """Counters by which programs find out who is last; each kernel leaves its counter at zero.
-
-    One per device and stream, zeroed on that stream when it is first used: launches on one stream run one after the other.
-    A launch that is being captured gets a counter of its own, zeroed in the graph, since a graph may be replayed on any
-    stream, beside others. So nothing waits, and nothing that outlives a capture is allocated in it.
-    """
-
-    def __init__(self) -> None:
-        self.streams: dict[tuple[int, int], Tensor] = {}
-
-    def take(self, device: torch.device) -> Tensor:
-        if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-            return torch.zeros(1, dtype=torch.int32, device=device)
-        key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
-        ticket = self.streams.get(key)
-        if ticket is None:
-            ticket = self.streams.setdefault(key, torch.zeros(1, dtype=torch.int32, device=device))
-        return ticket
-
-
-tickets = Tickets()
-
-
-class _Guard:
-    """Launch on the tensor's device; costs nothing on the current one."""
-
-    def __new__(cls, device: torch.device) -> Any:
-        if device.type == "cpu" or torch._C._cuda_getDevice() == device.index:
-            return _no_guard
-        return torch.cuda.device(device)
-
-
-class _NoGuard:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_no_guard = _NoGuard()
-
-
 # forward
 
 
@@ -127,6 +68,35 @@ def _schedule(schedule: rules.Schedule) -> tuple[Tensor | None, float, float, in
     return None, float(schedule[0]), float(schedule[1]), int(schedule[2])
 
 
+@functools.lru_cache(maxsize=256)
+def _constants(
+    classes: int, stride: int, branches: int, soft: bool, dtype: torch.dtype, options: Options
+) -> tuple[triton_rule.Plan, tuple[Any, ...]]:
+    """The plan and the forward kernel's constants."""
+    heavy = triton_rule.heavy(soft, options.label_smoothing, options.dependence, dtype == torch.float16)
+    plan = triton_rule.plan(classes, dtype.itemsize, heavy)
+    return plan, (
+        classes,
+        stride,
+        branches,
+        soft,
+        options.ignore_index,
+        options.label_smoothing,
+        options.reduction,
+        options.dependence,
+        options.rule,
+        options.gain,
+        options.entropy_floor,
+        plan.online,
+        plan.steps,
+        plan.owners,
+        plan.lanes,
+        triton_rule.COUNT_ALONE,
+        triton_rule.COUNT_BLOCK,
+        triton_rule.COUNT_CHUNKS,
+    )
+
+
 def _launch_forward(
     logits: Sequence[Tensor],
     target: Tensor,
@@ -137,7 +107,9 @@ def _launch_forward(
     options: Options,
     grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """All but a callable rule, which needs plain torch."""
+    """All but a callable rule, which needs plain torch: "constant" runs in its place."""
+    if not isinstance(options.rule, str):
+        options = options._replace(rule="constant")
     x0 = logits[0]
     device, dtype = x0.device, compute_dtype(x0.dtype)
     rows, classes = x0.shape
@@ -149,77 +121,29 @@ def _launch_forward(
     weight = None if weight is None else weight.contiguous()
     on_device, gamma, temperature, warming = _schedule(schedule)
 
-    heavy = soft or options.label_smoothing > 0 or options.dependence == "logit_l1"
-    plan = triton_rule.plan(classes, x0.element_size(), heavy)
-    sms = multiprocessors(device.index)
-    programs = triton_rule.programs(rows, branches, plan, sms)
+    plan, constants = _constants(classes, stride, branches, soft, x0.dtype, options)
+    programs = triton_rule.programs(rows, branches, plan, multiprocessors(device.index))
     loss = torch.empty((), dtype=dtype, device=device)
     packed = torch.empty(packed_length(branches - 1), dtype=dtype, device=device)
-    work = torch.empty(branches * 6 * programs, dtype=dtype, device=device)
     per_row = torch.empty((branches, rows), dtype=dtype, device=device) if options.reduction == "none" else None
-    grads = [torch.empty((rows, classes), dtype=grad_dtype(x0.dtype), device=device) for _ in logits] if grad else []
-
-    with _Guard(device):
-        parts = 1
-        if grad and options.reduction == "mean" and norm is None and rows > triton_rule.COUNT_IN_PLACE:
-            parts = triton_rule.COUNT_PROGRAMS
-            norm = torch.empty((branches, parts), dtype=dtype, device=device)
-            count_kernel[(parts, branches)](
-                target,
-                mask,
-                weight,
-                norm,
-                rows,
-                classes,
-                branches,
-                options.ignore_index,
-                soft,
-                triton_rule.COUNT_BLOCK,
-                **launch_options(triton_rule.THREADS),
-            )
-        forward_kernel[(programs, branches)](
-            inputs,
-            tuple(grads) if grad else None,
-            target,
-            mask,
-            weight,
-            norm if grad and options.reduction == "mean" else None,
-            on_device,
-            per_row,
-            work,
-            tickets.take(device),
-            loss,
-            packed,
-            rows,
-            gamma,
-            temperature,
-            warming,
-            classes,
-            stride,
-            branches,
-            parts,
-            soft,
-            options.ignore_index,
-            options.label_smoothing,
-            options.reduction,
-            options.dependence,
-            options.rule if isinstance(options.rule, str) else "constant",
-            options.gain,
-            options.entropy_floor,
-            plan.online,
-            plan.steps,
-            plan.owners,
-            plan.lanes,
-            triton_rule.COUNT_BLOCK,
-            **launch_options(plan.threads, plan.registers),
-        )
+    grads = tuple([torch.empty((rows, classes), dtype=grad_dtype(x0.dtype), device=device) for _ in logits]) if grad else None
+    state, work = workspaces.take(device, dtype, triton_rule.workspace(branches, programs))
+    run_forward(
+        device,
+        (programs, branches, 1),
+        plan.threads,
+        plan.registers,
+        (kinds(inputs), grad, kind(target), kind(mask), kind(weight), kind(norm), kind(on_device), rows >> 31),
+        (inputs, grads, target, mask, weight, norm, on_device, per_row, work, state, loss, packed, rows, gamma, temperature, warming),
+        constants,
+    )
     if per_row is not None:  # Eq. 22 by row
         if on_device is not None:
             unimodal = torch.where(on_device[2] != 0, 1.0, on_device[0]) * per_row[1:].sum(0)
         else:
             unimodal = (1.0 if warming else gamma) * per_row[1:].sum(0)
         loss = per_row[0] + unimodal
-    return loss, packed, grads
+    return loss, packed, list(grads or ())
 
 
 def forward(
@@ -232,7 +156,7 @@ def forward(
     options: Options,
     grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """As reference.forward, in one launch (two where more than triton_rule.COUNT_IN_PLACE rows are to be averaged)."""
+    """As reference.forward, in one launch."""
     compiling = torch.compiler.is_compiling()
     if compiling:
         on_device, gamma, temperature, warming = _schedule(schedule)
@@ -259,21 +183,15 @@ def _launch_scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | No
     size = first.numel()
     if size == 0:
         return results
-    programs = triton_rule.flat_programs(size, len(grads), multiprocessors(first.device.index))
-    with _Guard(first.device):
-        scale_kernel[(programs, len(grads))](
-            tuple(grads),
-            tuple(results),
-            upstream,
-            factor,
-            size,
-            first.shape[1],
-            len(grads),
-            upstream.dim() > 0,
-            in_place,
-            triton_rule.FLAT_BLOCK,
-            **launch_options(triton_rule.FLAT_THREADS),
-        )
+    run_scale(
+        first.device,
+        (triton_rule.flat_programs(size, len(grads), multiprocessors(first.device.index)), len(grads), 1),
+        triton_rule.FLAT_THREADS,
+        None,
+        (kinds(grads), kinds(results), kind(upstream), kind(factor), size >> 31),
+        (tuple(grads), tuple(results), upstream, factor, size),
+        (first.shape[1], len(grads), upstream.dim() > 0, in_place, triton_rule.FLAT_BLOCK),
+    )
     return results
 
 
@@ -286,25 +204,28 @@ def scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtyp
 
 def _launch_modulate(grads: Sequence[Tensor], modalities: Sequence[int], link: Tensor) -> list[Tensor]:
     """One launch per dtype among the gradients; with one dtype, one."""
-    results = [torch.empty_like(g, memory_format=torch.contiguous_format) for g in grads]
+    grads = [g.contiguous() for g in grads]
+    results = [torch.empty_like(g) for g in grads]
     link = link.contiguous()
-    for dtype in dict.fromkeys(g.dtype for g in grads):
-        group = [i for i, g in enumerate(grads) if g.dtype == dtype and g.numel()]
+    device = link.device
+    for dtype in dict.fromkeys([g.dtype for g in grads]):
+        group = [
+            (g, result, m, size)
+            for g, result, m in zip(grads, results, modalities, strict=True)
+            if g.dtype == dtype and (size := g.numel())
+        ]
         if not group:
             continue
-        largest = max(grads[i].numel() for i in group)
-        programs = triton_rule.flat_programs(largest, len(group), multiprocessors(link.device.index))
-        with _Guard(link.device):
-            modulate_kernel[(programs, len(group))](
-                tuple(grads[i].contiguous() for i in group),
-                tuple(results[i] for i in group),
-                tuple(2 * grads[i].numel() + 1 for i in group),
-                link,
-                tuple(modalities[i] for i in group),
-                len(group),
-                triton_rule.FLAT_BLOCK,
-                **launch_options(triton_rule.FLAT_THREADS),
-            )
+        sources, outputs, entries, sizes = zip(*group, strict=True)
+        run_modulate(
+            device,
+            (triton_rule.flat_programs(max(sizes), len(group), multiprocessors(device.index)), len(group), 1),
+            triton_rule.FLAT_THREADS,
+            None,
+            (kinds(sources), kinds(outputs), kind(link), *[size >> 30 for size in sizes]),
+            (sources, outputs, tuple([2 * size + 1 for size in sizes]), link),
+            (entries, len(group), triton_rule.FLAT_BLOCK),
+        )
     return results
 
 
@@ -362,8 +283,7 @@ def warm_up(
 ) -> None:
     """Compile and allocate everything that a training step on tensors like these needs, for example before a capture.
 
-    Call it on the device's stream, outside the capture. The batch may have any size: kernels do not depend on it, except
-    that more than triton_rule.COUNT_IN_PLACE rows are counted by a kernel of their own.
+    Call it on the device's stream, outside the capture. The batch may have any size: kernels do not depend on it.
 
     Args:
         logits, target, mask, weight, schedule: as in ``forward``; nothing is written to them.

@@ -57,7 +57,7 @@ def finish(
     """Add up ``work`` [M+1, 6, programs] in a fixed order and write the loss and the packed vector (stats.py)."""
     T: tl.constexpr = packed.dtype.element_ty
     WIDTH: tl.constexpr = triton.next_power_of_2(BRANCHES)
-    STEP: tl.constexpr = 512 * 32 // T.primitive_bitwidth // WIDTH if WIDTH < 32 else 16
+    STEP: tl.constexpr = 256 * 32 // T.primitive_bitwidth // WIDTH if WIDTH < 32 else 16
     MODALITIES: tl.constexpr = BRANCHES - 1
     b = tl.arange(0, WIDTH)
     branch = b < BRANCHES

@@ -45,14 +45,13 @@ def is_valid(target, mask, row, inside, branch, BRANCHES: tl.constexpr, IGNORE: 
 
 
 @triton.jit
-def count_norm(
+def count_rows(
     target,
     mask,
     weight,
     branch,
-    first,
-    step,
-    rows,
+    start,
+    end,
     T: tl.constexpr,
     C: tl.constexpr,
     BRANCHES: tl.constexpr,
@@ -60,11 +59,11 @@ def count_norm(
     SOFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What reduction "mean" divides a branch by, over blocks of rows ``first``, ``first + step``, ..."""
+    """What the rows from ``start`` to ``end`` add to the number by which reduction "mean" divides a branch."""
     total = tl.zeros([BLOCK], T)
-    for start in range(first * BLOCK, rows, step * BLOCK):
-        row = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        valid, y = is_valid(target, mask, row, row < rows, branch, BRANCHES, IGNORE, SOFT)
+    for first in range(start, end, BLOCK):
+        row = (first + tl.arange(0, BLOCK)).to(tl.int64)
+        valid, y = is_valid(target, mask, row, row < end, branch, BRANCHES, IGNORE, SOFT)
         if not SOFT:
             valid = valid & (y >= 0) & (y < C)
         if weight is not None and not SOFT:
@@ -74,24 +73,45 @@ def count_norm(
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def count_kernel(
+@triton.jit
+def count_together(
     target,
     mask,
     weight,
     parts,
+    state,
+    branch,
     rows,
+    T: tl.constexpr,
     C: tl.constexpr,
     BRANCHES: tl.constexpr,
     IGNORE: tl.constexpr,
     SOFT: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """For many rows: partial norms [M+1, programs] that the forward kernel adds up."""
-    T: tl.constexpr = parts.dtype.element_ty
-    p, programs, branch = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-    total = count_norm(target, mask, weight, branch, p, programs, rows, T, C, BRANCHES, IGNORE, SOFT, BLOCK)
-    tl.store(parts + branch * programs + p, total)
+    """``count_rows`` of all rows where they are many: the programs of all branches share the work.
+
+    A program takes chunks until none is left, and only then waits for those that others still count. Whoever has taken a
+    chunk is running and finishes it without waiting, so this ends however few programs the device runs at a time.
+    """
+    size = tl.cdiv(tl.cdiv(rows, BLOCK), CHUNKS) * BLOCK
+    chunks = tl.cdiv(rows, size)
+    mine = tl.atomic_add(state + 1, 1, sem="relaxed", scope="gpu")
+    while mine < chunks:
+        start = mine * size
+        end = start + tl.minimum(size, rows - start)
+        for b in range(BRANCHES):
+            part = count_rows(target, mask, weight, b, start, end, T, C, BRANCHES, IGNORE, SOFT, BLOCK)
+            tl.store(parts + b * CHUNKS + mine, part)
+        tl.debug_barrier()
+        tl.atomic_add(state + 2, 1, sem="release", scope="gpu")
+        mine = tl.atomic_add(state + 1, 1, sem="relaxed", scope="gpu")
+    # not a volatile load, which is an ordinary one on AMD and would be read once; acquire: the counts are seen from here on
+    while tl.atomic_add(state + 2, 0, sem="acquire", scope="gpu") < chunks:
+        pass
+    part = tl.arange(0, CHUNKS)
+    return tl.sum(tl.load(parts + branch * CHUNKS + part, mask=part < chunks, other=0.0, cache_modifier=".cg"), 0)
 
 
 @triton.jit
@@ -119,8 +139,12 @@ OWNERS_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split
 
 @triton.jit
 def tile_columns(STEPS: tl.constexpr, STEP: tl.constexpr, OWNERS: tl.constexpr, OWNER: tl.constexpr, LANES: tl.constexpr):
-    """Columns of a tile whose steps and owners are STEP and OWNER columns apart."""
-    step, owner, lane = tl.arange(0, STEPS) * STEP, tl.arange(0, OWNERS) * OWNER, tl.arange(0, LANES)
+    """Columns of a tile whose steps and owners are STEP and OWNER columns apart.
+
+    The last step comes first: steps of one column that ascend would be dealt out to neighbouring threads, to be read as one.
+    """
+    step = (STEPS - 1 - tl.arange(0, STEPS)) * STEP
+    owner, lane = tl.arange(0, OWNERS) * OWNER, tl.arange(0, LANES)
     if OWNERS_FIRST:
         return step[None, :, None] + owner[:, None, None] + lane[None, None, :]
     else:
@@ -224,11 +248,11 @@ def forward_kernel(
     target,  # [rows] class indices or [rows, C] contiguous probabilities
     mask,  # [rows, M] contiguous bool, or None
     weight,  # [C] or None
-    norm,  # [M+1, NORM_PARTS] what reduction "mean" divides gradients by, in parts; None: count here
+    norm,  # [M+1] what reduction "mean" divides gradients by; None: count here
     schedule,  # [3] gamma, temperature, warming on the device, or None: the numbers below
     row_loss,  # [M+1, rows] for reduction "none", else None
-    work,  # [M+1, 6, programs]
-    ticket,  # [1] int32, zero before and after
+    work,  # [M+1, 6, programs], then [M+1, CHUNKS]
+    state,  # [3] int32, zero before and after: programs that have arrived, chunks of rows taken, chunks counted
     loss,  # []
     packed,  # [16 M + 9]
     rows,
@@ -238,7 +262,6 @@ def forward_kernel(
     C: tl.constexpr,
     STRIDE: tl.constexpr,  # a constant like C: its divisors decide how wide loads may be
     BRANCHES: tl.constexpr,
-    NORM_PARTS: tl.constexpr,
     SOFT: tl.constexpr,
     IGNORE: tl.constexpr,
     SMOOTHING: tl.constexpr,
@@ -251,7 +274,9 @@ def forward_kernel(
     STEPS: tl.constexpr,
     OWNERS: tl.constexpr,
     LANES: tl.constexpr,
-    COUNT_BLOCK: tl.constexpr,
+    ALONE: tl.constexpr,  # up to here a program counts the valid rows by itself
+    BLOCK: tl.constexpr,  # rows of one step of counting
+    CHUNKS: tl.constexpr,
 ):
     T: tl.constexpr = packed.dtype.element_ty
     USES_U: tl.constexpr = SOFT or SMOOTHING > 0
@@ -274,12 +299,16 @@ def forward_kernel(
     if grads is not None:
         g = select(grads, branch, BRANCHES)
         if REDUCTION == "mean":
-            if norm is None:
-                scale = scale / count_norm(target, mask, weight, branch, 0, 1, rows, T, C, BRANCHES, IGNORE, SOFT, COUNT_BLOCK)
+            if norm is not None:
+                divisor = tl.load(norm + branch)
+            elif SOFT and mask is None:  # all rows are valid
+                divisor = rows.to(T)
+            elif rows <= ALONE:
+                divisor = count_rows(target, mask, weight, branch, 0, rows, T, C, BRANCHES, IGNORE, SOFT, BLOCK)
             else:
-                part = tl.arange(0, triton.next_power_of_2(NORM_PARTS))
-                parts = tl.load(norm + branch * NORM_PARTS + part, mask=part < NORM_PARTS, other=0.0)
-                scale = scale / tl.sum(parts, 0)
+                parts = work + BRANCHES * 6 * programs
+                divisor = count_together(target, mask, weight, parts, state, branch, rows, T, C, BRANCHES, IGNORE, SOFT, BLOCK, CHUNKS)
+            scale = scale / divisor
 
     zero = tl.zeros([ROWS], T)
     loss_sum, norm_sum, count, correct_sum, entropy_sum, dependence_sum = zero, zero, zero, zero, zero, zero
@@ -402,9 +431,9 @@ def forward_kernel(
     tl.store(partial + 4 * programs, tl.sum(entropy_sum, 0))
     tl.store(partial + 5 * programs, tl.sum(dependence_sum, 0))
 
-    # The last program to arrive sees the sums of all others: release before the ticket, acquire after it.
+    # The last program to arrive sees the sums of all others: release before it counts, acquire after.
     tl.debug_barrier()
-    arrived = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    arrived = tl.atomic_add(state, 1, sem="acq_rel", scope="gpu")
     if arrived == programs * BRANCHES - 1:
         finish(work, loss, packed, programs, gamma_t, temperature_t, warming_t, BRANCHES, REDUCTION, RULE, GAIN, FLOOR)
-        tl.store(ticket, 0)
+        tl.store(state + tl.arange(0, 4), 0, mask=tl.arange(0, 4) < 3)  # nobody waits any more: all have arrived

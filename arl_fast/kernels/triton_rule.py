@@ -13,15 +13,15 @@ THREADS = 128
 PER_THREAD, PER_THREAD_F64 = 16, 4  # logits that a thread holds
 LARGEST_ROW = 8192  # beyond, a row is streamed twice (the second time from L2) instead of kept in registers
 LARGEST_ROW_F64 = 1024  # a float64 takes two registers
-# Bounds for each thread, the smallest that spill nothing (tests/test_triton_static.py): for 128 threads, for more, for rows
-# that need further sums, and for float64.
-REGISTERS, REGISTERS_WIDE, REGISTERS_HEAVY, REGISTERS_F64 = 72, 64, 128, 255
+# Bounds for each thread, small ones that spill nothing (tests/test_triton_static.py): in general, for rows that several warps
+# hold, for rows that need further sums or narrow accesses, and for float64.
+REGISTERS, REGISTERS_WIDE, REGISTERS_HEAVY, REGISTERS_F64 = 80, 64, 128, 255
 REGISTER_FILE = 65536  # of a multiprocessor
 # Gradients of a mean need the number of valid rows first. Up to here every program counts them itself: 64 KB of targets
-# come from L1 for all but the first program of a multiprocessor, about 2 us, which is what another launch would cost.
-COUNT_IN_PLACE = 8192
+# come from L1 for all but the first program of a multiprocessor, about 2 us, which is what waiting for others would cost.
+COUNT_ALONE = 8192
 COUNT_BLOCK = 1024  # rows of one step of counting
-COUNT_PROGRAMS = 64  # of the launch that counts more rows
+COUNT_CHUNKS = 256  # pieces that all programs together count more rows in
 FLAT_BLOCK = 4096  # elements of a tile in the kernels that only multiply,
 FLAT_THREADS = 256  # 16 for each thread
 
@@ -60,28 +60,37 @@ def vector(classes: int, itemsize: int) -> int:
     return min(16 // itemsize, classes & -classes)
 
 
+def heavy(soft: bool, label_smoothing: float, dependence: str, half: bool) -> bool:
+    """Whether rows need more registers than those of the plain loss: further sums, or float16 with its float32 gradients."""
+    return soft or label_smoothing > 0 or dependence == "logit_l1" or half
+
+
 @functools.cache
 def plan(classes: int, itemsize: int, heavy: bool) -> Plan:
     """The plan for rows of ``classes`` logits of ``itemsize`` bytes.
 
     Rows of up to 16 logits have a thread each; longer ones are shared by just enough threads to leave 16 logits to each:
     up to 512 classes nothing crosses a warp, beyond several warps share a row, and beyond LARGEST_ROW it is streamed.
-    ``heavy``: rows need more sums than those of the plain loss (soft targets, label smoothing, logit_l1).
+    Where accesses are narrow, registers suffice for fewer: a quarter of a streamed row, half of a heavy row of 256 threads.
     """
     double = itemsize == 8
-    per_thread = PER_THREAD_F64 if double else PER_THREAD
     aligned = vector(classes, itemsize)
-    if online := classes > (LARGEST_ROW_F64 if double else LARGEST_ROW):
+    online = classes > (LARGEST_ROW_F64 if double else LARGEST_ROW)
+    per_thread = PER_THREAD_F64 if double else PER_THREAD
+    narrow = aligned * itemsize < 16 and not double  # accesses of less than 16 bytes, each with an address of its own
+    if online:
         lanes, threads = aligned, 256
-        steps, owners = per_thread // lanes, threads
+        steps, owners = (per_thread // 4 if narrow else per_thread) // lanes, threads
     else:
         block = power_of_two(classes)
         sharing = max(1, block // per_thread)
+        if heavy and narrow and sharing == 256:
+            sharing = 512
         threads = max(THREADS, sharing)
         lanes = min(block, sharing * aligned)
         steps, owners = block // lanes, threads // sharing
-    registers = REGISTERS_WIDE if threads > THREADS else REGISTERS
-    if heavy or (online and aligned * itemsize < 16):  # narrow accesses need more addresses
+    registers = REGISTERS_WIDE if threads > THREADS and not online else REGISTERS
+    if heavy:
         registers = REGISTERS_HEAVY
     if double:
         registers = REGISTERS_F64
@@ -103,3 +112,8 @@ def flat_programs(elements: int, tensors: int, multiprocessors: int) -> int:
     """Programs per tensor of the kernels that only multiply."""
     tiles = -(-elements // FLAT_BLOCK)
     return max(1, min(tiles, -(-multiprocessors * 4 // tensors)))
+
+
+def workspace(branches: int, programs: int) -> int:
+    """Elements of the workspace: six sums of each program, and the counts of each chunk of rows."""
+    return branches * (6 * programs + COUNT_CHUNKS)
