@@ -80,7 +80,7 @@ class Case:
 
     @property
     def plan(self) -> triton_rule.Plan:
-        heavy = triton_rule.heavy(self.soft, self.smoothing, self.dependence, self.dtype == "fp16")
+        heavy = triton_rule.heavy(self.soft, self.smoothing, self.dependence)
         return triton_rule.plan(self.classes, ITEMSIZE[self.dtype], heavy)
 
     @property
@@ -141,7 +141,7 @@ def forward_arguments(case: Case) -> dict[str, Any]:
     return dict(
         logits=(f"*{case.dtype}",) * branches,
         grads=(("*fp32" if case.dtype == "fp16" else f"*{case.dtype}"),) * branches if case.grad else none,
-        target="*fp32" if case.soft else "*i64",
+        target=f"*{compute}" if case.soft else "*i64",
         mask="*i1" if case.mask else none,
         weight=none,
         norm=none,

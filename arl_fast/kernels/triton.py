@@ -73,7 +73,7 @@ def _constants(
     classes: int, stride: int, branches: int, soft: bool, dtype: torch.dtype, options: Options
 ) -> tuple[triton_rule.Plan, tuple[Any, ...]]:
     """The plan and the forward kernel's constants."""
-    heavy = triton_rule.heavy(soft, options.label_smoothing, options.dependence, dtype == torch.float16)
+    heavy = triton_rule.heavy(soft, options.label_smoothing, options.dependence)
     plan = triton_rule.plan(classes, dtype.itemsize, heavy)
     return plan, (
         classes,

@@ -13,9 +13,9 @@ THREADS = 128
 PER_THREAD, PER_THREAD_F64 = 16, 4  # logits that a thread holds
 LARGEST_ROW = 8192  # beyond, a row is streamed twice (the second time from L2) instead of kept in registers
 LARGEST_ROW_F64 = 1024  # a float64 takes two registers
-# Bounds for each thread, small ones that spill nothing (tests/test_triton_static.py): in general, for rows that several warps
-# hold, for rows that need further sums or narrow accesses, and for float64.
-REGISTERS, REGISTERS_WIDE, REGISTERS_HEAVY, REGISTERS_F64 = 80, 64, 128, 255
+# Bounds for each thread, small ones that spill nothing, with one exception (tests/test_triton_static.py): for rows that up to four
+# warps hold, for those that more hold, for streamed rows, for rows that need further sums, and for float64.
+REGISTERS, REGISTERS_WIDE, REGISTERS_STREAMED, REGISTERS_HEAVY, REGISTERS_F64 = 96, 64, 80, 128, 255
 REGISTER_FILE = 65536  # of a multiprocessor
 # Gradients of a mean need the number of valid rows first. Up to here every program counts them itself: 64 KB of targets
 # come from L1 for all but the first program of a multiprocessor, about 2 us, which is what waiting for others would cost.
@@ -60,9 +60,9 @@ def vector(classes: int, itemsize: int) -> int:
     return min(16 // itemsize, classes & -classes)
 
 
-def heavy(soft: bool, label_smoothing: float, dependence: str, half: bool) -> bool:
-    """Whether rows need more registers than those of the plain loss: further sums, or float16 with its float32 gradients."""
-    return soft or label_smoothing > 0 or dependence == "logit_l1" or half
+def heavy(soft: bool, label_smoothing: float, dependence: str) -> bool:
+    """Whether rows need further sums than those of the plain loss, and more registers for them."""
+    return soft or label_smoothing > 0 or dependence == "logit_l1"
 
 
 @functools.cache
@@ -89,7 +89,7 @@ def plan(classes: int, itemsize: int, heavy: bool) -> Plan:
         threads = max(THREADS, sharing)
         lanes = min(block, sharing * aligned)
         steps, owners = block // lanes, threads // sharing
-    registers = REGISTERS_WIDE if threads > THREADS and not online else REGISTERS
+    registers = REGISTERS_STREAMED if online else REGISTERS_WIDE if threads > THREADS else REGISTERS
     if heavy:
         registers = REGISTERS_HEAVY
     if double:
