@@ -28,7 +28,7 @@ MORE = [  # what a plan does not tell
 ]
 
 
-# What does not fit, in bytes, outside the loops: on sm_80 ptxas spills at this class count, not at 50258 in the same plan.
+# Bytes that do not fit: on sm_80 ptxas spills at this class count, not at 50258 in the same plan.
 # Whatever bound mends it (72 registers) breaks another plan; more registers would cost a third of the programs.
 KNOWN_SPILLS = {("sm_80", static.Case(8194, "fp16")): 84}
 
