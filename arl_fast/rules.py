@@ -28,9 +28,9 @@ def unpack_schedule(schedule: Schedule) -> tuple[float | Tensor, float | Tensor,
 
 
 def _normalised(values: Tensor, absent: Tensor) -> Tensor:
-    """Values [..., M] over their sum; 0 for an absent modality."""
+    """Values [..., M] over their sum; 0 for an absent modality, also beside a NaN."""
     values = values.masked_fill(absent, 0)
-    return values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    return (values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)).masked_fill_(absent, 0)
 
 
 def shares(statistics: Tensor, absent: Tensor) -> Tensor:

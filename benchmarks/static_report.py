@@ -283,9 +283,7 @@ def backward_reports(name: str, dtype: str = "bf16", modalities: int = 2) -> dic
     )
     per_row = scale | dict(PER_ROW=constant(True), factor="*fp32", IN_PLACE=constant(False))
     cases = {"scale": (scale_kernel, scale), "scale per row": (scale_kernel, per_row), "modulate": (modulate_kernel, modulate)}
-    return {
-        name: inspect(target, *compile_kernel(kernel, arguments, target, threads, None)) for name, (kernel, arguments) in cases.items()
-    }
+    return {name: inspect(target, *compile_kernel(kernel, arguments, target, threads, None)) for name, (kernel, arguments) in cases.items()}
 
 
 def per_logit(case: Case, value: int) -> float:

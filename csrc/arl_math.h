@@ -123,8 +123,8 @@ ARL_FN T finish(const T* sums, int modalities, const Schedule<T>& schedule, cons
     inverse_total += q[m];
     d[m] = !here ? T(0) : (!(dependence_total <= T(0)) ? dependence[m] / dependence_total : T(1) / modalities_present);
   }
-  if (present > 0) {
-    for (int m = 0; m < modalities; ++m) q[m] /= inverse_total;
+  for (int m = 0; m < modalities; ++m) {
+    if (count[m + 1] > T(0)) q[m] /= inverse_total;  // an absent modality's share is 0, also beside a NaN
   }
 
   // Coefficients: a softmax over the modalities present, of scores kept in `a` meanwhile.
@@ -146,7 +146,7 @@ ARL_FN T finish(const T* sums, int modalities, const Schedule<T>& schedule, cons
     power_total += a[m];
   }
   for (int m = 0; m < modalities; ++m) {
-    if (present > 0) a[m] /= power_total;
+    if (count[m + 1] > T(0)) a[m] /= power_total;
     T gain = options.gain == kResidual ? T(1) + a[m] : options.gain == kMeanOne ? T(present) * a[m] : a[m];  // Eq. 19
     if (options.rule == kNone || schedule.warming || !(count[m + 1] > T(0))) gain = T(1);
     gains[m] = gain;

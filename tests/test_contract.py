@@ -171,6 +171,20 @@ def test_absent_modality_is_as_if_it_did_not_exist(implementation):
     assert all(torch.isfinite(value).all() for value in stats)
 
 
+def test_absent_modality_beside_a_nan(implementation):
+    """It takes no share and no coefficient; those of the others show the NaN."""
+    logits, target = make(modalities=3, batch=6)
+    mask = torch.ones(6, 3, dtype=torch.bool)
+    mask[:, 1] = False
+    logits[1][2, 0] = torch.nan
+    _, grads, stats = run(logits, target, mask=mask)
+    for name in ("inverse_variance", "dependence_share", "coefficients"):
+        assert getattr(stats, name)[1] == 0, name
+        assert getattr(stats, name)[0].isnan(), name
+    assert stats.gains[1] == 1
+    assert all(g.isfinite().all() for g in (grads[0], grads[2], grads[3]))
+
+
 @pytest.mark.parametrize("gain", ["residual", "mean_one", "plain"])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_absent_modality_against_truth(implementation, gain, zeros):

@@ -109,7 +109,7 @@ def finish(
     else:
         share = at_least(share, FLOOR if FLOOR > TINY_SHARE else TINY_SHARE)
     q = tl.where(present, 1.0 / share, 0.0)
-    q = q / at_least(tl.sum(q, 0), SMALLEST)
+    q = tl.where(present, q / at_least(tl.sum(q, 0), SMALLEST), 0.0)  # an absent modality's share is 0, also beside a NaN
     total = tl.sum(dependence, 0)
     d = tl.where(present, tl.where(total <= 0, 1.0 / here_or_one, dependence / tl.where(total <= 0, 1.0, total)), 0.0)
 
@@ -124,7 +124,7 @@ def finish(
         scores = tl.zeros([WIDTH], T)
     top = tl.max(tl.where(present, scores, float("-inf")), 0)
     a = tl.where(present, tl.exp(tl.where(present, scores - top, 0.0)), 0.0)
-    a = a / at_least(tl.sum(a, 0), SMALLEST)
+    a = tl.where(present, a / at_least(tl.sum(a, 0), SMALLEST), 0.0)
 
     # Gains (Eq. 19): 1 + a, M a or a; 1 for rule "none", an absent modality and during the warm-up.
     if RULE == "none":
