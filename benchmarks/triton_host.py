@@ -8,6 +8,7 @@ process's CPU time relative to ``F.cross_entropy(x, y).backward()`` on one CPU t
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -63,6 +64,26 @@ def medians(calls: dict[str, Callable[[], Any]], rounds: int, loops: int) -> dic
     return {name: statistics.median(found) for name, found in samples.items()}
 
 
+def recorded(name: str, step: Callable[[], Any]) -> tuple[Any, tuple[Any, ...]]:
+    """The implementation's launcher of this name, and what ``step`` calls it with."""
+    launcher, seen = getattr(implementation, name), []
+
+    def recording(*arguments: Any) -> None:
+        seen.append(arguments)
+        launcher(*arguments)
+
+    setattr(implementation, name, recording)
+    step()
+    setattr(implementation, name, launcher)
+    return launcher, seen[0]
+
+
+def own_launch(kernel: Any, _: Any, grid: Any, threads: int, registers: int | None, depends: Any, arguments: Any, constants: Any) -> Any:
+    """The same launch as Triton's users write it."""
+    options = launch_options(threads, registers)
+    return lambda: kernel[grid](*arguments, *constants, **options)
+
+
 def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Driver())
@@ -73,37 +94,11 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
     features, link, one = [torch.randn(64, 512) for _ in range(2)], torch.zeros(2), torch.ones(())
     leaf = torch.randn(64, 6, requires_grad=True)
 
-    launches: dict[str, tuple[Any, ...]] = {}
-
-    def record(name: str) -> Any:
-        launch = getattr(implementation, name)
-
-        def recording(*arguments: Any) -> None:
-            launches[name] = (launch, arguments)
-            launch(*arguments)
-
-        return launch, recording
-
     steps = {
         "forward": lambda: implementation._launch_forward(logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True),
         "scale": lambda: implementation.scale(logits, one, None, torch.float32, False),
         "modulate": lambda: implementation.modulate_backward(features, link),
     }
-    for name, step in steps.items():
-        launch, recording = record(f"run_{name}")
-        setattr(implementation, f"run_{name}", recording)
-        step()
-        setattr(implementation, f"run_{name}", launch)
-
-    def own(name: str) -> Callable[[], None]:
-        """Triton's way to the compiled kernel."""
-        launcher, (_, grid, threads, registers, _, arguments, constants) = launches[f"run_{name}"]
-        options = launch_options(threads, registers)
-        return lambda: launcher.kernel[grid](*arguments, *constants, **options)
-
-    def bound(name: str) -> Callable[[], None]:
-        launcher, arguments = launches[f"run_{name}"]
-        return lambda: launcher(*arguments)
 
     def unit() -> None:
         F.cross_entropy(leaf, target).backward()
@@ -111,7 +106,10 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
 
     calls: dict[str, Callable[[], Any]] = {"torch CE": unit}
     for name, step in steps.items():
-        calls |= {f"{name}: launch, Triton's look-up": own(name), f"{name}: launch": bound(name), f"{name}: all of it": step}
+        launcher, arguments = recorded(f"run_{name}", step)
+        calls[f"{name}: launch, Triton's look-up"] = own_launch(launcher.kernel, *arguments)
+        calls[f"{name}: launch"] = functools.partial(launcher, *arguments)
+        calls[f"{name}: all of it"] = step
     for call in calls.values():
         for _ in range(20):
             call()

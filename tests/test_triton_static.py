@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -250,3 +251,13 @@ def test_the_launcher_never_takes_a_variant_for_other_arguments(bound):
     for call in calls:
         call()
     assert compiled == {name: len(kernel.compiled) for name, kernel in bound.items()}
+
+
+def test_host_benchmark_runs():
+    """In a process of its own: it puts a driver that does nothing in the place of Triton's."""
+    command = [sys.executable, "-c", "from benchmarks import triton_host; triton_host.main(rounds=2, loops=2)"]
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    for kernel in ("forward", "scale", "modulate"):
+        assert f"{kernel}: launch, Triton's look-up" in run.stdout
+        assert f"{kernel}: all of it" in run.stdout
