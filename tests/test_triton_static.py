@@ -30,7 +30,7 @@ MORE = [  # what a plan does not tell
 
 
 # Bytes that do not fit: on sm_80 ptxas spills at this class count, not at 50258 in the same plan.
-# Whatever bound mends it (72 registers) breaks another plan; more registers would cost a third of the programs.
+# The bound that mends it, 72, makes other plans spill, and more registers would leave room for two programs instead of three.
 KNOWN_SPILLS = {("sm_80", static.Case(8194, "fp16")): 84}
 
 
@@ -48,9 +48,16 @@ def wrong(case, name, found):
         "shared memory": found.shared <= (32 * plan.threads if case.dtype == "fp16" else 8192),
     }
     if case.classes * size % 16 == 0:
-        targets = max(4, size) * held * passes if case.soft else 0
-        checks["16-byte loads"] = found.loads16 == passes * held * size + targets
-        checks["16-byte stores"] = found.stores16 == (held * grad_size if case.grad else 0)
+        loads = passes * held * (size + (max(4, size) if case.soft else 0))
+        stores = held * grad_size if case.grad else 0
+        for what, count, all_of_it in (("16-byte loads", found.loads16, loads), ("16-byte stores", found.stores16, stores)):
+            if nvidia:
+                checks[what] = count == all_of_it
+            elif plan.online:  # AMD's compiler unrolls loops,
+                checks[what] = count >= all_of_it
+            else:  # and leaves out the steps that no class falls into
+                steps = -(-case.classes // plan.lanes)
+                checks[what] = all_of_it * steps // plan.steps <= count <= all_of_it
     if case.dtype != "fp64" and nvidia:
         # one exponential per logit and pass; two more in a row's other sums, and one at each change of maximum
         checks["exponentials"] = passes * held <= found.exponentials <= passes * held + 4
