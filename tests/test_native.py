@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -113,6 +115,30 @@ def test_threads_do_not_change_a_bit(shape):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_large_logits_use_more_threads_than_one():
+    """Seen in the CPU time of the process's threads: a parallel loop that is compiled without its runtime still computes."""
+    tasks = Path("/proc/self/task")
+    if not next(tasks.glob("*/schedstat"), None):
+        pytest.skip("needs /proc/self/task/*/schedstat")
+
+    def cpu_time():
+        return {task.parent.name: int(task.read_text().split()[0]) for task in tasks.glob("*/schedstat")}
+
+    logits, target = inputs(2048, 1000)
+    before_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            arl_loss(logits[0], logits[1:], target)
+            before = cpu_time()
+            for _ in range(20):
+                arl_loss(logits[0], logits[1:], target)
+        spent = sorted((time - before.get(thread, 0) for thread, time in cpu_time().items()), reverse=True)
+    finally:
+        torch.set_num_threads(before_threads)
+    assert spent[1] > 0.2 * spent[0]
 
 
 def test_rows_of_any_stride():

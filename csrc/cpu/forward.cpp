@@ -1,6 +1,5 @@
 #include "forward.h"
 
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -8,6 +7,7 @@
 
 #include "../dtype.h"
 #include "memory.h"
+#include "parallel.h"
 
 namespace arl::cpu {
 namespace {
@@ -97,7 +97,7 @@ void count_rows(const Loss& loss, RowCount* counts) {
   if (loss.rows <= kCountRows) return count(loss, 0, loss.rows, counts);
   const int64_t chunks = (loss.rows + kCountRows - 1) / kCountRows;
   std::vector<RowCount> parts(chunks * loss.branches);
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel(chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       count(loss, i * kCountRows, std::min(loss.rows, (i + 1) * kCountRows), &parts[i * loss.branches]);
     }
@@ -139,12 +139,7 @@ void run_rows(const Loss& loss, RowsFn rows, size_t element, ChunkSums* totals) 
       rows(loss, int(i / chunks), first, std::min(loss.rows, first + chunk), memory, &parts[i]);
     }
   };
-  const int64_t grain = std::max<int64_t>(1, kGrain / (chunk * loss.classes));
-  if (items <= grain || at::get_num_threads() == 1) {
-    run(0, items);
-  } else {
-    at::parallel_for(0, items, grain, run);
-  }
+  parallel(items, std::max<int64_t>(1, kGrain / (chunk * loss.classes)), run);
   for (int64_t i = 0; i < items; ++i) {
     ChunkSums& total = totals[i / chunks];
     total.loss += parts[i].loss;
