@@ -133,12 +133,12 @@ def test_large_logits_use_more_threads_than_one():
         with torch.no_grad():
             arl_loss(logits[0], logits[1:], target)
             before = cpu_time()
-            for _ in range(20):
+            for _ in range(100):
                 arl_loss(logits[0], logits[1:], target)
         spent = sorted((time - before.get(thread, 0) for thread, time in cpu_time().items()), reverse=True)
     finally:
         torch.set_num_threads(before_threads)
-    assert spent[1] > 0.2 * spent[0]
+    assert spent[1] > 0.5 * spent[0]
 
 
 def test_rows_of_any_stride():
