@@ -172,7 +172,8 @@ def measure(batch: int, classes: int, device: str, seconds: float, wanted: Seque
     plain, arl = expected(z, weight, bias, target)
     steps = {name: step for name, step in all_steps().items() if wanted is None or name in wanted}
     calls = {name: (lambda step=step: torch.autograd.grad(step(z, weight, bias, target), leaves)) for name, step in steps.items()}
-    found, loops, samples = {}, {}, {}
+    found, loops = {}, {}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     small = batch * classes < 1 << 20
     rounds = 3 if batch * classes < 1 << 26 else 2
     for name, call in calls.items():
@@ -182,7 +183,6 @@ def measure(batch: int, classes: int, device: str, seconds: float, wanted: Seque
         error = gate(name, grads, plain, arl)
         del grads
         once = timed(call, 1, device)
-        samples[name] = []
         loops[name] = max(1, round(min(0.05, seconds / 20) / max(once, 1e-6)))
         found[name] = dict(
             **machine.describe(device),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from arl_fast.kernels import triton as implementation
 from arl_fast.kernels.triton_launch import launch_options
 from arl_fast.options import Options
+
+from .linear import timed
 
 OPTIONS = Options("share", "confidence", None, "residual", -100, 0.0, "mean")
 
@@ -57,10 +58,7 @@ def medians(calls: dict[str, Callable[[], Any]], rounds: int, loops: int) -> dic
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            begin = time.process_time()
-            for _ in range(loops):
-                call()
-            samples[name].append((time.process_time() - begin) / loops)
+            samples[name].append(timed(call, loops, "cpu"))
     return {name: statistics.median(found) for name, found in samples.items()}
 
 

@@ -23,6 +23,7 @@
 namespace arl {
 namespace {
 
+using torch::autograd::any_variable_requires_grad;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
@@ -177,9 +178,10 @@ struct LinearLossBackward final : Node {
     if (!upstreams[0].defined()) return results;
     refuse_second_derivatives();
     const double upstream = read_scalar(upstreams[0]);
-    const bool some_features = wanted(0, modalities);
-    const bool some_weights = wanted(modalities, weights.size());
-    const bool some_biases = wanted(modalities + weights.size(), biases);
+    const size_t end = modalities + weights.size();
+    const bool some_features = task_should_compute_output({{0, modalities}});
+    const bool some_weights = task_should_compute_output({{modalities, end}});
+    const bool some_biases = task_should_compute_output({{end, end + biases}});
     const bool own = own_matrices(weights.size(), fusion, modalities);
 
     variable_list w(weights.size()), z(modalities), t;
@@ -204,17 +206,9 @@ struct LinearLossBackward final : Node {
     }
     if (some_weights) weight_gradients(t, z, upstream, &results);
     for (size_t i = 0; i < biases; ++i) {
-      const size_t at = modalities + weights.size() + i;
-      if (task_should_compute_output(at)) results[at] = db[int64_t(i)].mul(upstream).to(type);
+      if (task_should_compute_output(end + i)) results[end + i] = db[int64_t(i)].mul(upstream).to(type);
     }
     return results;
-  }
-
-  bool wanted(size_t begin, size_t count) const {
-    for (size_t i = begin; i < begin + count; ++i) {
-      if (task_should_compute_output(i)) return true;
-    }
-    return false;
   }
 
   void weight_gradients(const variable_list& t, const variable_list& z, double upstream, variable_list* results) {
@@ -255,19 +249,12 @@ struct LinearLossBackward final : Node {
   }
 };
 
-bool any_needs_gradient(const variable_list& tensors) {
-  for (const at::Tensor& x : tensors) {
-    if (x.requires_grad()) return true;
-  }
-  return false;
-}
-
 // The node behind a loss whose gradients g [M+1, N, C] are done; g is overwritten.
 void attach(const Head& head, at::Tensor g, cpu::Outputs* outputs) {
   const int64_t modalities = head.modalities();
-  const bool of_features = any_needs_gradient(head.features);
-  const bool of_weights = any_needs_gradient(head.weights);
-  const bool of_biases = any_needs_gradient(head.biases);
+  const bool of_features = any_variable_requires_grad(head.features);
+  const bool of_weights = any_variable_requires_grad(head.weights);
+  const bool of_biases = any_variable_requires_grad(head.biases);
   at::Tensor t, db;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -330,7 +317,8 @@ PyObject* fast_linear_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   }
   const bool record = at::GradMode::is_enabled() &&
-                      (any_needs_gradient(head.features) || any_needs_gradient(head.weights) || any_needs_gradient(head.biases));
+                      (any_variable_requires_grad(head.features) || any_variable_requires_grad(head.weights) ||
+                       any_variable_requires_grad(head.biases));
 
   RECORD_FUNCTION("arl_fast::linear_loss", c10::ArrayRef<const c10::IValue>());
   cpu::Outputs outputs;

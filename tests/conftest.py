@@ -43,3 +43,22 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def count_served(monkeypatch):
+    """``count_served(name)``: a list that tells of each call of a native step in one call, as "fast_loss", whether it served."""
+    from arl_fast.kernels import native
+
+    def count(name):
+        calls = []
+
+        def counted(*args):
+            result = getattr(native._C, name)(*args)
+            calls.append(result is not None)
+            return result
+
+        monkeypatch.setattr(native, name, counted)
+        return calls
+
+    return count

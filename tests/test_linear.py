@@ -586,17 +586,9 @@ def only_native(monkeypatch):
 
 
 @pytest.fixture
-def served(only_native, monkeypatch):
+def served(only_native, count_served):
     """Whether each call was served by the one in C++."""
-    calls = []
-
-    def counted(*args):
-        result = native._C.fast_linear_loss(*args)
-        calls.append(result is not None)
-        return result
-
-    monkeypatch.setattr(native, "fast_linear_loss", counted)
-    return calls
+    return count_served("fast_linear_loss")
 
 
 def truth(monkeypatch, *args, **options):

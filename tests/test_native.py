@@ -164,17 +164,9 @@ def step_of_views(views, target):
 
 
 @pytest.fixture
-def fast_calls(monkeypatch):
+def fast_calls(count_served):
     """Counts the calls that fast_loss has served."""
-    calls = []
-
-    def counted(*args):
-        result = native._C.fast_loss(*args)
-        calls.append(result is not None)
-        return result
-
-    monkeypatch.setattr(native, "fast_loss", counted)
-    return calls
+    return count_served("fast_loss")
 
 
 OPTIONS = [

@@ -138,11 +138,7 @@ def _launch_forward(
         constants,
     )
     if per_row is not None:  # Eq. 22 by row
-        if on_device is not None:
-            unimodal = torch.where(on_device[2] != 0, 1.0, on_device[0]) * per_row[1:].sum(0)
-        else:
-            unimodal = (1.0 if warming else gamma) * per_row[1:].sum(0)
-        loss = per_row[0] + unimodal
+        loss = per_row[0] + rules.unpack_schedule(schedule)[0] * per_row[1:].sum(0)
     return loss, packed, list(grads or ())
 
 

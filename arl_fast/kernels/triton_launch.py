@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -82,15 +83,7 @@ class Launcher:
                     self.variants[key] = variant
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_nothing = _Nothing()
+_nothing = contextlib.nullcontext()
 
 
 def _on(device: torch.device) -> Any:
@@ -119,8 +112,11 @@ class Workspaces:
         self.streams: dict[tuple[int, int, torch.dtype], Workspace] = {}
 
     def take(self, device: torch.device, dtype: torch.dtype, size: int) -> Workspace:
-        if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        if device.type == "cpu":
             return _new_workspace(device, dtype, size)
+        with _on(device):  # whose current stream it is that may be capturing
+            if torch.cuda.is_current_stream_capturing():
+                return _new_workspace(device, dtype, size)
         key = (device.index, torch._C._cuda_getCurrentRawStream(device.index), dtype)
         workspace = self.streams.get(key)
         if workspace is None or workspace.work.shape[0] < size:
