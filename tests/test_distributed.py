@@ -5,13 +5,12 @@ from __future__ import annotations
 import distributed_checks
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import needs_gloo, spawn
 
 import arl_fast
 from arl_fast.distributed import sharded_arl_loss
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
+pytestmark = needs_gloo
 
 SYNC = [
     "check_ddp_equals_one_process_on_the_joined_batch",
@@ -49,7 +48,7 @@ def failures(request, tmp_path_factory):
             wanted = {item.callspec.params["name"] for item in request.session.items if _belongs(item, world)}
             out = tmp_path_factory.mktemp(f"processes{world}")
             names = [name for name in PLAN[world] if name in wanted]
-            mp.spawn(distributed_checks.run, (world, str(out / "store"), str(out), names), nprocs=world)
+            spawn(distributed_checks.run, (world, str(out / "store"), str(out), names), world)
             done[world] = {}
             for rank in range(world):
                 for name, text in torch.load(out / f"{rank}.pt").items():

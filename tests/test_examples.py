@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import WITHOUT_TEARDOWN
 
 import arl_fast
 from arl_fast.integrations.huggingface import compute_loss_func
@@ -31,11 +32,6 @@ def test_plain(example, options):
 
 def test_timm_style(example):
     assert example("timm_style").main() > 4 * CHANCE
-
-
-# Gloo's threads may still hand back a Python object while the interpreter ends, which aborts the process (torch 2.13, also
-# without this package): the example's own end is not the interpreter's here.
-WITHOUT_TEARDOWN = "import os, runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__'); sys.stdout.flush(); os._exit(0)"
 
 
 def test_ddp():

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from processes import needs_gloo, spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import arl_fast
@@ -538,10 +539,10 @@ def _process(rank: int, store: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
+@needs_gloo
 def test_statistics_of_two_processes(tmp_path):
     """Unequal shares, one of them in chunks: averaged over the processes, the gradients of the joined batch."""
-    torch.multiprocessing.spawn(_process, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    spawn(_process, (str(tmp_path / "store"), str(tmp_path)), 2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
     head, features, target = make(batch=9)
