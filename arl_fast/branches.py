@@ -29,13 +29,13 @@ def as_branch_logits(output: object) -> BranchLogits:
     """BranchLogits from itself, a tuple (fused, unimodal[, link]) or a dict {"fused", name: ..., ["link"]}."""
     if isinstance(output, BranchLogits):
         return output
+    if isinstance(output, (tuple, list)) and len(output) in (2, 3) and not isinstance(output[1], Tensor):
+        return BranchLogits(*output)
     if isinstance(output, Mapping):
         if "fused" not in output:
             raise ValueError(f'output: got a dict with the keys {list(output)}, expected "fused", the modalities and optionally "link"')
         unimodal = {name: x for name, x in output.items() if name not in ("fused", "link")}
         return BranchLogits(output["fused"], unimodal, output.get("link"))
-    if isinstance(output, (tuple, list)) and len(output) in (2, 3) and not isinstance(output[1], Tensor):
-        return BranchLogits(*output)
     if isinstance(output, (tuple, list)):
         what = f"a {type(output).__name__} of {len(output)}: ({', '.join(type(o).__name__ for o in output)})"
     else:

@@ -71,13 +71,13 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
   const int64_t classes = loss.classes;
   const S* logits = static_cast<const S*>(loss.logits[branch]);
   const S* x[L];
-  int64_t y[L];
-  bool valid[L];
+  Bits<T> y, valid;
   for (int l = 0; l < L; ++l) {  // lanes past the last row repeat it, and are dropped
     const int64_t row = begin + (l < rows ? l : rows - 1);
     x[l] = logits + row * loss.row_stride[branch];
-    valid[l] = l < rows && loss.valid(branch, row);
-    y[l] = valid[l] ? loss.class_index(row) : 0;
+    const bool used = l < rows && loss.valid(branch, row);
+    valid[l] = used ? -1 : 0;
+    y[l] = used ? loss.class_index(row) : 0;
   }
 
   // The first largest logit; a NaN counts as the largest, as in torch.argmax.
@@ -88,7 +88,7 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
     for (int l = 0; l < L; ++l) v[l] = to_float(x[l][c]);
     const Bits<T> above = ~(v <= top) & (top == top);
     top = above ? v : top;
-    where = above ? Bits<T>{} + decltype(where[0] + 0)(c) : where;
+    where = above ? Bits<T>{} + Lane<T>(c) : where;
     l1 += absolute<T>(v);
     store<T>(scratch + c * L, v);
   }
@@ -98,15 +98,12 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
     for (int64_t c = 0; c < classes; ++c) smooth_b += smooth * weight_of<T>(loss, c) * (load<T>(scratch + c * L) - top);
   }
   // The true class is left out of the sum at first: p_y - 1 = -others / Z keeps its digits as p_y goes to 1.
-  V<T> d_y;
-  for (int l = 0; l < L; ++l) {
-    d_y[l] = scratch[y[l] * L + l] - top[l];
-    scratch[y[l] * L + l] = -T(__builtin_inf());
-  }
-  V<T> others{}, energy{};
+  V<T> others{}, energy{}, d_y{};
   for (int64_t c = 0; c < classes; ++c) {
     V<T> d = load<T>(scratch + c * L) - top;
-    const V<T> e = exp_nonpositive<T>(d);
+    const Bits<T> is_y = y == Lane<T>(c);
+    d_y = is_y ? d : d_y;
+    const V<T> e = is_y ? V<T>{} : exp_nonpositive<T>(d);
     others += e;
     energy += e * d;
     store<T>(scratch + c * L, e);
@@ -116,50 +113,34 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
   const V<T> partition = others + e_y;
   energy += e_y * bounded;
   const V<T> p_y = e_y / partition;
-  const V<T> rest = others / partition;  // 1 - p_y
 
-  V<T> a, weighted;
-  for (int l = 0; l < L; ++l) {
-    const int i = first + l;
-    if (l >= rows) {
-      weighted[l] = a[l] = 0;
-      continue;
-    }
-    if (!valid[l]) {
-      skip_row(chunk, i);
-      weighted[l] = a[l] = 0;
-      continue;
-    }
-    weighted[l] = T(1 - loss.label_smoothing) * weight_of<T>(loss, y[l]);
-    a[l] = weighted[l] + smooth * T(loss.weight_total);
-    chunk.a[i] = a[l];
-    chunk.b[i] = weighted[l] * d_y[l] + smooth_b[l];
-    chunk.partition[i] = partition[l];
-    chunk.energy[i] = energy[l];
-    chunk.confidence[i] = p_y[l];
-    chunk.l1[i] = l1[l];
-    chunk.correct[i] = where[l] == y[l];
+  V<T> weighted = splat<T>(T(1 - loss.label_smoothing));
+  if (loss.weight != nullptr) {
+    for (int l = 0; l < L; ++l) weighted[l] *= weight_of<T>(loss, y[l]);
   }
+  const V<T> zero{}, one = splat<T>(T(1));
+  const V<T> a = weighted + smooth * T(loss.weight_total);
+  store<T>(chunk.a + first, valid ? a : zero);
+  store<T>(chunk.b + first, valid ? weighted * d_y + smooth_b : zero);
+  store<T>(chunk.partition + first, valid ? partition : one);
+  store<T>(chunk.energy + first, valid ? energy : zero);
+  store<T>(chunk.confidence + first, valid ? p_y : zero);
+  store<T>(chunk.l1 + first, valid ? l1 : zero);
+  store<T>(chunk.correct + first, valid & (where == y) ? one : zero);
 
   // d(row loss)/dx_c = A p_c - t_c
   if (loss.grad[branch] == nullptr) return;
   const T scale = T(loss.grad_scale[branch]);
   const V<T> factor = a * scale / partition;
+  const V<T> g_y = ((a - weighted) * p_y - weighted * (others / partition)) * scale;
   for (int64_t c = 0; c < classes; ++c) {
-    V<T> g = load<T>(scratch + c * L) * factor;
+    V<T> g = y == Lane<T>(c) ? g_y : load<T>(scratch + c * L) * factor;
     if (loss.label_smoothing != 0) g -= smooth * weight_of<T>(loss, c) * scale;
-    store<T>(scratch + c * L, g);
+    store<T>(scratch + c * L, valid ? g : zero);
   }
   G* grad = static_cast<G*>(loss.grad[branch]) + begin * classes;
   for (int l = 0; l < rows; ++l) {
-    G* out = grad + l * classes;
-    if (!valid[l]) {
-      for (int64_t c = 0; c < classes; ++c) out[c] = G{};
-      continue;
-    }
-    const T smooth_y = loss.label_smoothing != 0 ? (a[l] - weighted[l]) * p_y[l] - smooth * weight_of<T>(loss, y[l]) : T(0);
-    scratch[y[l] * L + l] = (smooth_y - weighted[l] * rest[l]) * scale;
-    for (int64_t c = 0; c < classes; ++c) out[c] = from_float<G>(scratch[c * L + l]);
+    for (int64_t c = 0; c < classes; ++c) grad[l * classes + c] = from_float<G>(scratch[c * L + l]);
   }
 }
 
@@ -186,9 +167,9 @@ static int64_t first_largest(const T* x, int64_t classes) {
   return best;
 }
 
-// A row into scratch, as T and padded with -inf to whole vectors. Returns its largest element; NaNs may be missed.
+// The largest logit of a row (NaNs may be missed), and sum_c |x_c| if L1.
 template <class T, class S, bool L1>
-ARL_INLINE T copy_row(const S* x, int64_t classes, T* scratch, T* l1) {
+ARL_INLINE T row_top(const S* x, int64_t classes, T* l1) {
   constexpr int L = Vector<T>::lanes;
   constexpr T lowest = -T(__builtin_inf());
   V<T> top0 = splat<T>(lowest), top1 = top0, top2 = top0, top3 = top0, l1_sum{};
@@ -200,27 +181,16 @@ ARL_INLINE T copy_row(const S* x, int64_t classes, T* scratch, T* l1) {
     top2 = larger<T>(v2, top2);
     top3 = larger<T>(v3, top3);
     if (L1) l1_sum += absolute<T>(v0) + absolute<T>(v1) + (absolute<T>(v2) + absolute<T>(v3));
-    store<T>(scratch + c, v0);
-    store<T>(scratch + c + L, v1);
-    store<T>(scratch + c + 2 * L, v2);
-    store<T>(scratch + c + 3 * L, v3);
   }
   for (; c + L <= classes; c += L) {
     const V<T> v = load<T>(x + c);
     top0 = larger<T>(v, top0);
     if (L1) l1_sum += absolute<T>(v);
-    store<T>(scratch + c, v);
   }
   if (c < classes) {
-    V<T> v = splat<T>(lowest);
-    for (int l = 0; l < L; ++l) {
-      if (c + l < classes) {
-        v[l] = to_float(x[c + l]);
-        if (L1) l1_sum[l] += v[l] < 0 ? -v[l] : v[l];
-      }
-    }
-    top0 = larger<T>(v, top0);
-    store<T>(scratch + c, v);
+    const int64_t last = classes > L ? classes - L : 0;
+    top1 = larger<T>(load_last<T>(x, classes, lowest), top1);
+    if (L1) l1_sum += class_numbers<T>(last) < Lane<T>(c) ? V<T>{} : absolute<T>(load_last<T>(x, classes, T(0)));
   }
   if (L1) *l1 = sum<T>(l1_sum);
   return largest<T>(larger<T>(larger<T>(top0, top1), larger<T>(top2, top3)));
@@ -231,7 +201,7 @@ template <class T, class S, class G, bool General>
 ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, T* target_row, Chunk<T>& chunk, int i) {
   constexpr int L = Vector<T>::lanes;
   const int64_t classes = loss.classes;
-  const int64_t padded = (classes + L - 1) / L * L;
+  const int64_t rest = classes % L;
   const S* x = static_cast<const S*>(loss.logits[branch]) + row * loss.row_stride[branch];
   const S* next = row + 1 < loss.rows ? x + loss.row_stride[branch] : x;
   G* grad = static_cast<G*>(loss.grad[branch]);
@@ -245,13 +215,13 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
   }
 
   T l1 = 0;
-  const T top = loss.logit_l1 ? copy_row<T, S, true>(x, classes, scratch, &l1) : copy_row<T, S, false>(x, classes, scratch, &l1);
+  const T top = loss.logit_l1 ? row_top<T, S, true>(x, classes, &l1) : row_top<T, S, false>(x, classes, &l1);
   const T* soft = loss.soft_target == nullptr ? nullptr : static_cast<const T*>(loss.soft_target) + row * classes;
   const int64_t y = soft == nullptr ? loss.class_index(row) : first_largest(soft, classes);
 
   // A = sum_c t_c, B = sum_c t_c (x_c - top); the class index is added to the smooth part of t by hand
   const T on_class = soft == nullptr ? T(1 - loss.label_smoothing) * weight_of<T>(loss, y) : T(0);
-  T a = on_class, b = soft == nullptr ? on_class * (scratch[y] - top) : T(0);
+  T a = on_class, b = soft == nullptr ? on_class * (to_float(x[y]) - top) : T(0);
   if (General) {
     const T keep = T(1 - loss.label_smoothing), smooth = T(loss.label_smoothing / double(classes));
     const T* weight = static_cast<const T*>(loss.weight);
@@ -266,54 +236,63 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
     for (; c + L <= classes; c += L) {
       const V<T> t = load<T>(target_row + c);
       a_sum += t;
-      b_sum += t * (load<T>(scratch + c) - top);
+      b_sum += t * (load<T>(x + c) - top);
     }
     for (; c < classes; ++c) {
       a += target_row[c];
-      b += target_row[c] * (scratch[c] - top);
+      b += target_row[c] * (to_float(x[c]) - top);
     }
     a += sum<T>(a_sum);
     b += sum<T>(b_sum);
   }
 
-  // The exponentials; meanwhile the next row is fetched. The class index is left out of the sum at first: p_y - 1 =
-  // -others / Z keeps its digits as p_y goes to 1.
-  V<T> d_y = splat<T>(scratch[y] - top);
+  // The exponentials, kept in scratch; meanwhile the next row is fetched. The class index is left out of the sum at first:
+  // p_y - 1 = -others / Z keeps its digits as p_y goes to 1.
+  V<T> d_y = splat<T>(to_float(x[y]) - top);
   const T e_y = exp_nonpositive<T>(d_y)[0];
-  scratch[y] = -T(__builtin_inf());
   V<T> z0{}, z1{}, e0{}, e1{};
+  Bits<T> number = class_numbers<T>(0);
   int64_t c = 0;
-  for (; c + 2 * L <= padded; c += 2 * L) {
-    __builtin_prefetch(next + (c < classes ? c : 0));
-    V<T> d0 = load<T>(scratch + c) - top, d1 = load<T>(scratch + c + L) - top;
-    const V<T> p0 = exp_nonpositive<T>(d0), p1 = exp_nonpositive<T>(d1);
+  for (; c + 2 * L <= classes; c += 2 * L) {
+    __builtin_prefetch(next + c);
+    V<T> d0 = load<T>(x + c) - top, d1 = load<T>(x + c + L) - top;
+    const V<T> p0 = number == Lane<T>(y) ? V<T>{} : exp_nonpositive<T>(d0);
+    const V<T> p1 = number == Lane<T>(y - L) ? V<T>{} : exp_nonpositive<T>(d1);
     z0 += p0;
     z1 += p1;
     e0 += p0 * d0;
     e1 += p1 * d1;
     store<T>(scratch + c, p0);
     store<T>(scratch + c + L, p1);
+    number += 2 * L;
   }
-  for (; c < padded; c += L) {
-    V<T> d = load<T>(scratch + c) - top;
-    const V<T> p = exp_nonpositive<T>(d);
+  if (c + L <= classes) {
+    V<T> d = load<T>(x + c) - top;
+    const V<T> p = number == Lane<T>(y) ? V<T>{} : exp_nonpositive<T>(d);
     z0 += p;
     e0 += p * d;
+    store<T>(scratch + c, p);
+    c += L;
+  }
+  if (rest > 0) {
+    number = class_numbers<T>(classes > L ? classes - L : 0);
+    V<T> d = load_last<T>(x, classes, -T(__builtin_inf())) - top;
+    const V<T> p = (number < Lane<T>(c)) | (number == Lane<T>(y)) ? V<T>{} : exp_nonpositive<T>(d);
+    z1 += p;
+    e1 += p * d;
     store<T>(scratch + c, p);
   }
   const T others = sum<T>(z0 + z1);
   const T partition = others + e_y;
-  scratch[y] = e_y;
   const T inverse = T(1) / partition;
 
   const T p_y = e_y * inverse;
   T confidence = p_y;
   if (General && soft != nullptr) {  // the expected probability sum_c t_c p_c, of the targets as given
     V<T> expected{};
-    confidence = 0;
     for (c = 0; c + L <= classes; c += L) expected += load<T>(soft + c) * load<T>(scratch + c);
-    for (; c < classes; ++c) confidence += soft[c] * scratch[c];
-    confidence = (confidence + sum<T>(expected)) * inverse;
+    if (rest > 0) expected += load_last<T>(soft, classes, T(0)) * load<T>(scratch + c);
+    confidence = (soft[y] * e_y + sum<T>(expected)) * inverse;
   }
   chunk.a[i] = a;
   chunk.b[i] = b;
@@ -327,18 +306,19 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
   if (grad == nullptr) return;
   const T scale = T(loss.grad_scale[branch]);
   const T factor = a * scale * inverse;
+  if (rest > 0) {  // first, since some of its elements have their value elsewhere
+    V<T> g = load<T>(scratch + classes - rest) * factor;
+    if (General) g -= load_last<T>(target_row, classes, T(0)) * scale;
+    store_last<T>(grad, classes, g);
+  }
   for (c = 0; c + L <= classes; c += L) {
     V<T> g = load<T>(scratch + c) * factor;
     if (General) g -= load<T>(target_row + c) * scale;
     store(grad + c, g);
   }
-  for (; c < classes; ++c) {
-    grad[c] = from_float<G>(scratch[c] * factor - (General ? target_row[c] * scale : T(0)));
-  }
-  if (soft == nullptr) {
-    const T smooth_y = General ? (a - on_class) * p_y - target_row[y] : T(0);
-    grad[y] = from_float<G>((smooth_y - on_class * others * inverse) * scale);
-  }
+  T g_y = -on_class * others * inverse;
+  if (General) g_y = (soft == nullptr ? g_y + (a - on_class) * p_y : a * p_y) - target_row[y];
+  grad[y] = from_float<G>(g_y * scale);
 }
 
 template <class T, class S, class G>

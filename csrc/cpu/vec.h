@@ -12,6 +12,7 @@
 #endif
 
 #define ARL_INLINE static inline __attribute__((always_inline))
+#define ARL_LAMBDA __attribute__((always_inline))
 
 namespace arl::ARL_ISA {
 
@@ -46,10 +47,20 @@ template <class T>
 using V = typename Vector<T>::type;
 template <class T>
 using Bits = typename Vector<T>::bits;
+template <class T>
+using Lane = decltype(Bits<T>{}[0] + 0);  // an integer of the size of T
 
 template <class T>
 ARL_INLINE V<T> splat(T value) {
   return value - V<T>{};
+}
+
+// first, first + 1, ...
+template <class T>
+ARL_INLINE Bits<T> class_numbers(int64_t first) {
+  Bits<T> numbers{};
+  for (int lane = 0; lane < Vector<T>::lanes; ++lane) numbers[lane] = lane;
+  return numbers + Lane<T>(first);
 }
 
 template <class To, class From>
@@ -132,6 +143,28 @@ ARL_INLINE void store(Bf16* to, V<float> value) {
   __builtin_memcpy(to, &half, sizeof(half));
 }
 
+// The last L of `count` elements: a row whose length is no multiple of L ends with a vector that has some elements for a second
+// time. Where there are fewer than L: all of them, and `fill` in the lanes behind.
+template <class T, class S>
+ARL_INLINE V<T> load_last(const S* from, int64_t count, T fill) {
+  constexpr int L = Vector<T>::lanes;
+  if (count >= L) return load<T>(from + count - L);
+  T lanes[L];
+#pragma GCC unroll 1  // so that it becomes a masked load, not L branches
+  for (int lane = 0; lane < L; ++lane) lanes[lane] = lane < int(count) ? T(to_float(from[lane])) : fill;
+  return load<T>(lanes);
+}
+
+template <class T, class G>
+ARL_INLINE void store_last(G* to, int64_t count, V<T> value) {
+  constexpr int L = Vector<T>::lanes;
+  if (count >= L) return store(to + count - L, value);
+#pragma GCC unroll 1
+  for (int lane = 0; lane < L; ++lane) {
+    if (lane < int(count)) to[lane] = from_float<G>(value[lane]);
+  }
+}
+
 // The larger operand; the second if either is NaN, which is what the instruction does.
 template <class T>
 ARL_INLINE V<T> larger(V<T> a, V<T> b) {
@@ -141,23 +174,32 @@ ARL_INLINE V<T> larger(V<T> a, V<T> b) {
 template <class T>
 ARL_INLINE V<T> absolute(V<T> x) {
   constexpr auto magnitude = sizeof(T) == 4 ? 0x7fffffffll : 0x7fffffffffffffffll;
-  typedef Bits<T> B;
-  typedef decltype(B{}[0] + 0) Lane;
-  return bit_cast<V<T>>(bit_cast<B>(x) & Lane(magnitude));
+  return bit_cast<V<T>>(bit_cast<Bits<T>>(x) & Lane<T>(magnitude));
+}
+
+// The lanes of x brought together in halves: a chain of as many steps as lanes would take longer than the rest of a short row.
+template <class T, int N, class X, class Join>
+ARL_INLINE T fold(X x, Join join) {
+  if constexpr (N == 2) {
+    return join(x[0], x[1]);
+  } else {
+    typedef T Half __attribute__((vector_size(N / 2 * sizeof(T))));
+    struct Halves {
+      Half low, high;
+    };
+    const Halves halves = bit_cast<Halves>(x);
+    return fold<T, N / 2>(join(halves.low, halves.high), join);
+  }
 }
 
 template <class T>
 ARL_INLINE T sum(V<T> x) {
-  T total = 0;
-  for (int lane = 0; lane < Vector<T>::lanes; ++lane) total += x[lane];
-  return total;
+  return fold<T, Vector<T>::lanes>(x, [](auto a, auto b) ARL_LAMBDA { return a + b; });
 }
 
 template <class T>
 ARL_INLINE T largest(V<T> x) {
-  T top = x[0];
-  for (int lane = 1; lane < Vector<T>::lanes; ++lane) top = x[lane] > top ? x[lane] : top;
-  return top;
+  return fold<T, Vector<T>::lanes>(x, [](auto a, auto b) ARL_LAMBDA { return a > b ? a : b; });
 }
 
 template <class T>
