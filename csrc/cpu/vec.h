@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #if !defined(ARL_ISA) || !defined(ARL_VECTOR_BYTES)
 #error "define ARL_ISA and ARL_VECTOR_BYTES"
@@ -166,10 +169,18 @@ ARL_INLINE void store_last(G* to, int64_t count, V<T> value) {
 }
 
 // The larger operand; the second if either is NaN, which is what the instruction does.
+#if defined(__AVX512F__)  // compilers make two instructions of a comparison and a choice
+template <class T>
+ARL_INLINE V<T> larger(V<T> a, V<T> b) {
+  if constexpr (sizeof(T) == 4) return _mm512_max_ps(a, b);
+  else return _mm512_max_pd(a, b);
+}
+#else
 template <class T>
 ARL_INLINE V<T> larger(V<T> a, V<T> b) {
   return a > b ? a : b;
 }
+#endif
 
 template <class T>
 ARL_INLINE V<T> absolute(V<T> x) {
@@ -202,13 +213,19 @@ ARL_INLINE T largest(V<T> x) {
   return fold<T, Vector<T>::lanes>(x, [](auto a, auto b) ARL_LAMBDA { return a > b ? a : b; });
 }
 
+#if defined(__AVX512F__)
+constexpr bool kAnyPower = true;  // an instruction multiplies by 2^n even where 2^n is no normal number
+#else
+constexpr bool kAnyPower = false;
+#endif
+
 template <class T>
 struct Exp;
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; ln 2 in two pieces so that r is exact.
 template <>
 struct Exp<float> {
-  static constexpr float lowest = -87.0f;  // below: 0, which is less than 2e-38
+  static constexpr float lowest = kAnyPower ? -110.0f : -87.0f;  // exp of it is 0, or taken for 0, since it is below 2e-38
   static constexpr float per_ln2 = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the low bits
   static constexpr int mantissa = 23, one = 0x3f800000;
@@ -218,13 +235,13 @@ struct Exp<float> {
     p = p * r + 0.04166839f;
     p = p * r + 0.16666521f;
     p = p * r + 0.49999994f;
-    return p * (r * r) + r + 1.0f;
+    return (p * r + 1.0f) * r + 1.0f;
   }
 };
 
 template <>
 struct Exp<double> {
-  static constexpr double lowest = -708.0;
+  static constexpr double lowest = kAnyPower ? -750.0 : -708.0;
   static constexpr double per_ln2 = 1.4426950408889634, ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
   static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int mantissa = 52;
@@ -241,7 +258,7 @@ struct Exp<double> {
     p = p * r + 1.0 / 24;
     p = p * r + 1.0 / 6;
     p = p * r + 0.5;
-    return p * (r * r) + r + 1.0;
+    return (p * r + 1.0) * r + 1.0;
   }
 };
 
@@ -250,14 +267,17 @@ struct Exp<double> {
 template <class T>
 ARL_INLINE V<T> exp_nonpositive(V<T>& x) {
   typedef Exp<T> E;
-  const auto below = x < E::lowest;
-  x = below ? splat<T>(E::lowest) : x;
+  x = larger<T>(splat<T>(E::lowest), x);
   const V<T> shifted = x * E::per_ln2 + E::round;
   const V<T> n = shifted - E::round;
-  const V<T> r = (x - n * E::ln2_high) - n * E::ln2_low;
+  const V<T> p = E::polynomial((x - n * E::ln2_high) - n * E::ln2_low);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_scalef_ps(p, n);
+  else return _mm512_scalef_pd(p, n);
+#else
   const V<T> power = bit_cast<V<T>>((bit_cast<Bits<T>>(shifted) << E::mantissa) + E::one);
-  const V<T> e = E::polynomial(r) * power;
-  return below ? V<T>{} : e;
+  return x == E::lowest ? V<T>{} : p * power;
+#endif
 }
 
 // log of a finite normal value > 0; NaN and infinity come out as NaN or infinity.
