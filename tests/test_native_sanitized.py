@@ -13,16 +13,27 @@ SOURCE = Path(__file__).parent / "cpp" / "rows_sanitized.cpp"
 FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-psabi"]
 
 
-def cpu_has_avx2() -> bool:
+VECTORS = {
+    "sse2": (16, [], set()),
+    "avx2": (32, ["-mavx2", "-mfma"], {"avx2", "fma"}),
+    "avx512": (64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"], {"avx512f", "avx512dq", "avx512bw", "avx512vl"}),
+}
+
+
+def cpu_flags() -> set[str]:
     info = Path("/proc/cpuinfo")
-    return info.exists() and " avx2 " in info.read_text() and platform.machine() == "x86_64"
+    return set(info.read_text().split()) if info.exists() and platform.machine() == "x86_64" else set()
 
 
-def test_rows_under_sanitizers(tmp_path):
+@pytest.mark.parametrize("name", VECTORS)
+def test_rows_under_sanitizers(tmp_path, name):
+    size, options, needed = VECTORS[name]
+    if not needed <= cpu_flags():
+        pytest.skip(f"this CPU has no {name}")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    vector = ["-DARL_VECTOR_BYTES=32", "-mavx2", "-mfma"] if cpu_has_avx2() else ["-DARL_VECTOR_BYTES=16"]
+    vector = [f"-DARL_VECTOR_BYTES={size}", *options]
     program = tmp_path / "rows"
     built = subprocess.run([compiler, *FLAGS, *vector, str(SOURCE), "-o", str(program)], capture_output=True, text=True)
     if "cannot find" in built.stderr and "san" in built.stderr:

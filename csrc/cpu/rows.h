@@ -1,8 +1,9 @@
 // The row kernel: statistics and gradient of a chunk of rows, each read from memory once.
 //
-// Few classes: one row per vector lane. Many: one row at a time, kept in scratch between the passes (the largest logit;
-// the exponentials and their sums; the gradient). Both leave what the statistics need per row in a Chunk, whose rows
-// are then finished as vectors.
+// Few classes: one row per vector lane. Many: one row at a time, in passes (the largest logit; the exponentials, kept in
+// scratch, and their sums; the gradient). Both leave what the statistics need per row in a Chunk, whose rows are then
+// finished as vectors. No single element is written where a vector is read soon after: that read would have to wait for the
+// write to reach the cache.
 #pragma once
 
 #include "loss.h"
@@ -206,6 +207,7 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
   const S* next = row + 1 < loss.rows ? x + loss.row_stride[branch] : x;
   G* grad = static_cast<G*>(loss.grad[branch]);
   if (grad != nullptr) grad += row * classes;
+  const G* next_grad = grad != nullptr && row + 1 < loss.rows ? grad + classes : grad;
   if (!loss.valid(branch, row)) {
     skip_row(chunk, i);
     if (grad != nullptr) {
@@ -246,15 +248,16 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
     b += sum<T>(b_sum);
   }
 
-  // The exponentials, kept in scratch; meanwhile the next row is fetched. The class index is left out of the sum at first:
-  // p_y - 1 = -others / Z keeps its digits as p_y goes to 1.
+  // The exponentials, kept in scratch; meanwhile the next row is fetched, and where its gradient goes. The class index is left
+  // out of the sum at first: p_y - 1 = -others / Z keeps its digits as p_y goes to 1.
   V<T> d_y = splat<T>(to_float(x[y]) - top);
   const T e_y = exp_nonpositive<T>(d_y)[0];
   V<T> z0{}, z1{}, e0{}, e1{};
   Bits<T> number = class_numbers<T>(0);
   int64_t c = 0;
   for (; c + 2 * L <= classes; c += 2 * L) {
-    __builtin_prefetch(next + c);
+    prefetch<2 * L>(next + c);
+    if (grad != nullptr) prefetch<2 * L>(next_grad + c);
     V<T> d0 = load<T>(x + c) - top, d1 = load<T>(x + c + L) - top;
     const V<T> p0 = number == Lane<T>(y) ? V<T>{} : exp_nonpositive<T>(d0);
     const V<T> p1 = number == Lane<T>(y - L) ? V<T>{} : exp_nonpositive<T>(d1);

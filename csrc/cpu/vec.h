@@ -168,6 +168,13 @@ ARL_INLINE void store_last(G* to, int64_t count, V<T> value) {
   }
 }
 
+// The cache lines of N elements.
+template <int N, class S>
+ARL_INLINE void prefetch(const S* from) {
+  constexpr int line = 64 / sizeof(S);
+  for (int i = 0; i < N; i += line) __builtin_prefetch(from + i);
+}
+
 // The larger operand; the second if either is NaN, which is what the instruction does.
 #if defined(__AVX512F__)  // compilers make two instructions of a comparison and a choice
 template <class T>
