@@ -260,10 +260,10 @@ void attach(const Head& head, at::Tensor g, cpu::Outputs* outputs) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const at::ScalarType compute = outputs->packed.scalar_type();
     t = g.narrow(0, 1, modalities);
-    if (of_biases && head.full) db = at::sum(g, {0, 1}, false, compute).unsqueeze(0);
+    if (of_biases && head.full) db = at::sum(g, at::IntArrayRef({0, 1}), false, compute).unsqueeze(0);
     t.add_(g[0]);
     if (of_biases && !head.full) {
-      db = head.fusion == kSumFusion ? at::sum(t, {1}, false, compute) : at::sum(t, {0, 1}, false, compute).unsqueeze(0);
+      db = head.fusion == kSumFusion ? at::sum(t, at::IntArrayRef({1}), false, compute) : at::sum(t, at::IntArrayRef({0, 1}), false, compute).unsqueeze(0);
       if (head.fusion == kConcat) db.div_(double(modalities));
     }
   }
