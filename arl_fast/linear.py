@@ -312,7 +312,7 @@ def _late_gradients(ctx: Any, upstream: Tensor, keep: bool) -> list[Tensor | Non
             _, _, grads = implementation.forward(logits, y, present, weight, norm, schedule, ctx.options, True)
             del logits
         u = _take(upstream, part) if upstream.dim() else upstream
-        sums.add(part, implementation.scale(grads, u, None, layout.dtype, keep and bool(kept)), z, weights)
+        sums.add(part, implementation.scale(grads, u, None, layout.dtype, keep and len(kept) > 0), z, weights)
         grads = []
     if link is not None:
         gains = 1 + link

@@ -16,9 +16,9 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 CONTRACT = ["triton"] if INTERPRETING else ["reference", "native"]
 
 if INTERPRETING:
-    from triton_interpreter import round_bfloat16
+    import triton_interpreter
 
-    round_bfloat16()
+    triton_interpreter.mend()
 
 
 @pytest.fixture(params=CONTRACT)

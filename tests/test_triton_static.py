@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -32,6 +32,8 @@ MORE = [  # what a plan does not tell
 # Bytes that do not fit: on sm_80 ptxas spills at this class count, not at 50258 in the same plan.
 # The bound that mends it, 72, makes other plans spill, and more registers would leave room for two programs instead of three.
 KNOWN_SPILLS = {("sm_80", static.Case(8194, "fp16")): 84}
+if triton.__version__.startswith("3.6."):
+    KNOWN_SPILLS |= {("sm_80", static.Case(8193)): 60, ("sm_80", static.Case(8196)): 8}
 
 
 def wrong(case, name, found):
