@@ -240,12 +240,14 @@ def reports(wanted: Sequence[tuple[Case, str]]) -> list[Report]:
         return list(pool.map(report, *zip(*wanted, strict=True), chunksize=4))
 
 
+EVERYTHING = dict(soft=True, mask=True, smoothing=0.1, dependence="logit_l1")  # all sums that a row may need
+
+
 def every_plan(largest: int = 40_000) -> list[Case]:
     """One case for each plan that the rule can pick, with the widths of its accesses, for each dtype: plain, and all sums."""
-    everything = dict(soft=True, mask=True, smoothing=0.1, dependence="logit_l1")
     found = []
     for dtype, size in ITEMSIZE.items():
-        for options in ({}, everything):
+        for options in ({}, EVERYTHING):
             seen: dict[Any, Case] = {}
             for classes in range(1, largest):
                 case = Case(classes, dtype, **options)
