@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import arl_fast
 from arl_fast import ARLLoss, BranchLogits, arl_loss, dispatch, functional, modulate, reference
 from arl_fast.options import Options
-from arl_fast.stats import unpack_sums
+from arl_fast.stats import SUMS, unpack_sums
 
 native, REASON = dispatch.load("native", "cpu")
 pytestmark = pytest.mark.skipif(native is None, reason=REASON)
@@ -104,6 +104,24 @@ def test_infinities_and_nan_agree_with_reference(isa):
                 torch.testing.assert_close(got[2][0], want[2][0], equal_nan=True)
                 impossible = (x == -inf) & got[2][0].isfinite() & (torch.arange(width) != y)
                 assert (got[2][0][impossible] == 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("classes", [3, 17, 60])
+def test_which_is_the_first_largest(isa, classes):
+    """Ties, in logits and in soft targets, and a NaN, which counts as the largest: accuracy as torch.argmax has it."""
+    native._C.set_isa(isa)
+    x = torch.randint(0, 3, (200, classes)).float()
+    soft = torch.randint(0, 3, (200, classes)).float()
+    for row in range(0, 200, 7):
+        x[row, row % classes] = float("nan")
+    for row in range(0, 200, 5):
+        soft[row, row % classes] = float("nan")
+    options = Options("share", "confidence", None, "residual", -100, 0.0, "none")
+    for target in (torch.randint(0, classes, (200,)), x.argmax(1), soft, torch.where(soft.isnan(), soft, x.nan_to_num(5.0))):
+        _, packed, _ = native.forward([x, x], target, None, None, None, (1.0, 8.0, False), options, True)
+        label = target if target.dim() == 1 else target.argmax(1)
+        assert unpack_sums(packed)[SUMS.index("correct")].tolist() == [float((x.argmax(1) == label).sum())] * 2
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -147,25 +147,24 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
 
 // Whether the first largest logit of a row has the index `y`; a NaN, which `top` may have missed, counts as the largest.
 template <class T, class S>
-static bool first_largest_is(const S* x, int64_t classes, int64_t y, T top, bool maybe_nan) {
+ARL_INLINE bool first_largest_is(const S* x, int64_t classes, int64_t y, T top, bool maybe_nan) {
   if (maybe_nan) {
     int64_t c = 0;
     while (c < classes && to_float(x[c]) == to_float(x[c])) ++c;
     if (c < classes) return c == y;
   }
   if (to_float(x[y]) != top) return false;
-  bool earlier = false;
-  for (int64_t c = 0; c < y; ++c) earlier |= to_float(x[c]) == top;
-  return !earlier;
-}
-
-template <class T>
-static int64_t first_largest(const T* x, int64_t classes) {
-  int64_t best = 0;
-  for (int64_t c = 1; c < classes && x[best] == x[best]; ++c) {
-    if (!(x[c] <= x[best])) best = c;
+  constexpr int L = Vector<T>::lanes;
+  Bits<T> equal{};  // an earlier one
+  int64_t c = 0;
+  for (; c + L <= y; c += L) equal |= load<T>(x + c) == top;
+  if (c < y) {
+    const bool inside = c + L <= classes;
+    const V<T> v = inside ? load<T>(x + c) : load_last<T>(x, classes, T(0));
+    const int64_t first = inside ? c : classes > L ? classes - L : 0;
+    equal |= (v == top) & (class_numbers<T>(first) < Lane<T>(y));
   }
-  return best;
+  return !any<T>(equal);
 }
 
 // The largest logit of a row (NaNs may be missed), and sum_c |x_c| if L1.
@@ -195,6 +194,21 @@ ARL_INLINE T row_top(const S* x, int64_t classes, T* l1) {
   }
   if (L1) *l1 = sum<T>(l1_sum);
   return largest<T>(larger<T>(larger<T>(top0, top1), larger<T>(top2, top3)));
+}
+
+// The index of the first largest element of a row; a NaN counts as the largest.
+template <class T>
+ARL_INLINE int64_t first_largest(const T* x, int64_t classes) {
+  constexpr int L = Vector<T>::lanes;
+  T magnitudes, top = row_top<T, T, true>(x, classes, &magnitudes);
+  int64_t c = 0;
+  if (magnitudes != magnitudes) {
+    while (x[c] == x[c]) ++c;
+    return c;
+  }
+  while (c + L <= classes && !any<T>(load<T>(x + c) == top)) c += L;
+  while (x[c] != top) ++c;
+  return c;
 }
 
 // One row at a time. `General`: soft targets or label smoothing, whose target distribution is kept in scratch as well.

@@ -140,8 +140,7 @@ ARL_INLINE void store(Bf16* to, V<float> value) {
   typedef Vector<float>::word Word;
   Word bits = bit_cast<Word>(value);
   bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Word nan = bit_cast<Word>(value != value);
-  bits = (bits & ~nan) | (nan & 0x7fc0);
+  bits = value != value ? Word{} + 0x7fc0 : bits;
   const auto half = __builtin_convertvector(bits, Vector<float>::half);
   __builtin_memcpy(to, &half, sizeof(half));
 }
@@ -218,6 +217,11 @@ ARL_INLINE T sum(V<T> x) {
 template <class T>
 ARL_INLINE T largest(V<T> x) {
   return fold<T, Vector<T>::lanes>(x, [](auto a, auto b) ARL_LAMBDA { return a > b ? a : b; });
+}
+
+template <class T>
+ARL_INLINE bool any(Bits<T> lanes) {
+  return fold<Lane<T>, Vector<T>::lanes>(lanes, [](auto a, auto b) ARL_LAMBDA { return a | b; }) != 0;
 }
 
 #if defined(__AVX512F__)
