@@ -1,8 +1,9 @@
-"""Building without the native kernels: a Python install that works and says why they are absent."""
+"""Building: a Python install without the native kernels that works and says why they are absent, and flags of the user."""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -65,3 +66,14 @@ def test_a_wrong_mode_is_named(checkout):
 
 def test_the_note_stays_out_of_version_control():
     assert "arl_fast/native_build.txt" in (ROOT / ".gitignore").read_text()
+
+
+@pytest.mark.parametrize("name", ["isa_baseline", "isa_avx2"])
+def test_a_users_flags_do_not_change_the_width_of_vectors(name):
+    """CXXFLAGS=-march=native reaches every copy of the row kernels, on a CPU with AVX-512 the narrower ones, too."""
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("no g++, or no x86-64")
+    command = [compiler, "-std=c++20", "-fsyntax-only", "-w", "-march=skylake-avx512", str(ROOT / f"csrc/cpu/{name}.cpp")]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr[-2000:]

@@ -6,12 +6,13 @@
 #pragma once
 
 #include <cstdint>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 #if !defined(ARL_ISA) || !defined(ARL_VECTOR_BYTES)
 #error "define ARL_ISA and ARL_VECTOR_BYTES"
+#endif
+
+#if ARL_VECTOR_BYTES == 64  // AVX-512, whatever else the compiler is told about the machine
+#include <immintrin.h>
 #endif
 
 #define ARL_INLINE static inline __attribute__((always_inline))
@@ -175,7 +176,7 @@ ARL_INLINE void prefetch(const S* from) {
 }
 
 // The larger operand; the second if either is NaN, which is what the instruction does.
-#if defined(__AVX512F__)  // compilers make two instructions of a comparison and a choice
+#if ARL_VECTOR_BYTES == 64  // compilers make two instructions of a comparison and a choice
 template <class T>
 ARL_INLINE V<T> larger(V<T> a, V<T> b) {
   if constexpr (sizeof(T) == 4) return _mm512_max_ps(a, b);
@@ -224,7 +225,7 @@ ARL_INLINE bool any(Bits<T> lanes) {
   return fold<Lane<T>, Vector<T>::lanes>(lanes, [](auto a, auto b) ARL_LAMBDA { return a | b; }) != 0;
 }
 
-#if defined(__AVX512F__)
+#if ARL_VECTOR_BYTES == 64
 constexpr bool kAnyPower = true;  // an instruction multiplies by 2^n even where 2^n is no normal number
 #else
 constexpr bool kAnyPower = false;
@@ -282,7 +283,7 @@ ARL_INLINE V<T> exp_nonpositive(V<T>& x) {
   const V<T> shifted = x * E::per_ln2 + E::round;
   const V<T> n = shifted - E::round;
   const V<T> p = E::polynomial((x - n * E::ln2_high) - n * E::ln2_low);
-#if defined(__AVX512F__)
+#if ARL_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) return _mm512_scalef_ps(p, n);
   else return _mm512_scalef_pd(p, n);
 #else
