@@ -29,6 +29,7 @@ def as_branch_logits(output: object) -> BranchLogits:
     """BranchLogits from itself, a tuple (fused, unimodal[, link]) or a dict {"fused", name: ..., ["link"]}."""
     if isinstance(output, BranchLogits):
         return output
+    # before Mapping, an abstract class, whose check takes a microsecond
     if isinstance(output, (tuple, list)) and len(output) in (2, 3) and not isinstance(output[1], Tensor):
         return BranchLogits(*output)
     if isinstance(output, Mapping):

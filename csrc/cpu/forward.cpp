@@ -1,6 +1,5 @@
 #include "forward.h"
 
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>

@@ -26,14 +26,17 @@ struct alignas(64) Chunk {
   T confidence[kChunkRows], l1[kChunkRows], correct[kChunkRows];
 };
 
+template <class T>
+ARL_INLINE void skip_row(Chunk<T>& chunk, int i) {
+  chunk.a[i] = chunk.b[i] = chunk.energy[i] = chunk.confidence[i] = chunk.l1[i] = chunk.correct[i] = T(0);
+  chunk.partition[i] = T(1);
+}
+
 // Cross-entropy A log Z - B and entropy H = log Z - E / Z of all rows of the chunk, and their sums.
 template <class T>
 ARL_INLINE void finish_rows(const Loss& loss, int branch, int64_t begin, int rows, Chunk<T>& chunk, ChunkSums* sums) {
   constexpr int L = Vector<T>::lanes;
-  for (int i = rows; i % L != 0; ++i) {
-    chunk.a[i] = chunk.b[i] = chunk.energy[i] = chunk.confidence[i] = chunk.l1[i] = chunk.correct[i] = T(0);
-    chunk.partition[i] = T(1);
-  }
+  for (int i = rows; i % L != 0; ++i) skip_row(chunk, i);
   const T* dependences = loss.logit_l1 ? chunk.l1 : chunk.confidence;
   V<T> loss_sum{}, correct{}, entropy_sum{}, dependence{};
   for (int i = 0; i < rows; i += L) {
@@ -57,12 +60,6 @@ ARL_INLINE void finish_rows(const Loss& loss, int branch, int64_t begin, int row
 template <class T>
 ARL_INLINE T weight_of(const Loss& loss, int64_t c) {
   return loss.weight == nullptr ? T(1) : static_cast<const T*>(loss.weight)[c];
-}
-
-template <class T>
-ARL_INLINE void skip_row(Chunk<T>& chunk, int i) {
-  chunk.a[i] = chunk.b[i] = chunk.energy[i] = chunk.confidence[i] = chunk.l1[i] = chunk.correct[i] = T(0);
-  chunk.partition[i] = T(1);
 }
 
 // Class indices and few classes: lane l of every vector belongs to row begin + l.
@@ -161,8 +158,8 @@ ARL_INLINE bool first_largest_is(const S* x, int64_t classes, int64_t y, T top, 
   if (c < y) {
     const bool inside = c + L <= classes;
     const V<T> v = inside ? load<T>(x + c) : load_last<T>(x, classes, T(0));
-    const int64_t first = inside ? c : classes > L ? classes - L : 0;
-    equal |= (v == top) & (class_numbers<T>(first) < Lane<T>(y));
+    const Bits<T> number = inside ? class_numbers<T>(c) : last_numbers<T>(classes);
+    equal |= (v == top) & (number < Lane<T>(y));
   }
   return !any<T>(equal);
 }
@@ -188,9 +185,8 @@ ARL_INLINE T row_top(const S* x, int64_t classes, T* l1) {
     if (L1) l1_sum += absolute<T>(v);
   }
   if (c < classes) {
-    const int64_t last = classes > L ? classes - L : 0;
     top1 = larger<T>(load_last<T>(x, classes, lowest), top1);
-    if (L1) l1_sum += class_numbers<T>(last) < Lane<T>(c) ? V<T>{} : absolute<T>(load_last<T>(x, classes, T(0)));
+    if (L1) l1_sum += last_numbers<T>(classes) < Lane<T>(c) ? V<T>{} : absolute<T>(load_last<T>(x, classes, T(0)));
   }
   if (L1) *l1 = sum<T>(l1_sum);
   return largest<T>(larger<T>(larger<T>(top0, top1), larger<T>(top2, top3)));
@@ -267,37 +263,29 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
   V<T> d_y = splat<T>(to_float(x[y]) - top);
   const T e_y = exp_nonpositive<T>(d_y)[0];
   V<T> z0{}, z1{}, e0{}, e1{};
+  const auto exponentials = [scratch](V<T> d, Bits<T> left_out, int64_t at, V<T>& z, V<T>& e) ARL_LAMBDA {
+    const V<T> p = left_out ? V<T>{} : exp_nonpositive<T>(d);
+    z += p;
+    e += p * d;
+    store<T>(scratch + at, p);
+  };
   Bits<T> number = class_numbers<T>(0);
   int64_t c = 0;
   for (; c + 2 * L <= classes; c += 2 * L) {
     prefetch<2 * L>(next + c);
     if (grad != nullptr) prefetch<2 * L>(next_grad + c);
-    V<T> d0 = load<T>(x + c) - top, d1 = load<T>(x + c + L) - top;
-    const V<T> p0 = number == Lane<T>(y) ? V<T>{} : exp_nonpositive<T>(d0);
-    const V<T> p1 = number == Lane<T>(y - L) ? V<T>{} : exp_nonpositive<T>(d1);
-    z0 += p0;
-    z1 += p1;
-    e0 += p0 * d0;
-    e1 += p1 * d1;
-    store<T>(scratch + c, p0);
-    store<T>(scratch + c + L, p1);
+    exponentials(load<T>(x + c) - top, number == Lane<T>(y), c, z0, e0);
+    exponentials(load<T>(x + c + L) - top, number == Lane<T>(y - L), c + L, z1, e1);
     number += 2 * L;
   }
   if (c + L <= classes) {
-    V<T> d = load<T>(x + c) - top;
-    const V<T> p = number == Lane<T>(y) ? V<T>{} : exp_nonpositive<T>(d);
-    z0 += p;
-    e0 += p * d;
-    store<T>(scratch + c, p);
+    exponentials(load<T>(x + c) - top, number == Lane<T>(y), c, z0, e0);
     c += L;
   }
   if (rest > 0) {
-    number = class_numbers<T>(classes > L ? classes - L : 0);
-    V<T> d = load_last<T>(x, classes, -T(__builtin_inf())) - top;
-    const V<T> p = (number < Lane<T>(c)) | (number == Lane<T>(y)) ? V<T>{} : exp_nonpositive<T>(d);
-    z1 += p;
-    e1 += p * d;
-    store<T>(scratch + c, p);
+    number = last_numbers<T>(classes);
+    const V<T> v = load_last<T>(x, classes, -T(__builtin_inf()));
+    exponentials(v - top, (number < Lane<T>(c)) | (number == Lane<T>(y)), c, z1, e1);
   }
   const T others = sum<T>(z0 + z1);
   const T partition = others + e_y;

@@ -158,6 +158,12 @@ ARL_INLINE V<T> load_last(const S* from, int64_t count, T fill) {
   return load<T>(lanes);
 }
 
+// Which elements those are; the numbers of the lanes behind are `count` and more.
+template <class T>
+ARL_INLINE Bits<T> last_numbers(int64_t count) {
+  return class_numbers<T>(count > Vector<T>::lanes ? count - Vector<T>::lanes : 0);
+}
+
 template <class T, class G>
 ARL_INLINE void store_last(G* to, int64_t count, V<T> value) {
   constexpr int L = Vector<T>::lanes;
