@@ -46,9 +46,13 @@ SUITES: dict[str, list[Case]] = {
     "modalities": _suite("modalities", [(64, 101, 3, F32), (64, 101, 6, F32), (64, 309, 2, BF16)]),
     "large": _suite("large", [(2048, 1000, 2, F32), (1024, 32000, 2, F32)]),
     "large-bf16": _suite("large-bf16", [(2048, 1000, 2, BF16)]),
-    "huge": _suite("huge", [(1024, 32000, 2, BF16), (8192, 32000, 2, BF16), (2048, 32000, 6, F32)]),  # on a GPU only
+    "huge": _suite(
+        "huge", [(1024, 32000, 2, BF16), (8192, 32000, 2, BF16), (2048, 32000, 6, F32)]
+    ),  # on a GPU only
     "scaling-batch": _suite("scaling-batch", [(b, 101, 2, F32) for b in (4, 16, 64, 256, 1024, 4096)]),
-    "scaling-classes": _suite("scaling-classes", [(64, c, 2, F32) for c in (2, 16, 64, 256, 1024, 4096, 16384)]),
+    "scaling-classes": _suite(
+        "scaling-classes", [(64, c, 2, F32) for c in (2, 16, 64, 256, 1024, 4096, 16384)]
+    ),
     "scaling-modalities": _suite("scaling-modalities", [(64, 101, m, F32) for m in (1, 2, 3, 4, 6, 8)]),
     "tiny": _suite("tiny", [(8, 5, 2, F32), (4, 33, 3, BF16)]),  # for the tests of the benchmarks
 }

@@ -41,7 +41,9 @@ def commit() -> str:
     found = _run("git", "rev-parse", "--short=10", "HEAD")
     if not found:
         return os.environ.get("ARL_FAST_COMMIT", "unknown")
-    return found + ("+" if _run("git", "status", "--porcelain", "-uno", "--", "arl_fast", "csrc", "setup.py") else "")
+    return found + (
+        "+" if _run("git", "status", "--porcelain", "-uno", "--", "arl_fast", "csrc", "setup.py") else ""
+    )
 
 
 @functools.cache

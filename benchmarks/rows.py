@@ -27,7 +27,20 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-KEY = ("kind", "device", "experiment", "suite", "batch", "classes", "modalities", "dtype", "threads", "contender", "what", "cache")
+KEY = (
+    "kind",
+    "device",
+    "experiment",
+    "suite",
+    "batch",
+    "classes",
+    "modalities",
+    "dtype",
+    "threads",
+    "contender",
+    "what",
+    "cache",
+)
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:

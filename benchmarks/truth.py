@@ -109,10 +109,18 @@ def check(
         limits = dict.fromkeys(limits, COARSE)
     if stats is not None:
         entropy, depend = entropies[1:], dependences[1:]
-        want = {"entropy": entropy, "dependence": depend, "coefficients": coefficients(entropy, depend, floor)}
+        want = {
+            "entropy": entropy,
+            "dependence": depend,
+            "coefficients": coefficients(entropy, depend, floor),
+        }
         errors |= {name: relative(stats[name], want[name]) for name in want}
         limits |= dict.fromkeys(want, STATISTICS)
-    wrong = [f"{name}: relative error {e:.2g} > {limits[name]:.0e}" for name, e in errors.items() if not e <= limits[name]]
+    wrong = [
+        f"{name}: relative error {e:.2g} > {limits[name]:.0e}"
+        for name, e in errors.items()
+        if not e <= limits[name]
+    ]
     if wrong:
         raise Rejected("; ".join(wrong))
     return errors

@@ -74,7 +74,9 @@ def arl(
             ce = torch.zeros((), dtype=torch.float64)
             for c in range(classes):
                 coefficient = (
-                    float(w[c] * smoothed[c]) if soft else float((1 - label_smoothing) * t[i][c] * w[c] + label_smoothing / classes * w[c])
+                    float(w[c] * smoothed[c])
+                    if soft
+                    else float((1 - label_smoothing) * t[i][c] * w[c] + label_smoothing / classes * w[c])
                 )
                 if coefficient:
                     ce = ce - coefficient * logp[c]
@@ -84,7 +86,9 @@ def arl(
             p = values.exp()
             # tolerate a certain prediction: 0 log 0 = 0
             stats["entropy"] += -sum(float(p[c] * values[c]) for c in range(classes) if p[c] > 0)
-            stats["dependence"] += float((t[i] * p).sum()) if dependence == "confidence" else float(x[i].detach().abs().sum())
+            stats["dependence"] += (
+                float((t[i] * p).sum()) if dependence == "confidence" else float(x[i].detach().abs().sum())
+            )
             stats["correct"] += float(int(x[i].argmax()) == int(t[i].argmax()))
         total = torch.stack(per_row).sum() if per_row else torch.zeros((), dtype=torch.float64)
         branch_losses.append((total, norm))

@@ -15,7 +15,9 @@ DTYPES = [torch.float16, torch.bfloat16]
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6)) for name in ("a", "v")})
+        self.encoders = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6)) for name in ("a", "v")}
+        )
         self.head = arl_fast.ConcatHead({"a": 6, "v": 6}, 5)
 
     def forward(self, x):
@@ -78,7 +80,9 @@ def test_loss_scale_saves_small_float16_gradients(implementation):
     options = {"weight": torch.full((5,), 1e-3), "reduction": "sum"}
     loss, _ = arl_fast.arl_loss(logits[0], logits[1:], target, torch.zeros(2), **options)
     scale = 1e-3 / 4096
-    truth, _ = arl_fast.reference.arl_loss(double[0], double[1:], target, torch.zeros(2, dtype=torch.float64), **options)
+    truth, _ = arl_fast.reference.arl_loss(
+        double[0], double[1:], target, torch.zeros(2, dtype=torch.float64), **options
+    )
     expected = torch.autograd.grad(truth * scale, double)
     lost = torch.autograd.grad(loss * scale, logits, retain_graph=True)
     assert all(g.abs().sum() == 0 for g in lost)

@@ -17,7 +17,9 @@ from arl_fast import ARLLoss, BranchLogits
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 6)) for name in ("a", "v")})
+        self.encoders = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 6)) for name in ("a", "v")}
+        )
         self.head = arl_fast.ConcatHead({"a": 6, "v": 6}, 5)
 
     def forward(self, x):
@@ -96,8 +98,15 @@ def test_checkpointed_encoders(implementation, reentrant):
     expected = grads(model, ARLLoss()(model(x), target))
 
     def forward(x):
-        leaf = {name: z.clone().requires_grad_() for name, z in x.items()}  # reentrant checkpointing asks for such an input
-        return model.head({name: checkpoint(encoder, leaf[name], use_reentrant=reentrant) for name, encoder in model.encoders.items()})
+        leaf = {
+            name: z.clone().requires_grad_() for name, z in x.items()
+        }  # reentrant checkpointing asks for such an input
+        return model.head(
+            {
+                name: checkpoint(encoder, leaf[name], use_reentrant=reentrant)
+                for name, encoder in model.encoders.items()
+            }
+        )
 
     equal(grads(model, ARLLoss()(forward(x), target)), expected)
 
@@ -109,7 +118,10 @@ def test_checkpointed_encoders_compiled(implementation):
     criterion = ARLLoss()
 
     def step(x, target):
-        features = {name: checkpoint(encoder, x[name], use_reentrant=False) for name, encoder in model.encoders.items()}
+        features = {
+            name: checkpoint(encoder, x[name], use_reentrant=False)
+            for name, encoder in model.encoders.items()
+        }
         return criterion(model.head(features), target)
 
     equal(grads(model, torch.compile(step, fullgraph=True, backend="aot_eager")(x, target)), expected)
@@ -165,7 +177,9 @@ def test_resume_in_mid_warmup(implementation):
             criterion(model(x), target).backward()
             optimizer.step()
         file = io.BytesIO()
-        torch.save({"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": steps}, file)
+        torch.save(
+            {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": steps}, file
+        )
         file.seek(0)
         return [p.detach() for p in model.parameters()], file
 

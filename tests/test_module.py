@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import arl_fast
-from arl_fast import ARLLoss, BranchLogits, BranchStats, ConcatHead, dispatch, reference
+from arl_fast import ARLLoss, BranchLogits, BranchStats, ConcatHead
+from arl_fast.implementations import dispatch, reference
 
 
 def example():
@@ -35,7 +36,12 @@ def test_stats_of_the_last_call():
 def test_outputs_of_every_form_give_the_same():
     head, z, target = example()
     out = head(z)
-    forms = [out, tuple(out), (out.fused, list(out.unimodal.values()), out.link), {"fused": out.fused, **out.unimodal, "link": out.link}]
+    forms = [
+        out,
+        tuple(out),
+        (out.fused, list(out.unimodal.values()), out.link),
+        {"fused": out.fused, **out.unimodal, "link": out.link},
+    ]
     losses = [ARLLoss()(form, target) for form in forms]
     assert all(torch.equal(loss, losses[0]) for loss in losses)
 
@@ -84,7 +90,11 @@ def test_presets_name_the_published_settings():
     for name, (gamma, temperature) in {"crema-d": (4, 8), "ave": (5, 4), "ks": (3, 4)}.items():
         release = ARLLoss.release(name, warmup=10)
         assert (release.gamma, release.temperature, release.warmup) == (gamma, temperature, 10)
-        assert (release.options.rule, release.options.dependence, release.options.entropy_floor) == ("constant", "logit_l1", 0.3)
+        assert (release.options.rule, release.options.dependence, release.options.entropy_floor) == (
+            "constant",
+            "logit_l1",
+            0.3,
+        )
     assert ARLLoss.paper("ks", gamma=1.0).gamma == 1
 
 
@@ -112,7 +122,9 @@ def test_plain_cross_entropy_goes_to_torch():
 
 
 def run_python(*arguments, **environment):
-    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **environment})
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+    )
     return result.returncode, result.stdout + result.stderr
 
 
@@ -131,9 +143,7 @@ def test_command_line_names_implementation_and_reason():
 def test_import_is_light():
     """Nothing optional is imported before it is needed."""
     heavy = "triton numpy matplotlib transformers lightning torch._inductor torch._dynamo"
-    script = (
-        f"import torch, sys; before = set(sys.modules); import arl_fast; print(sorted(({set(heavy.split())} & set(sys.modules)) - before))"
-    )
+    script = f"import torch, sys; before = set(sys.modules); import arl_fast; print(sorted(({set(heavy.split())} & set(sys.modules)) - before))"
     code, text = run_python("-c", script)
     assert code == 0
     assert text.strip() == "[]"

@@ -17,7 +17,9 @@ def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text())
 
 
-RUNNABLE = [(page, i) for page in (ROOT / "README.md", ROOT / "docs" / "method.md") for i in range(len(blocks(page)))]
+RUNNABLE = [
+    (page, i) for page in (ROOT / "README.md", ROOT / "docs" / "method.md") for i in range(len(blocks(page)))
+]
 
 
 def test_readme_has_blocks():

@@ -1,0 +1,1 @@
+"""The implementations of one contract (docs/architecture.md): reference, native, triton, sharded; dispatch.py chooses."""
