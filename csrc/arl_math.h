@@ -24,7 +24,7 @@ enum Reduction : int { kMean = 0, kSum = 1, kNoReduction = 2 };
 enum Dtype : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kDtypes = 4 };
 
 // Rows of the sums [6, M+1] and the layout of the packed vector: see arl_fast/stats.py.
-enum Sum : int { kLoss = 0, kNorm = 1, kCount = 2, kCorrect = 3, kEntropy = 4, kDependence = 5, kSums = 6 };
+enum Sum : int { kLoss = 0, kDivisor = 1, kCount = 2, kCorrect = 3, kEntropy = 4, kDependence = 5, kSums = 6 };
 
 ARL_FN constexpr int packed_length(int modalities) { return 16 * modalities + 9; }
 ARL_FN constexpr int link_offset(int modalities) { return 9 * modalities + 3; }
@@ -92,7 +92,7 @@ ARL_FN T finish(const T* sums, int modalities, const Schedule<T>& schedule, cons
     const T loss_sum = sums[kLoss * branches + b];
     count[b] = n;
     accuracy[b] = sums[kCorrect * branches + b] / rows;
-    loss[b] = (b == 0 || n > T(0)) ? loss_sum / sums[kNorm * branches + b] : T(0);
+    loss[b] = (b == 0 || n > T(0)) ? loss_sum / sums[kDivisor * branches + b] : T(0);
     const T term = options.reduction == kMean ? loss[b] : loss_sum;
     if (b == 0) {
       total = term;

@@ -51,7 +51,7 @@ constexpr int64_t kGrain = 16384;  // fewest logits worth another thread
 constexpr int64_t kCountRows = 1 << 15;
 
 struct RowCount {
-  double count = 0, norm = 0;  // valid rows, and the sum of their weights
+  double count = 0, divisor = 0;  // valid rows, and the sum of their weights
 };
 
 // Valid rows of each branch and what "mean" divides by, before any gradient is written; checks the class indices.
@@ -84,7 +84,7 @@ void count_chunk(const Loss& loss, int64_t begin, int64_t end, RowCount* counts)
     for (int64_t i = begin; i < end; ++i) {
       if (!loss.valid(b, i)) continue;
       own.count += 1;
-      own.norm += weight != nullptr && target != nullptr ? double(weight[target[i]]) : 1;
+      own.divisor += weight != nullptr && target != nullptr ? double(weight[target[i]]) : 1;
     }
     counts[b] = own;
   }
@@ -104,7 +104,7 @@ void count_rows(const Loss& loss, RowCount* counts) {
   for (int64_t i = 0; i < chunks; ++i) {
     for (int b = 0; b < loss.branches; ++b) {
       counts[b].count += parts[i * loss.branches + b].count;
-      counts[b].norm += parts[i * loss.branches + b].norm;
+      counts[b].divisor += parts[i * loss.branches + b].divisor;
     }
   }
 }
@@ -141,10 +141,7 @@ void run_rows(const Loss& loss, RowsFn rows, size_t element, ChunkSums* totals) 
   parallel(items, std::max<int64_t>(1, kGrain / (chunk * loss.classes)), run);
   for (int64_t i = 0; i < items; ++i) {
     ChunkSums& total = totals[i / chunks];
-    total.loss += parts[i].loss;
-    total.correct += parts[i].correct;
-    total.entropy += parts[i].entropy;
-    total.dependence += parts[i].dependence;
+    for (int s = 0; s < kSums; ++s) total.of[s] += parts[i].of[s];
   }
 }
 
@@ -156,19 +153,16 @@ void run(Loss& loss, const Options& options, const Inputs& inputs, const T* norm
   count_rows<T>(loss, counts);
   for (int b = 0; b < branches; ++b) {
     loss.grad_scale[b] = b == 0 ? 1.0 : double(schedule.gamma);
-    if (options.reduction == kMean) loss.grad_scale[b] /= norm != nullptr ? double(norm[b]) : counts[b].norm;
+    if (options.reduction == kMean) loss.grad_scale[b] /= norm != nullptr ? double(norm[b]) : counts[b].divisor;
   }
   ChunkSums totals[kMaxBranches] = {};
   if (loss.rows > 0) run_rows(loss, chosen()->rows[loss.dtype], sizeof(T), totals);
 
   T* sums = packed + sums_offset(branches - 1);
   for (int b = 0; b < branches; ++b) {
-    sums[kLoss * branches + b] = T(totals[b].loss);
-    sums[kNorm * branches + b] = T(counts[b].norm);
-    sums[kCount * branches + b] = T(counts[b].count);
-    sums[kCorrect * branches + b] = T(totals[b].correct);
-    sums[kEntropy * branches + b] = T(totals[b].entropy);
-    sums[kDependence * branches + b] = T(totals[b].dependence);
+    totals[b].of[kDivisor] = counts[b].divisor;
+    totals[b].of[kCount] = counts[b].count;
+    for (int s = 0; s < kSums; ++s) sums[s * branches + b] = T(totals[b].of[s]);
   }
   const T total = finish<T>(sums, branches - 1, schedule, options, packed);
   if (options.reduction != kNoReduction) {

@@ -51,9 +51,10 @@ struct Loss {
   }
 };
 
-// What a chunk adds to the sums of its branch; norm and count are known before (see count_rows in loss.cpp).
+// What a chunk adds to the sums of its branch, by Sum. The row kernels leave kDivisor and kCount at 0: both are counted
+// before (count_rows in forward.cpp).
 struct ChunkSums {
-  double loss, correct, entropy, dependence;
+  double of[kSums] = {};
 };
 
 // Rows [begin, end), at most kChunkRows, of one branch: their gradients, and their share of the sums. `scratch` has

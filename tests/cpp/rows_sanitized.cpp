@@ -109,10 +109,10 @@ int check(const Case& c) {
     const int64_t end = begin + arl::cpu::kChunkRows < c.rows ? begin + arl::cpu::kChunkRows : c.rows;
     arl::cpu::ChunkSums sums;
     arl::cpu::isa_sanitized.rows[c.dtype](loss, 1, begin, end, scratch.get(), &sums);
-    total += sums.loss;
-    entropy_total += sums.entropy;
-    correct_total += sums.correct;
-    dependence_total += sums.dependence;
+    total += sums.of[arl::kLoss];
+    entropy_total += sums.of[arl::kEntropy];
+    correct_total += sums.of[arl::kCorrect];
+    dependence_total += sums.of[arl::kDependence];
   }
 
   // The same in the place of the logits, where these have the gradient's type and no gaps.
