@@ -4,6 +4,7 @@
 
 #include "cuda/launch.h"
 #include "dtype.h"
+#include "eager/inputs.h"
 
 namespace arl::cuda {
 namespace {
@@ -24,11 +25,8 @@ at::Tensor with_adjacent_classes(const at::Tensor& x) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> forward(
-    const std::vector<at::Tensor>& logits, const at::Tensor& target, const std::optional<at::Tensor>& mask,
-    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& norm,
-    const std::optional<at::Tensor>& schedule, double gamma, double temperature, bool warming, const Options& options,
-    bool grad, int64_t stream, const std::optional<at::Tensor>& ticket) {
+Results forward(const std::vector<at::Tensor>& logits, const Targets& targets, const Schedule& schedule,
+                const Options& options, bool grad, int64_t stream, const std::optional<at::Tensor>& ticket) {
   check_branches(logits.size());
   const at::Tensor& first = logits[0];
   const c10::OptionalDeviceGuard guard(first.device());
@@ -52,31 +50,40 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> forward(
     }
   }
 
-  at::Tensor labels = target;
-  if (target.is_floating_point()) {
-    labels = with_adjacent_classes(target.to(compute.dtype()));
+  at::Tensor labels = *targets.target;
+  if (labels.is_floating_point()) {
+    labels = with_adjacent_classes(labels.to(compute.dtype()));
     args.target_kind = kProbabilities;
   } else {
-    args.target_kind = target.scalar_type() == at::kInt ? kInt32 : kInt64;
+    args.target_kind = labels.scalar_type() == at::kInt ? kInt32 : kInt64;
   }
   args.target = labels.const_data_ptr();
   args.target_stride = labels.stride(0);
-  if (mask) {
-    args.mask = mask->const_data_ptr<bool>();
-    args.mask_row_stride = mask->stride(0);
-    args.mask_column_stride = mask->stride(1);
+  if (targets.mask != nullptr) {
+    args.mask = targets.mask->const_data_ptr<bool>();
+    args.mask_row_stride = targets.mask->stride(0);
+    args.mask_column_stride = targets.mask->stride(1);
   }
-  const auto adjacent = [&](const std::optional<at::Tensor>& values) -> const void* {
-    if (!values) return nullptr;
-    held.push_back(values->to(compute.dtype()).contiguous());
+  const auto adjacent = [&](const at::Tensor* values, c10::ScalarType dtype) -> const void* {
+    if (values == nullptr) return nullptr;
+    held.push_back(values->to(dtype).contiguous());
     return held.back().const_data_ptr();
   };
-  args.weight = adjacent(weight);
-  args.norm = adjacent(norm);
-  args.schedule = adjacent(schedule);
-  args.gamma = gamma;
-  args.temperature = temperature;
-  args.warming = warming;
+  const c10::ScalarType compute_type = c10::typeMetaToScalarType(compute.dtype());
+  args.weight = adjacent(targets.weight, compute_type);
+  args.divisor = adjacent(targets.divisor, compute_type);
+  const size_t modalities = logits.size() - 1, gammas = schedule.gamma == nullptr ? schedule.gammas.size() : 0;
+  TORCH_CHECK_VALUE(schedule.gamma != nullptr || gammas == 1 || gammas == modalities, "gamma: got ", gammas,
+                    " values, expected one, or one for each of the ", modalities, " modalities");
+  args.schedule.gamma = adjacent(schedule.gamma, compute_type);
+  args.schedule.gamma_stride = schedule.gamma != nullptr && schedule.gamma->dim() == 1 ? 1 : 0;
+  args.schedule.temperature = adjacent(schedule.temperature, compute_type);
+  args.schedule.step = static_cast<const int64_t*>(adjacent(schedule.step, at::kLong));
+  for (size_t m = 0; m < modalities && gammas > 0; ++m) {
+    args.schedule.gammas[m] = schedule.gammas[gammas == 1 ? 0 : m];
+  }
+  args.schedule.temperature_number = schedule.temperature_number;
+  args.schedule.warmup = schedule.warmup;
   args.options = options;
 
   at::Tensor loss = options.reduction == kNoReduction ? at::empty({args.rows}, compute) : at::empty({}, compute);
@@ -143,22 +150,37 @@ std::vector<at::Tensor> modulate_backward(const std::vector<at::Tensor>& grads, 
   return modulated;
 }
 
+namespace {
+
+using pybind11::handle;
+using Tensors = std::vector<at::Tensor>;
+using MaybeTensor = std::optional<at::Tensor>;
+
+Results forward_from_python(const Tensors& logits, handle targets, handle schedule, handle options, bool grad,
+                            int64_t stream, const MaybeTensor& ticket) {
+  const Arguments arguments(targets.ptr(), schedule.ptr(), options.ptr());
+  const pybind11::gil_scoped_release release;
+  return forward(logits, arguments.targets, arguments.schedule, arguments.options, grad, stream, ticket);
+}
+
+Tensors scale_from_python(const Tensors& grads, const at::Tensor& upstream, const MaybeTensor& factor,
+                          at::ScalarType dtype, bool keep, int64_t stream) {
+  const pybind11::gil_scoped_release release;
+  return scale(grads, upstream, factor, dtype, !keep, stream);
+}
+
+Tensors modulate_backward_from_python(const Tensors& grads, const at::Tensor& link,
+                                      const std::vector<int64_t>& modality, int64_t stream) {
+  const pybind11::gil_scoped_release release;
+  return modulate_backward(grads, link, modality, stream);
+}
+
+}  // namespace
+
 void define(pybind11::module_& module) {
-  const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
-  module.def("cuda_forward",
-             pybind11::overload_cast<const std::vector<at::Tensor>&, const at::Tensor&, const std::optional<at::Tensor>&,
-                                     const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                                     const std::optional<at::Tensor>&, double, double, bool, const Options&, bool, int64_t,
-                                     const std::optional<at::Tensor>&>(&forward),
-             without_gil);
-  module.def("cuda_scale",
-             pybind11::overload_cast<const std::vector<at::Tensor>&, const at::Tensor&, const std::optional<at::Tensor>&,
-                                     at::ScalarType, bool, int64_t>(&scale),
-             without_gil);
-  module.def("cuda_modulate_backward",
-             pybind11::overload_cast<const std::vector<at::Tensor>&, const at::Tensor&, const std::vector<int64_t>&, int64_t>(
-                 &modulate_backward),
-             without_gil);
+  module.def("cuda_forward", &forward_from_python);
+  module.def("cuda_scale", &scale_from_python);
+  module.def("cuda_modulate_backward", &modulate_backward_from_python);
 }
 
 }  // namespace arl::cuda

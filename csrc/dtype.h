@@ -1,9 +1,9 @@
-// From torch's types to those of arl_math.h.
+// From torch's types to those of finish.h.
 #pragma once
 
 #include <ATen/ATen.h>
 
-#include "arl_math.h"
+#include "finish.h"
 
 namespace arl {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../arl_math.h"
+#include "../finish.h"
 
 #define ARL_ALWAYS inline __attribute__((always_inline))
 

@@ -1,4 +1,4 @@
-// The launches of a backward pass, and the rules on sums that are ready: scale, modulate_backward, finish_sums.
+// The launches of a backward pass: scale and modulate_backward. Also what is asked of the device.
 #include <mutex>
 
 #include "device.cuh"
@@ -95,20 +95,6 @@ __global__ void __launch_bounds__(kRowsThreads) modulate_kernel(const __grid_con
   }
 }
 
-template <typename C>
-__global__ void __launch_bounds__(32) finish_kernel(const __grid_constant__ FinishArgs a) {
-  __shared__ C packed[packed_length(kMaxBranches - 1)];
-  C* sums = packed + sums_offset(a.modalities);
-  for (int i = threadIdx.x; i < kSums * (a.modalities + 1); i += 32) sums[i] = static_cast<const C*>(a.sums)[i];
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const Schedule<C> schedule = read_schedule<C>(a.schedule, a.gamma, a.temperature, a.warming);
-    *static_cast<C*>(a.loss) = finish(sums, a.modalities, schedule, a.options, packed);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < packed_length(a.modalities); i += 32) static_cast<C*>(a.packed)[i] = packed[i];
-}
-
 template <typename In, typename Out>
 int launch_scale(const ScaleArgs& args, dim3 grid, void* stream) {
   const auto kernel = args.per_row ? scale_kernel<In, Out, true> : scale_kernel<In, Out, false>;
@@ -144,12 +130,6 @@ int modulate_backward(const ModulateArgs& args, void* stream) {
   if (blocks == 0) return cudaSuccess;
   const auto kernel = args.link_dtype == kFloat64 ? modulate_kernel<double> : modulate_kernel<float>;
   return launch<ModulateArgs>(kernel, dim3(blocks, args.count), kRowsThreads, 0, stream, args);
-}
-
-int finish_sums(const FinishArgs& args, void* stream) {
-  if (args.modalities < 0 || args.modalities >= kMaxBranches) return cudaErrorInvalidValue;
-  const auto kernel = args.dtype == kFloat64 ? finish_kernel<double> : finish_kernel<float>;
-  return launch<FinishArgs>(kernel, dim3(1), 32, 0, stream, args);
 }
 
 }  // namespace cuda

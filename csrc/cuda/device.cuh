@@ -311,12 +311,20 @@ __device__ inline void reduce_block(V (&v)[n], V* buffer, V identity, Op op) {
   reduce_warp(v, op);
 }
 
-// gamma, temperature, warming: three numbers of the host, or of the device.
+// ---- the schedule -------------------------------------------------------------------------------------------------------
+
+__device__ inline bool is_warming(const ScheduleArgs& s) { return (s.step == nullptr ? 0 : *s.step) < s.warmup; }
+
 template <typename C>
-__device__ inline Schedule<C> read_schedule(const void* pointer, double gamma, double temperature, double warming) {
-  if (pointer == nullptr) return effective(C(gamma), C(temperature), C(warming));
-  const C* values = static_cast<const C*>(pointer);
-  return effective(values[0], values[1], values[2]);
+__device__ inline C gamma_of(const ScheduleArgs& s, int modality) {
+  if (is_warming(s)) return C(1);
+  if (s.gamma == nullptr) return C(s.gammas[modality]);
+  return static_cast<const C*>(s.gamma)[modality * s.gamma_stride];
+}
+
+template <typename C>
+__device__ inline C temperature_of(const ScheduleArgs& s) {
+  return s.temperature == nullptr ? C(s.temperature_number) : *static_cast<const C*>(s.temperature);
 }
 
 }  // namespace cuda

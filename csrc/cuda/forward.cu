@@ -19,7 +19,7 @@ int make_plan(const ForwardArgs& args, Plan& plan) {
   }
   Device device;
   if (const int error = current_device(device)) return error;
-  const bool known = args.norm != nullptr || (args.target_kind == kProbabilities && args.mask == nullptr);
+  const bool known = args.divisor != nullptr || (args.target_kind == kProbabilities && args.mask == nullptr);
   const bool counts = args.grads[0] != nullptr && args.options.reduction == kMean && !known;
   const bool per_row_loss = args.options.reduction == kNoReduction;
   plan = arl::cuda::plan({args.dtype, args.branches, args.rows, args.classes, is_dense(args), per_row_loss, counts}, device);

@@ -19,7 +19,7 @@ struct ForwardParams {
   ForwardArgs args;
   unsigned* ticket;
   C* partials;  // [6, branches, grid_x]
-  C* norms;     // [branches, count_blocks]
+  C* divisors;   // [branches, count_blocks]
   C smoothing;
   C uniform;  // smoothing / classes
   int count_blocks;
@@ -51,48 +51,48 @@ __device__ inline RowTarget read_target(const ForwardArgs& a, int branch, int64_
   return target;
 }
 
-// What a row adds to its branch's norm: 1, or with class indices its class weight.
+// What a row adds to its branch's divisor: 1, or with class indices its class weight.
 template <typename C>
-__device__ inline C row_norm(const ForwardArgs& a, const RowTarget& target) {
+__device__ inline C row_divisor(const ForwardArgs& a, const RowTarget& target) {
   if (!target.valid || target.bad) return C(0);
   return a.weight != nullptr && a.target_kind != kProbabilities ? static_cast<const C*>(a.weight)[target.index] : C(1);
 }
 
 template <typename C>
 __device__ inline C count_rows(const ForwardArgs& a, int branch, int64_t first, int64_t step) {
-  C norm = C(0);
-  for (int64_t row = first; row < a.rows; row += step) norm += row_norm<C>(a, read_target(a, branch, row));
-  return norm;
+  C divisor = C(0);
+  for (int64_t row = first; row < a.rows; row += step) divisor += row_divisor<C>(a, read_target(a, branch, row));
+  return divisor;
 }
 
 // The divisor of a branch's gradients. All threads of the block call it and get the same value in every block.
 template <typename C>
-__device__ inline C gradient_norm(const ForwardParams<C>& p, int branch, C* buffer) {
+__device__ inline C gradient_divisor(const ForwardParams<C>& p, int branch, C* buffer) {
   const ForwardArgs& a = p.args;
   if (!p.grad || a.options.reduction != kMean) return C(1);
-  if (a.norm != nullptr) return static_cast<const C*>(a.norm)[branch];
+  if (a.divisor != nullptr) return static_cast<const C*>(a.divisor)[branch];
   if (a.target_kind == kProbabilities && a.mask == nullptr) return C(a.rows);
-  C norm[1] = {C(0)};
+  C divisor[1] = {C(0)};
   if (p.count_blocks > 0) {
-    const C* norms = p.norms + branch * p.count_blocks;
+    const C* divisors = p.divisors + branch * p.count_blocks;
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < p.count_blocks; i += 32) norm[0] += norms[i];
-    reduce_warp(norm, Add());
+    for (int i = threadIdx.x % 32; i < p.count_blocks; i += 32) divisor[0] += divisors[i];
+    reduce_warp(divisor, Add());
   } else {
-    norm[0] = count_rows<C>(a, branch, threadIdx.x, blockDim.x);
+    divisor[0] = count_rows<C>(a, branch, threadIdx.x, blockDim.x);
     __syncthreads();  // the buffer may still be in use for the branch before
-    reduce_block(norm, buffer, C(0), Add());
+    reduce_block(divisor, buffer, C(0), Add());
   }
-  return norm[0];
+  return divisor[0];
 }
 
-// The separate counting launch: partial norms [branches, count_blocks].
+// The separate counting launch: partial divisors [branches, count_blocks].
 template <typename C>
 __global__ void __launch_bounds__(kRowsThreads) count_kernel(const __grid_constant__ ForwardParams<C> p) {
   __shared__ C buffer[32];
-  C norm[1] = {count_rows<C>(p.args, blockIdx.y, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x)};
-  reduce_block(norm, buffer, C(0), Add());
-  if (threadIdx.x == 0) p.norms[blockIdx.y * gridDim.x + blockIdx.x] = norm[0];
+  C divisor[1] = {count_rows<C>(p.args, blockIdx.y, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x)};
+  reduce_block(divisor, buffer, C(0), Add());
+  if (threadIdx.x == 0) p.divisors[blockIdx.y * gridDim.x + blockIdx.x] = divisor[0];
 }
 
 // ---- rows on chip -------------------------------------------------------------------------------------------------------
@@ -393,8 +393,8 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
     const C share = soft ? multiply_add(C(1) - smoothing, probabilities[c], uniform) : uniform;
     return weight != nullptr ? share * weight[c] : share;
   };
-  const C norm = row_norm<C>(a, target);
-  const C target_share = soft ? C(0) : (C(1) - smoothing) * norm;  // the part of it that class y has on top
+  const C divisor = row_divisor<C>(a, target);
+  const C target_share = soft ? C(0) : (C(1) - smoothing) * divisor;  // the part of it that class y has on top
   const C target_logit = !soft && target.valid ? widen(x[target.index]) : C(0);
 
   C top[2] = {C(-INFINITY), C(-INFINITY)};
@@ -488,7 +488,7 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
   mass += poison;
 
   if (target.valid) {
-    const C row_sums[kSums] = {loss, norm, C(1), (correct ? C(1) : C(0)) + poison, entropy + poison, dependence + poison};
+    const C row_sums[kSums] = {loss, divisor, C(1), (correct ? C(1) : C(0)) + poison, entropy + poison, dependence + poison};
     sums.add(row_sums, held.place());
   }
 
@@ -517,18 +517,13 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
 
 // ---- the kernel --------------------------------------------------------------------------------------------------------
 
-template <typename C>
-__device__ inline Schedule<C> read_schedule(const ForwardArgs& a) {
-  return read_schedule<C>(a.schedule, a.gamma, a.temperature, a.warming);
-}
-
 // Not inlined, or what it needs takes registers from the loop over the rows.
 template <typename C>
 __device__ __noinline__ void finish_block(const ForwardParams<C>& p) {
   __shared__ C packed[packed_length(kMaxBranches - 1)];
   const ForwardArgs& a = p.args;
   const int modalities = a.branches - 1, columns = kSums * a.branches, blocks = gridDim.x;
-  C* sums = packed + sums_offset(modalities);
+  C* sums = packed + packed_offset<kPackedSums>(modalities);
   for (int column = threadIdx.x / 32; column < columns; column += blockDim.x / 32) {
     C sum[1] = {C(0)};
     for (int i = threadIdx.x % 32; i < blocks; i += 32) sum[0] += __ldcg(p.partials + int64_t(column) * blocks + i);
@@ -537,7 +532,9 @@ __device__ __noinline__ void finish_block(const ForwardParams<C>& p) {
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    const C total = finish(sums, modalities, read_schedule<C>(a), a.options, packed);
+    const auto gamma = [&](int modality) { return gamma_of<C>(a.schedule, modality); };
+    const C temperature = temperature_of<C>(a.schedule);
+    const C total = finish(sums, modalities, gamma, temperature, is_warming(a.schedule), a.options, packed);
     if (a.options.reduction != kNoReduction) *static_cast<C*>(a.loss) = total;
     *p.ticket = 0;
   }
@@ -558,7 +555,8 @@ __global__ void __launch_bounds__(kFamily == kBlock ? resident_threads(kFamily, 
   const bool leads = kFamily == kBlock ? threadIdx.x == 0 : threadIdx.x % p.threads_per_row == 0;
 
   for (int branch = blockIdx.y; branch < a.branches; branch += gridDim.y) {
-    const C scale = (branch == 0 ? C(1) : read_schedule<C>(a).gamma) / gradient_norm(p, branch, block_sums);
+    const C gamma = branch == 0 ? C(1) : gamma_of<C>(a.schedule, branch - 1);
+    const C scale = gamma / gradient_divisor(p, branch, block_sums);
     BranchSums<C, kFamily> sums;
     for (int64_t base = int64_t(blockIdx.x) * rows_per_block; base < a.rows; base += int64_t(gridDim.x) * rows_per_block) {
       const int64_t row = base + own;
@@ -567,12 +565,12 @@ __global__ void __launch_bounds__(kFamily == kBlock ? resident_threads(kFamily, 
       // Per-row loss: one thread adds up the branches of a row, one after the other.
       if (a.options.reduction == kNoReduction && leads && inside) {
         C* out = static_cast<C*>(a.loss) + row;
-        *out = branch == 0 ? loss : *out + scale * loss;  // the norm is 1
+        *out = branch == 0 ? loss : *out + scale * loss;  // the divisor is 1
       }
     }
     C total[kSums];
     sums.spread(total);
-    __syncthreads();  // block_sums held the norm
+    __syncthreads();  // block_sums held the divisor
     reduce_block(total, block_sums, C(0), Add());
     if (threadIdx.x == 0) {
       for (int i = 0; i < kSums; ++i) p.partials[(int64_t(i) * a.branches + branch) * gridDim.x + blockIdx.x] = total[i];
@@ -596,7 +594,7 @@ int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* 
   char* workspace = static_cast<char*>(args.workspace);
   params.ticket = args.ticket;
   params.partials = reinterpret_cast<C*>(workspace + kTicketBytes);
-  params.norms = params.partials + int64_t(kSums) * args.branches * plan.grid_x;
+  params.divisors = params.partials + int64_t(kSums) * args.branches * plan.grid_x;
   params.smoothing = C(args.options.label_smoothing);
   params.uniform = C(args.options.label_smoothing / double(args.classes));
   params.count_blocks = plan.count_blocks;

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "../arl_math.h"
+#include "../finish.h"
 #include "plan.h"
 
 namespace arl {
@@ -17,6 +17,17 @@ constexpr int kMaxBranches = 16;
 
 // Class indices come as int64 or int32, class probabilities in the compute dtype (float64 for float64 logits, else float32).
 enum Target : int { kInt64 = 0, kInt32 = 1, kProbabilities = 2 };
+
+// The numbers of a step. What is a tensor of the device stays there: its pointer replaces the number.
+struct ScheduleArgs {
+  const void* gamma;        // compute dtype, or null: gammas
+  int64_t gamma_stride;     // elements from one modality's to the next; 0: one for all
+  const void* temperature;  // compute dtype, or null: temperature_number
+  const int64_t* step;      // null: 0. The step belongs to the warm-up if it is below `warmup`
+  double gammas[kMaxBranches - 1];
+  double temperature_number;
+  int64_t warmup;
+};
 
 struct ForwardArgs {
   int dtype;     // Dtype of the logits
@@ -34,16 +45,13 @@ struct ForwardArgs {
   int64_t mask_row_stride;
   int64_t mask_column_stride;
   const void* weight;  // [classes] in the compute dtype, adjacent, or null
-  const void* norm;    // [M + 1] in the compute dtype, or null: the divisor of gradients for reduction "mean" is counted
+  const void* divisor;  // [M + 1] in the compute dtype: of the gradients for reduction "mean"; null: it is counted
 
-  const void* schedule;  // device tensor [3] (gamma, temperature, warming) in the compute dtype, or null: the numbers below
-  double gamma;
-  double temperature;
-  double warming;
+  ScheduleArgs schedule;
   Options options;
 
   void* loss;    // compute dtype: one element, for reduction "none" [rows]
-  void* packed;  // compute dtype, [16 M + 9]
+  void* packed;  // compute dtype, [packed_length(M)]
 
   // Scratch of forward_workspace_bytes(), 16-byte aligned, not initialised; free to reuse after the call in stream order.
   void* workspace;
@@ -91,22 +99,6 @@ struct ModulateArgs {
 
 // grads * (1 + link) for all modalities in one launch (Eq. 19).
 int modulate_backward(const ModulateArgs& args, void* stream);
-
-struct FinishArgs {
-  int dtype;  // compute dtype: kFloat64 or kFloat32
-  int modalities;
-  const void* sums;      // [6, M + 1]
-  const void* schedule;  // as in ForwardArgs
-  double gamma;
-  double temperature;
-  double warming;
-  Options options;
-  void* loss;    // one element
-  void* packed;  // [16 M + 9]; sums may point at its end
-};
-
-// From sums that several launches or processes have added up to the loss and the packed vector.
-int finish_sums(const FinishArgs& args, void* stream);
 
 const char* error_string(int error);
 

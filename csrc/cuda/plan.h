@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "../arl_math.h"
+#include "../finish.h"
 
 namespace arl {
 namespace cuda {
@@ -43,7 +43,7 @@ struct Shape {
   int64_t classes;
   bool dense;         // the target's distribution differs from class to class: class probabilities, smoothed class weights
   bool per_row_loss;  // reduction "none"
-  bool counts;        // gradients have to be divided by a norm that is not given and not known to be `rows`
+  bool counts;        // gradients have to be divided by a divisor that is not given and not known to be `rows`
 };
 
 struct Plan {
@@ -110,8 +110,8 @@ inline Plan plan(const Shape& shape, const Device& device) {
     const int64_t blocks = ceil_div(shape.rows, kCountRowsPerBlock);
     p.count_blocks = int(blocks < kCountBlocks ? blocks : kCountBlocks);
   }
-  // Ticket, then the partial sums [6, branches, grid_x], then the partial norms [branches, count_blocks].
-  p.workspace_bytes = kTicketBytes + int64_t(shape.branches) * compute_size(shape.dtype) * (6 * int64_t(p.grid_x) + p.count_blocks);
+  // Ticket, then the partial sums [6, branches, grid_x], then the partial divisors [branches, count_blocks].
+  p.workspace_bytes = kTicketBytes + int64_t(shape.branches) * compute_size(shape.dtype) * (kSums * int64_t(p.grid_x) + p.count_blocks);
   return p;
 }
 

@@ -1,4 +1,4 @@
-// Linear head and loss in one call for usual eager steps on a CPU; the equations are those of arl_fast/linear.py.
+// Linear head and loss in one call for usual eager steps on a CPU; the equations are those of arl_fast/_autograd/linear.py.
 //
 // Forward: x_m = z_m W_m^T + b_m and x_f for all branches into one buffer [M+1, N, C]; the loss overwrites them by their
 // gradients g, which become t_m = g_f + g_m. Backward: dz_m = u gain_m t_m W_m and dW_m = u t_m^T z_m, where u is the
@@ -15,10 +15,10 @@
 #include <algorithm>
 #include <mutex>
 
-#include "autograd.h"
-#include "cpu/forward.h"
-#include "cpu/memory.h"
-#include "eager.h"
+#include "../cpu/forward.h"
+#include "../cpu/memory.h"
+#include "inputs.h"
+#include "steps.h"
 
 namespace arl {
 namespace {
@@ -27,8 +27,6 @@ using torch::autograd::any_variable_requires_grad;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-
-enum Fusion : int { kConcat = 0, kSumFusion = 1, kShared = 2 };
 
 constexpr int64_t kProductsWithGil = 1 << 22;  // most multiplications in forward that other Python threads wait for
 
@@ -79,13 +77,19 @@ bool append_all(PyObject* object, bool one, int64_t modalities, int64_t dim, at:
   return true;
 }
 
+// The fields of LinearHead (arl_fast/_core/checks.py), but for the chunk.
+enum HeadField : int { kFeatures, kWeights, kBias, kFusion, kBiasMode, kChunk, kHeadFields };
+
 // False if anything is unusual or wrong.
-bool read_head(PyObject* fusion, PyObject* bias_mode, PyObject* features, PyObject* weights, PyObject* bias, Head* head) {
-  const int mode = position(bias_mode, {"full", "split"});
-  head->fusion = position(fusion, {"concat", "sum", "shared"});
-  head->full = head->fusion == kConcat && mode == 0;
+bool read_head(PyObject* object, Head* head) {
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != kHeadFields) return false;
+  PyObject* weights = PyTuple_GET_ITEM(object, kWeights);
+  PyObject* bias = PyTuple_GET_ITEM(object, kBias);
+  const int mode = position(PyTuple_GET_ITEM(object, kBiasMode), kBiasModes, length_of(kBiasModes));
+  head->fusion = position(PyTuple_GET_ITEM(object, kFusion), kFusions, length_of(kFusions));
+  head->full = head->fusion == kConcat && mode == kFull;
   if (head->fusion < 0 || mode < 0) return false;
-  const auto values = values_of(features);
+  const auto values = values_of(PyTuple_GET_ITEM(object, kFeatures));
   const int64_t modalities = int64_t(values.size());
   const at::Tensor* first = modalities > 0 ? plain(values[0]) : nullptr;
   if (first == nullptr) return false;
@@ -303,16 +307,23 @@ bool one_chunk(PyObject* chunk, PyObject* budget, int64_t rows, int64_t bytes_pe
 
 PyObject* fast_linear_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 14 || !nobody_watches() || at::autocast::is_autocast_enabled(at::kCPU)) Py_RETURN_NONE;
+  if (count != std::ssize(kFastLinearLoss) || !no_mode_intercepts() || at::autocast::is_autocast_enabled(at::kCPU)) {
+    Py_RETURN_NONE;
+  }
   const Options* options = options_of(args[0]);
   Head head;
-  if (options == nullptr || !read_head(args[1], args[2], args[5], args[6], args[7], &head)) Py_RETURN_NONE;
+  if (options == nullptr || !read_head(args[1], &head)) Py_RETURN_NONE;
   const int64_t modalities = head.modalities(), rows = head.rows(), classes = head.classes();
   const at::ScalarType type = head.features[0].scalar_type();
   cpu::Inputs inputs;
-  if (!read_inputs(args[8], args + 9, *options, rows, classes, modalities, type, &inputs)) Py_RETURN_NONE;
+  Schedule schedule;
+  if (!read_targets(args[2], Classes::kOwn, &inputs.targets) || !read_schedule(args[3], Classes::kOwn, &schedule) ||
+      !is_usual(inputs.targets, schedule, *options, rows, classes, modalities, type)) {
+    Py_RETURN_NONE;
+  }
+  inputs.numbers = cpu::read(schedule);
   const int64_t bytes_per_row = (modalities + 1) * classes * 2 * int64_t(c10::elementSize(type));
-  if (!one_chunk(args[3], args[4], rows, bytes_per_row)) {
+  if (!one_chunk(PyTuple_GET_ITEM(args[1], kChunk), args[4], rows, bytes_per_row)) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
