@@ -2,7 +2,7 @@
 
     python benchmarks/static_report.py [--targets sm_80 sm_90 sm_100 gfx942] [--classes 6 1000 32000 | --every]
 
-Compiles plans that arl_fast/kernels/triton_rule.py can pick, ahead of time, and reads the machine code's properties from
+Compiles plans that arl_fast/implementations/triton/plan.py can pick, ahead of time, and reads the machine code's properties from
 the compiler. tests/test_triton_static.py keeps the budgets, for every plan. Nothing here is a measurement.
 
 The model behind the predicted time of one forward launch with gradients (M = 2), `predict`:
@@ -36,7 +36,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from arl_fast.implementations.triton import plan as triton_rule
+from arl_fast._core.options import Options
+from arl_fast.implementations.triton import plan as launch_plan
+from arl_fast.implementations.triton.finish import SUMS, packed_layout
 from arl_fast.implementations.triton.forward import forward_kernel
 from arl_fast.implementations.triton.multiply import modulate_kernel, scale_kernel
 
@@ -79,12 +81,21 @@ class Case:
     reduction: str = "mean"
 
     @property
-    def plan(self) -> triton_rule.Plan:
-        heavy = triton_rule.heavy(self.soft, self.smoothing, self.dependence)
-        return triton_rule.plan(self.classes, ITEMSIZE[self.dtype], heavy)
+    def plan(self) -> launch_plan.Plan:
+        more_sums = launch_plan.needs_more_sums(self.soft, self.options)
+        return launch_plan.plan(self.classes, ITEMSIZE[self.dtype], more_sums)
 
     @property
-    def options(self) -> str:
+    def options(self) -> Options:
+        return Options(
+            rule=self.rule,
+            dependence=self.dependence,
+            label_smoothing=self.smoothing,
+            reduction=self.reduction,
+        )
+
+    @property
+    def label(self) -> str:
         names = [name for name in ("soft", "mask", "smoothing") if getattr(self, name)]
         names += [] if self.dependence == "confidence" else ["l1"]
         return "+".join(names) or ("loss" if self.grad else "evaluation")
@@ -148,35 +159,29 @@ def forward_arguments(case: Case) -> dict[str, Any]:
         target=f"*{compute}" if case.soft else "*i64",
         mask="*i1" if case.mask else none,
         weight=none,
-        norm=none,
-        schedule=none,
+        divisor=none,
+        gamma=none,
+        temperature=none,
+        step=none,
         row_loss=f"*{compute}" if case.reduction == "none" else none,
         work=f"*{compute}",
-        state="*i32",
+        counters="*i32",
         loss=f"*{compute}",
         packed=f"*{compute}",
+        gamma_stride="i64",
+        gammas=("fp32",) * (2 if case.dtype == "fp64" else 1),
+        temperature_number="fp64",
+        warmup="i64",
         rows="i32",
-        gamma="fp64",
-        temperature="fp64",
-        warming="i32",
         C=constant(case.classes),
         STRIDE=constant(case.classes),
         BRANCHES=constant(branches),
         SOFT=constant(case.soft),
-        IGNORE=constant(-100),
-        SMOOTHING=constant(case.smoothing),
-        REDUCTION=constant(case.reduction),
-        DEPENDENCE=constant(case.dependence),
-        RULE=constant(case.rule),
-        GAIN=constant("residual"),
-        FLOOR=constant(None),
-        ONLINE=constant(plan.online),
-        STEPS=constant(plan.steps),
-        OWNERS=constant(plan.owners),
-        LANES=constant(plan.lanes),
-        ALONE=constant(triton_rule.COUNT_ALONE),
-        BLOCK=constant(triton_rule.COUNT_BLOCK),
-        CHUNKS=constant(triton_rule.COUNT_CHUNKS),
+        OPTIONS=constant(case.options),
+        PLAN=constant(plan),
+        COUNTING=constant(launch_plan.COUNTING),
+        SUMS=constant(SUMS),
+        PACKED=constant(packed_layout(case.modalities)),
     )
 
 
@@ -259,7 +264,7 @@ def every_plan(largest: int = 40_000) -> list[Case]:
             seen: dict[Any, Case] = {}
             for classes in range(1, largest):
                 case = Case(classes, dtype, **options)
-                seen.setdefault((case.plan, triton_rule.vector(classes, size)), case)
+                seen.setdefault((case.plan, launch_plan.vector(classes, size)), case)
             found += seen.values()
     return found
 
@@ -269,7 +274,7 @@ def backward_reports(name: str, dtype: str = "bf16", modalities: int = 2) -> dic
     target = TARGETS[name]
     branches = modalities + 1
     pointers = (f"*{dtype}",)
-    block, threads = triton_rule.FLAT_BLOCK, triton_rule.FLAT_THREADS
+    block, threads = launch_plan.FLAT_BLOCK, launch_plan.FLAT_THREADS
     scale = dict(
         sources=pointers * branches,
         results=pointers * branches,
@@ -362,7 +367,7 @@ def line(case: Case, found: Report, device: str | None) -> str:
         )
         time = f"{predict(case, found, DEVICES[device], rows) * 1e6:.0f} ({floor * 1e6:.0f})"
     return (
-        f"| {case.classes} | {case.dtype} | {case.options} M={case.modalities} | {tile} | {plan.threads} | {found.registers} | "
+        f"| {case.classes} | {case.dtype} | {case.label} M={case.modalities} | {tile} | {plan.threads} | {found.registers} | "
         f"{found.spills} | {found.shared} | {found.loads16} | {found.stores16} | {per_logit(case, found.exponentials):.2f} | "
         f"{per_logit(case, found.instructions):.1f} | {time} |"
     )
