@@ -21,13 +21,14 @@ arl::Results forward(const Tensors& logits, handle targets, handle schedule, han
   return arl::forward(logits, arguments.targets, arguments.schedule, arguments.options, grad);
 }
 
-Tensors scale(const Tensors& grads, const at::Tensor& upstream, const MaybeTensor& factor, at::ScalarType dtype,
-              bool keep) {
+Tensors scale(const Tensors& grads, const at::Tensor& upstream, const MaybeTensor& factor,
+              at::ScalarType dtype, bool keep) {
   const pybind11::gil_scoped_release release;
   return arl::scale(grads, upstream, factor, dtype, !keep);
 }
 
-Tensors modulate_backward(const Tensors& grads, const at::Tensor& link, const std::vector<int64_t>& modality) {
+Tensors modulate_backward(const Tensors& grads, const at::Tensor& link,
+                          const std::vector<int64_t>& modality) {
   const pybind11::gil_scoped_release release;
   return arl::modulate_backward(grads, link, modality);
 }

@@ -13,7 +13,8 @@ void check(int error) { TORCH_CHECK(error == 0, "arl_fast: CUDA: ", error_string
 
 // The arguments of a launch hold arrays of kMaxBranches.
 void check_branches(size_t branches) {
-  TORCH_CHECK(branches <= size_t(kMaxBranches), "arl_fast: got ", branches, " branches, expected at most ", kMaxBranches);
+  TORCH_CHECK(branches <= size_t(kMaxBranches), "arl_fast: got ", branches, " branches, expected at most ",
+              kMaxBranches);
 }
 
 void* handle(int64_t stream) { return reinterpret_cast<void*>(stream); }
@@ -45,7 +46,8 @@ Results forward(const std::vector<at::Tensor>& logits, const Targets& targets, c
     args.logits[b] = held.back().const_data_ptr();
     args.row_stride[b] = held.back().stride(0);
     if (grad) {
-      grads.push_back(at::empty({args.rows, args.classes}, first.options().dtype(type == at::kHalf ? at::kFloat : type)));
+      grads.push_back(
+          at::empty({args.rows, args.classes}, first.options().dtype(type == at::kHalf ? at::kFloat : type)));
       args.grads[b] = grads.back().mutable_data_ptr();
     }
   }
@@ -72,7 +74,8 @@ Results forward(const std::vector<at::Tensor>& logits, const Targets& targets, c
   const c10::ScalarType compute_type = c10::typeMetaToScalarType(compute.dtype());
   args.weight = adjacent(targets.weight, compute_type);
   args.divisor = adjacent(targets.divisor, compute_type);
-  const size_t modalities = logits.size() - 1, gammas = schedule.gamma == nullptr ? schedule.gammas.size() : 0;
+  const size_t modalities = logits.size() - 1,
+               gammas = schedule.gamma == nullptr ? schedule.gammas.size() : 0;
   TORCH_CHECK_VALUE(schedule.gamma != nullptr || gammas == 1 || gammas == modalities, "gamma: got ", gammas,
                     " values, expected one, or one for each of the ", modalities, " modalities");
   args.schedule.gamma = adjacent(schedule.gamma, compute_type);
@@ -86,7 +89,8 @@ Results forward(const std::vector<at::Tensor>& logits, const Targets& targets, c
   args.schedule.warmup = schedule.warmup;
   args.options = options;
 
-  at::Tensor loss = options.reduction == kNoReduction ? at::empty({args.rows}, compute) : at::empty({}, compute);
+  at::Tensor loss =
+      options.reduction == kNoReduction ? at::empty({args.rows}, compute) : at::empty({}, compute);
   at::Tensor packed = at::empty({packed_length(args.branches - 1)}, compute);
   args.loss = loss.mutable_data_ptr();
   args.packed = packed.mutable_data_ptr();
@@ -97,8 +101,9 @@ Results forward(const std::vector<at::Tensor>& logits, const Targets& targets, c
   return {std::move(loss), std::move(packed), std::move(grads)};
 }
 
-std::vector<at::Tensor> scale(const std::vector<at::Tensor>& grads, const at::Tensor& upstream, const std::optional<at::Tensor>& factor,
-                              at::ScalarType dtype, bool reuse, int64_t stream) {
+std::vector<at::Tensor> scale(const std::vector<at::Tensor>& grads, const at::Tensor& upstream,
+                              const std::optional<at::Tensor>& factor, at::ScalarType dtype, bool reuse,
+                              int64_t stream) {
   check_branches(grads.size());
   const at::Tensor& first = grads[0];
   const c10::OptionalDeviceGuard guard(first.device());
@@ -110,7 +115,9 @@ std::vector<at::Tensor> scale(const std::vector<at::Tensor>& grads, const at::Te
   args.classes = first.size(1);
   std::vector<at::Tensor> scaled;
   for (size_t b = 0; b < grads.size(); ++b) {
-    scaled.push_back(reuse && first.scalar_type() == dtype ? grads[b] : at::empty(grads[b].sizes(), first.options().dtype(dtype)));
+    scaled.push_back(reuse && first.scalar_type() == dtype
+                         ? grads[b]
+                         : at::empty(grads[b].sizes(), first.options().dtype(dtype)));
     args.grads[b] = grads[b].const_data_ptr();
     args.out[b] = scaled.back().mutable_data_ptr();
   }
@@ -124,8 +131,8 @@ std::vector<at::Tensor> scale(const std::vector<at::Tensor>& grads, const at::Te
   return scaled;
 }
 
-std::vector<at::Tensor> modulate_backward(const std::vector<at::Tensor>& grads, const at::Tensor& link, const std::vector<int64_t>& modality,
-                                          int64_t stream) {
+std::vector<at::Tensor> modulate_backward(const std::vector<at::Tensor>& grads, const at::Tensor& link,
+                                          const std::vector<int64_t>& modality, int64_t stream) {
   std::vector<at::Tensor> held, modulated;
   if (grads.empty()) return modulated;
   const c10::OptionalDeviceGuard guard(link.device());

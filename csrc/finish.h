@@ -1,7 +1,9 @@
-// The facts that all kernels share, and finish(): from the sums over a batch to the loss, the statistics and the gains.
+// The facts that all kernels share, and finish(): from the sums over a batch to the loss, the statistics and
+// the gains.
 //
-// arl_fast/_core/spec.py and options.py state the same facts for Python; the extension exports these (csrc/spec.cpp),
-// and importing it compares. finish() takes the steps of arl_fast/_core/rules.py, the reference. No torch headers here.
+// arl_fast/_core/spec.py and options.py state the same facts for Python; the extension exports these
+// (csrc/spec.cpp), and importing it compares. finish() takes the steps of arl_fast/_core/rules.py, the
+// reference. No torch headers here.
 #pragma once
 
 #include <cmath>
@@ -16,7 +18,7 @@
 
 namespace arl {
 
-// ---- names ----------------------------------------------------------------------------------------------------------
+// ---- names -----------------------------------------------------------------------------------------------
 
 enum Rule : int { kShare, kPaper, kConstant, kNone };
 inline constexpr const char* kRules[] = {"share", "paper", "constant", "none"};
@@ -45,9 +47,10 @@ constexpr double kHugeRatio = 1e30;   // keeps Eq. 18's ratios finite: inf - inf
 
 // Sums over the valid rows of a branch.
 enum Sum : int { kLoss, kDivisor, kCount, kCorrect, kEntropy, kDependence, kSums };
-inline constexpr const char* kSumNames[kSums] = {"loss", "divisor", "count", "correct", "entropy", "dependence"};
+inline constexpr const char* kSumNames[kSums] = {"loss",    "divisor", "count",
+                                                 "correct", "entropy", "dependence"};
 
-// ---- options --------------------------------------------------------------------------------------------------------
+// ---- options ---------------------------------------------------------------------------------------------
 
 // In the order of Python's Options, so that one table describes both.
 struct Options {
@@ -70,7 +73,7 @@ enum class Kind { kChoice, kNumber, kInteger };
 struct OptionField {
   const char* name;
   Kind kind;
-  size_t offset;               // in Options: an int for kChoice, a double for kNumber, an int64_t for kInteger
+  size_t offset;  // in Options: an int for kChoice, a double for kNumber, an int64_t for kInteger
   const char* const* choices;  // kChoice: the names ...
   int choice_count;            // ... and how many
   bool optional;               // kNumber: None is legal, ...
@@ -79,7 +82,8 @@ struct OptionField {
 
 inline constexpr OptionField kOptionFields[] = {
     {"rule", Kind::kChoice, offsetof(Options, rule), kRules, length_of(kRules), false, 0},
-    {"dependence", Kind::kChoice, offsetof(Options, dependence), kDependences, length_of(kDependences), false, 0},
+    {"dependence", Kind::kChoice, offsetof(Options, dependence), kDependences, length_of(kDependences), false,
+     0},
     {"entropy_floor", Kind::kNumber, offsetof(Options, entropy_floor), nullptr, 0, true, -1},
     {"gain", Kind::kChoice, offsetof(Options, gain), kGains, length_of(kGains), false, 0},
     {"ignore_index", Kind::kInteger, offsetof(Options, ignore_index), nullptr, 0, false, 0},
@@ -87,7 +91,7 @@ inline constexpr OptionField kOptionFields[] = {
     {"reduction", Kind::kChoice, offsetof(Options, reduction), kReductions, length_of(kReductions), false, 0},
 };
 
-// ---- the packed vector ----------------------------------------------------------------------------------------------
+// ---- the packed vector -----------------------------------------------------------------------------------
 
 enum Packed : int {
   kPackedLoss,
@@ -111,9 +115,17 @@ struct PackedField {
 };
 
 inline constexpr PackedField kPacked[kPackedFields] = {
-    {"loss", 1, 0},       {"accuracy", 1, 0}, {"entropy", 0, 1},      {"dependence", 0, 1},
-    {"inverse_variance", 0, 1}, {"dependence_share", 0, 1}, {"coefficients", 0, 1}, {"gains", 0, 1},
-    {"count", 1, 0},      {"link", 0, 1},     {"sums", kSums, 0},
+    {"loss", 1, 0},
+    {"accuracy", 1, 0},
+    {"entropy", 0, 1},
+    {"dependence", 0, 1},
+    {"inverse_variance", 0, 1},
+    {"dependence_share", 0, 1},
+    {"coefficients", 0, 1},
+    {"gains", 0, 1},
+    {"count", 1, 0},
+    {"link", 0, 1},
+    {"sums", kSums, 0},
 };
 
 // Rows before a field, of both kinds.
@@ -134,7 +146,7 @@ ARL_FN constexpr int packed_offset(int modalities) {
 }
 ARL_FN constexpr int packed_length(int modalities) { return packed_offset<kPackedFields>(modalities); }
 
-// ---- the rule -------------------------------------------------------------------------------------------------------
+// ---- the rule --------------------------------------------------------------------------------------------
 
 template <typename T>
 ARL_FN T larger(T a, T b) {
@@ -149,11 +161,12 @@ ARL_FN T bounded_ratio(T top, T bottom) {
   return ratio > T(kHugeRatio) ? T(kHugeRatio) : ratio;
 }
 
-// From the sums [kSums, M+1] to the packed vector and the loss; `packed` may hold the sums in place already. gamma(m) is
-// the weight of modality m in this step, 1 during the warm-up. For reduction "none" the return value is the sum over rows.
+// From the sums [kSums, M+1] to the packed vector and the loss; `packed` may hold the sums in place already.
+// gamma(m) is the weight of modality m in this step, 1 during the warm-up. For reduction "none" the return
+// value is the sum over rows.
 template <typename T, typename Gamma>
-ARL_FN T finish(const T* sums, int modalities, const Gamma& gamma, T temperature, bool warming, const Options& options,
-                T* packed) {
+ARL_FN T finish(const T* sums, int modalities, const Gamma& gamma, T temperature, bool warming,
+                const Options& options, T* packed) {
   const int branches = modalities + 1;
   T* loss = packed + packed_offset<kPackedLoss>(modalities);
   T* accuracy = packed + packed_offset<kPackedAccuracy>(modalities);
@@ -167,7 +180,8 @@ ARL_FN T finish(const T* sums, int modalities, const Gamma& gamma, T temperature
   T* link = packed + packed_offset<kPackedLink>(modalities);
   T* sums_out = packed + packed_offset<kPackedSums>(modalities);
 
-  // Eq. 22. All targets ignored: 0/0 = NaN for the fused branch, as torch; an absent modality contributes nothing.
+  // Eq. 22. All targets ignored: 0/0 = NaN for the fused branch, as torch; an absent modality contributes
+  // nothing.
   T total = T(0);
   T unimodal = T(0);
   int present = 0;
@@ -192,8 +206,8 @@ ARL_FN T finish(const T* sums, int modalities, const Gamma& gamma, T temperature
 
   // Shares over the modalities present: d (Eq. 4) and, with a floor before the inversion, q (Eq. 17).
   const T modalities_present = T(present > 0 ? present : 1);
-  const T floor =
-      options.entropy_floor < 0 ? T(kFloor) / modalities_present : larger(T(options.entropy_floor), T(kTinyShare));
+  const T floor = options.entropy_floor < 0 ? T(kFloor) / modalities_present
+                                            : larger(T(options.entropy_floor), T(kTinyShare));
   T entropy_total = T(0), dependence_total = T(0), inverse_total = T(0);
   for (int m = 0; m < modalities; ++m) {
     entropy_total += entropy[m];

@@ -13,8 +13,8 @@
 
 namespace arl {
 
-Results forward(at::TensorList logits, const Targets& targets, const Schedule& schedule, const Options& options,
-                bool grad) {
+Results forward(at::TensorList logits, const Targets& targets, const Schedule& schedule,
+                const Options& options, bool grad) {
   cpu::Inputs inputs;
   inputs.logits = logits;
   inputs.targets = targets;
@@ -26,8 +26,8 @@ Results forward(at::TensorList logits, const Targets& targets, const Schedule& s
   return {std::move(outputs.loss), std::move(outputs.packed), std::move(grads)};
 }
 
-std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream, const std::optional<at::Tensor>& factor,
-                              at::ScalarType dtype, bool reuse) {
+std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream,
+                              const std::optional<at::Tensor>& factor, at::ScalarType dtype, bool reuse) {
   std::vector<at::Tensor> scaled;
   scaled.reserve(grads.size());
   const bool scalar = upstream.dim() == 0;
@@ -49,7 +49,8 @@ std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream, 
   return scaled;
 }
 
-std::vector<at::Tensor> modulate_backward(at::TensorList grads, const at::Tensor& link, at::IntArrayRef modality) {
+std::vector<at::Tensor> modulate_backward(at::TensorList grads, const at::Tensor& link,
+                                          at::IntArrayRef modality) {
   const at::Tensor values = link.to(at::kDouble).contiguous();
   const double* value = values.const_data_ptr<double>();
   std::vector<at::Tensor> modulated;
@@ -58,7 +59,7 @@ std::vector<at::Tensor> modulate_backward(at::TensorList grads, const at::Tensor
   return modulated;
 }
 
-// ---- the registered ops, whose schemas are in arl_fast/implementations/ops.py ---------------------------------------
+// ---- the registered ops, whose schemas are in arl_fast/implementations/ops.py ----------------------------
 
 namespace {
 
@@ -96,8 +97,10 @@ Results forward_op(at::TensorList logits, const at::Tensor& target, const std::o
                    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& divisor,
                    const OptionalTensors& schedule, at::ArrayRef<double> numbers, int64_t warmup,
                    std::string_view options, bool grad) {
-  TORCH_CHECK_VALUE(schedule.size() == 3 && numbers.size() >= 2, "schedule: expected 3 tensors or None, and numbers");
-  const std::optional<at::Tensor> gamma = schedule.get(0), temperature = schedule.get(1), step = schedule.get(2);
+  TORCH_CHECK_VALUE(schedule.size() == 3 && !numbers.empty(),
+                    "schedule: expected 3 tensors or None, and numbers");
+  const std::optional<at::Tensor> gamma = schedule.get(0), temperature = schedule.get(1),
+                                  step = schedule.get(2);
   Schedule given_schedule{given(gamma), given(temperature), given(step)};
   given_schedule.gammas.assign(numbers.begin(), numbers.end() - 1);
   given_schedule.temperature_number = numbers.back();
@@ -106,7 +109,8 @@ Results forward_op(at::TensorList logits, const at::Tensor& target, const std::o
   return forward(logits, targets, given_schedule, parse_options(options), grad);
 }
 
-std::vector<at::Tensor> modulate_op(at::TensorList grads, at::IntArrayRef modalities, const at::Tensor& link) {
+std::vector<at::Tensor> modulate_op(at::TensorList grads, at::IntArrayRef modalities,
+                                    const at::Tensor& link) {
   std::vector<at::Tensor> modulated = modulate_backward(grads, link, modalities);
   for (at::Tensor& g : modulated) g = g.contiguous();  // as the fake says
   return modulated;
@@ -127,12 +131,13 @@ const Options& parse_options(std::string_view text) {
   if (found != known->end()) return found->second;
   Options options;
   std::string bare(text);
-  std::replace_if(bare.begin(), bare.end(), [](char c) { return c == '(' || c == ')' || c == ',' || c == '\''; }, ' ');
+  std::replace_if(
+      bare.begin(), bare.end(), [](char c) { return c == '(' || c == ')' || c == ',' || c == '\''; }, ' ');
   std::istringstream words(bare);
   std::string word;
   for (const OptionField& field : kOptionFields) {
-    TORCH_CHECK_VALUE(words >> word && parse_field(field, word, &options), field.name, ": got '", word, "' in ", text,
-                      ", which these kernels do not know");
+    TORCH_CHECK_VALUE(words >> word && parse_field(field, word, &options), field.name, ": got '", word,
+                      "' in ", text, ", which these kernels do not know");
   }
   return known->emplace(text, options).first->second;
 }

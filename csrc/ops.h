@@ -1,4 +1,5 @@
-// The three functions of the contract (docs/architecture.md) on CPU tensors, for the registered ops and for Python.
+// The three functions of the contract (docs/architecture.md) on CPU tensors, for the registered ops and for
+// Python.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,15 +12,17 @@
 
 namespace arl {
 
-Results forward(at::TensorList logits, const Targets& targets, const Schedule& schedule, const Options& options,
-                bool grad);
+Results forward(at::TensorList logits, const Targets& targets, const Schedule& schedule,
+                const Options& options, bool grad);
 
-// grads * upstream * factor, rounded once to `dtype`. With `reuse` the result may be `grads`, scaled in place.
-std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream, const std::optional<at::Tensor>& factor,
-                              at::ScalarType dtype, bool reuse);
+// grads * upstream * factor, rounded once to `dtype`. With `reuse` the result may be `grads`, scaled in
+// place.
+std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream,
+                              const std::optional<at::Tensor>& factor, at::ScalarType dtype, bool reuse);
 
 // grads[i] * (1 + link[modality[i]]) (Eq. 19, with link = gain - 1).
-std::vector<at::Tensor> modulate_backward(at::TensorList grads, const at::Tensor& link, at::IntArrayRef modality);
+std::vector<at::Tensor> modulate_backward(at::TensorList grads, const at::Tensor& link,
+                                          at::IntArrayRef modality);
 
 // The options of a registered op: the text of a Python tuple, its values in the order of kOptionFields.
 const Options& parse_options(std::string_view text);

@@ -35,7 +35,7 @@ REGISTERS = {
     (BLOCK, False): 128,
     (BLOCK, True): 255,
 }
-OTHER_REGISTERS = {"scale_kernel": 40, "modulate_kernel": 40, "count_kernel": 40, "finish_kernel": 128}
+OTHER_REGISTERS = {"scale_kernel": 40, "modulate_kernel": 40, "count_kernel": 40}
 STATIC_SHARED = 8192  # kStaticShared
 
 

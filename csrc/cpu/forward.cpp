@@ -153,7 +153,8 @@ void run(Loss& loss, const Options& options, const Numbers& numbers, const T* di
   count_rows<T>(loss, counts);
   for (int b = 0; b < branches; ++b) {
     loss.grad_scale[b] = b == 0 ? 1.0 : double(gamma(b - 1));
-    if (options.reduction == kMean) loss.grad_scale[b] /= divisor != nullptr ? double(divisor[b]) : counts[b].divisor;
+    const double rows = divisor != nullptr ? double(divisor[b]) : counts[b].divisor;
+    if (options.reduction == kMean) loss.grad_scale[b] /= rows;
   }
   ChunkSums totals[kMaxBranches] = {};
   if (loss.rows > 0) run_rows(loss, chosen()->rows[loss.dtype], sizeof(T), totals);
@@ -164,7 +165,8 @@ void run(Loss& loss, const Options& options, const Numbers& numbers, const T* di
     totals[b].of[kCount] = counts[b].count;
     for (int s = 0; s < kSums; ++s) sums[s * branches + b] = T(totals[b].of[s]);
   }
-  const T total = finish<T>(sums, branches - 1, gamma, T(numbers.temperature), numbers.warming, options, packed);
+  const T temperature = T(numbers.temperature);
+  const T total = finish<T>(sums, branches - 1, gamma, temperature, numbers.warming, options, packed);
   if (options.reduction != kNoReduction) {
     *out = total;
     return;
@@ -195,7 +197,9 @@ Numbers read(const Schedule& schedule) {
   if (schedule.gamma == nullptr) {
     numbers.gammas = schedule.gammas;
   } else {
-    for (int64_t m = 0; m < schedule.gamma->numel(); ++m) numbers.gammas.push_back(element(*schedule.gamma, m));
+    for (int64_t m = 0; m < schedule.gamma->numel(); ++m) {
+      numbers.gammas.push_back(element(*schedule.gamma, m));
+    }
   }
   numbers.temperature =
       schedule.temperature == nullptr ? schedule.temperature_number : element(*schedule.temperature, 0);
@@ -287,7 +291,8 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   void* out = outputs.loss.mutable_data_ptr();
   const auto run_as = [&](auto zero) {
     using T = decltype(zero);
-    run<T>(loss, options, inputs.numbers, static_cast<const T*>(divisors), static_cast<T*>(packed), static_cast<T*>(out));
+    run<T>(loss, options, inputs.numbers, static_cast<const T*>(divisors), static_cast<T*>(packed),
+           static_cast<T*>(out));
   };
   compute == at::kDouble ? run_as(double()) : run_as(float());
   return outputs;

@@ -23,7 +23,8 @@ struct Numbers {
 // Reads the tensors of a schedule, which are on the CPU.
 Numbers read(const Schedule& schedule);
 
-// Arguments as in arl_fast/implementations/reference.py, which documents them. Logits are 2-D tensors on the CPU.
+// Arguments as in arl_fast/implementations/reference.py, which documents them. Logits are 2-D tensors on the
+// CPU.
 struct Inputs {
   at::TensorList logits;
   Targets targets;

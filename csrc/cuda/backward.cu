@@ -17,7 +17,8 @@ int current_device(Device& device) {
   std::call_once(asked[ordinal], [&] {
     error = cudaDeviceGetAttribute(&known[ordinal].multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
     if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&known[ordinal].shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+      error = cudaDeviceGetAttribute(&known[ordinal].shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                     ordinal);
     }
   });
   device = known[ordinal];
@@ -79,8 +80,9 @@ __global__ void __launch_bounds__(kRowsThreads) scale_kernel(const __grid_consta
 
 template <typename C, typename T>
 __device__ inline void modulate_tensor(const ModulateArgs& a, int tensor, C gain) {
-  transform(static_cast<const T*>(a.grads[tensor]), static_cast<T*>(a.out[tensor]), a.size[tensor],
-            [&](typename Element<T>::Compute x, int64_t) { return typename Element<T>::Compute(C(x) * gain); });
+  transform(
+      static_cast<const T*>(a.grads[tensor]), static_cast<T*>(a.out[tensor]), a.size[tensor],
+      [&](typename Element<T>::Compute x, int64_t) { return typename Element<T>::Compute(C(x) * gain); });
 }
 
 template <typename C>
@@ -108,7 +110,8 @@ int scale(const ScaleArgs& args, void* stream) {
   if (args.rows == 0 || args.classes == 0) return cudaSuccess;
   Device device;
   if (const int error = current_device(device)) return error;
-  const dim3 grid(elementwise_blocks(args.rows * args.classes, args.dtype, args.branches, device), args.branches);
+  const dim3 grid(elementwise_blocks(args.rows * args.classes, args.dtype, args.branches, device),
+                  args.branches);
   switch (args.dtype) {
     case kFloat64: return launch_scale<double, double>(args, grid, stream);
     case kFloat32: return launch_scale<float, float>(args, grid, stream);
@@ -124,7 +127,8 @@ int modulate_backward(const ModulateArgs& args, void* stream) {
   if (const int error = current_device(device)) return error;
   int blocks = 0;
   for (int i = 0; i < args.count; ++i) {
-    const int needed = args.size[i] == 0 ? 0 : elementwise_blocks(args.size[i], args.dtype[i], args.count, device);
+    const int needed =
+        args.size[i] == 0 ? 0 : elementwise_blocks(args.size[i], args.dtype[i], args.count, device);
     if (needed > blocks) blocks = needed;
   }
   if (blocks == 0) return cudaSuccess;

@@ -1,7 +1,9 @@
-// The CUDA launchers, for callers that know nothing of CUDA: raw device pointers, no torch and no CUDA headers.
+// The CUDA launchers, for callers that know nothing of CUDA: raw device pointers, no torch and no CUDA
+// headers.
 //
-// Every launcher enqueues on `stream` of the current device and returns at once: no synchronisation, no allocation, so
-// everything can be captured in a CUDA graph. The result is 0 or the cudaError_t (see error_string).
+// Every launcher enqueues on `stream` of the current device and returns at once: no synchronisation, no
+// allocation, so everything can be captured in a CUDA graph. The result is 0 or the cudaError_t (see
+// error_string).
 #pragma once
 
 #include <cstdint>
@@ -12,10 +14,12 @@
 namespace arl {
 namespace cuda {
 
-// More branches than this (15 modalities) are refused with cudaErrorInvalidValue: the caller takes the reference.
+// More branches than this (15 modalities) are refused with cudaErrorInvalidValue: the caller takes the
+// reference.
 constexpr int kMaxBranches = 16;
 
-// Class indices come as int64 or int32, class probabilities in the compute dtype (float64 for float64 logits, else float32).
+// Class indices come as int64 or int32, class probabilities in the compute dtype (float64 for float64 logits,
+// else float32).
 enum Target : int { kInt64 = 0, kInt32 = 1, kProbabilities = 2 };
 
 // The numbers of a step. What is a tensor of the device stays there: its pointer replaces the number.
@@ -36,7 +40,7 @@ struct ForwardArgs {
   int64_t classes;
   const void* logits[kMaxBranches];  // rows of `classes` adjacent elements, element-aligned, ...
   int64_t row_stride[kMaxBranches];  // ... this many elements apart (0 for expanded rows)
-  void* grads[kMaxBranches];         // contiguous [rows, classes], dtype grad_dtype(dtype); all null: no gradients
+  void* grads[kMaxBranches];  // contiguous [rows, classes], dtype grad_dtype(dtype); all null: no gradients
 
   const void* target;
   int target_kind;        // Target
@@ -45,7 +49,8 @@ struct ForwardArgs {
   int64_t mask_row_stride;
   int64_t mask_column_stride;
   const void* weight;  // [classes] in the compute dtype, adjacent, or null
-  const void* divisor;  // [M + 1] in the compute dtype: of the gradients for reduction "mean"; null: it is counted
+  const void*
+      divisor;  // [M + 1] in the compute dtype: of the gradients for reduction "mean"; null: it is counted
 
   ScheduleArgs schedule;
   Options options;
@@ -53,19 +58,22 @@ struct ForwardArgs {
   void* loss;    // compute dtype: one element, for reduction "none" [rows]
   void* packed;  // compute dtype, [packed_length(M)]
 
-  // Scratch of forward_workspace_bytes(), 16-byte aligned, not initialised; free to reuse after the call in stream order.
+  // Scratch of forward_workspace_bytes(), 16-byte aligned, not initialised; free to reuse after the call in
+  // stream order.
   void* workspace;
-  // A counter that is 0 before the launch and 0 again after it, so that one zeroed counter per stream serves all its calls
-  // (two streams must not share one). Null: the workspace holds it and a memset node is enqueued before the kernel, which
-  // is right whenever no such counter is at hand, above all while a graph is captured.
+  // A counter that is 0 before the launch and 0 again after it, so that one zeroed counter per stream serves
+  // all its calls (two streams must not share one). Null: the workspace holds it and a memset node is
+  // enqueued before the kernel, which is right whenever no such counter is at hand, above all while a graph
+  // is captured.
   unsigned* ticket;
 };
 
-// Scratch that forward() needs for these arguments on the current device (workspace itself may still be null).
+// Scratch that forward() needs for these arguments on the current device (workspace itself may still be
+// null).
 int64_t forward_workspace_bytes(const ForwardArgs& args);
 
-// Loss, packed statistics and, where asked for, gradients of all branches: one launch, plus a small one that counts the
-// rows when plan() says that this is cheaper, plus a memset node without a ticket.
+// Loss, packed statistics and, where asked for, gradients of all branches: one launch, plus a small one that
+// counts the rows when plan() says that this is cheaper, plus a memset node without a ticket.
 int forward(const ForwardArgs& args, void* stream);
 
 struct ScaleArgs {
@@ -74,8 +82,9 @@ struct ScaleArgs {
   int64_t rows;
   int64_t classes;
   const void* grads[kMaxBranches];  // contiguous [rows, classes]
-  void* out[kMaxBranches];          // contiguous; equal to grads for in place, which leaves early where the factor is 1
-  const void* upstream;             // compute dtype: one element, or [rows] if per_row
+  void*
+      out[kMaxBranches];  // contiguous; equal to grads for in place, which leaves early where the factor is 1
+  const void* upstream;   // compute dtype: one element, or [rows] if per_row
   bool per_row;
   int64_t upstream_stride;  // elements, with per_row
   const void* factor;       // [branches] in the compute dtype, or null
@@ -92,7 +101,8 @@ struct ModulateArgs {
   const void* grads[kMaxTensors];
   void* out[kMaxTensors];  // equal to grads for in place
   int64_t size[kMaxTensors];
-  int link_index[kMaxTensors];  // which entry of link scales this tensor (gradients that are None are left out by the caller)
+  int link_index[kMaxTensors];  // which entry of link scales this tensor (gradients that are None are left
+                                // out by the caller)
   const void* link;             // gain - 1
   int link_dtype;               // kFloat64 or kFloat32
 };

@@ -97,7 +97,7 @@ bool is_usual_number(const at::Tensor* tensor, int64_t modalities) {
 
 }  // namespace
 
-// ---- arguments of any call ------------------------------------------------------------------------------------------
+// ---- arguments of any call -------------------------------------------------------------------------------
 
 int position(PyObject* text, const char* const* names, int count) {
   const char* own = PyUnicode_Check(text) ? PyUnicode_AsUTF8(text) : nullptr;
@@ -107,7 +107,8 @@ int position(PyObject* text, const char* const* names, int count) {
   return -1;
 }
 
-// Options live as long as a run, so each is read once. The reference held keeps its address from being used again.
+// Options live as long as a run, so each is read once. The reference held keeps its address from being used
+// again.
 const Options* options_of(PyObject* object) {
   static auto* known = new std::unordered_map<PyObject*, Options>;
   const auto found = known->find(object);
@@ -146,7 +147,8 @@ bool read_schedule(PyObject* object, Classes classes, Schedule* schedule) {
     }
   }
   schedule->temperature = as_tensor(temperature, classes);
-  if (schedule->temperature == nullptr && !read_number(temperature, &schedule->temperature_number)) return false;
+  if (schedule->temperature == nullptr && !read_number(temperature, &schedule->temperature_number))
+    return false;
   schedule->warmup = PyLong_Check(warmup) ? PyLong_AsLongLong(warmup) : -1;
   if (schedule->warmup < 0) {
     PyErr_Clear();
@@ -156,7 +158,8 @@ bool read_schedule(PyObject* object, Classes classes, Schedule* schedule) {
 }
 
 Arguments::Arguments(PyObject* given_targets, PyObject* given_schedule, PyObject* given_options) {
-  TORCH_CHECK_TYPE(read_targets(given_targets, Classes::kAll, &targets), "targets: expected Targets with a Tensor");
+  TORCH_CHECK_TYPE(read_targets(given_targets, Classes::kAll, &targets),
+                   "targets: expected Targets with a Tensor");
   TORCH_CHECK_TYPE(read_schedule(given_schedule, Classes::kAll, &schedule),
                    "schedule: expected a Schedule of numbers and tensors");
   const Options* read = options_of(given_options);
@@ -164,7 +167,7 @@ Arguments::Arguments(PyObject* given_targets, PyObject* given_schedule, PyObject
   options = *read;
 }
 
-// ---- usual calls ----------------------------------------------------------------------------------------------------
+// ---- usual calls -----------------------------------------------------------------------------------------
 
 bool no_mode_intercepts() {
   constexpr c10::DispatchKeySet harmless({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView,
@@ -198,8 +201,8 @@ c10::SmallVector<PyObject*, 8> values_of(PyObject* object) {
   return values;
 }
 
-bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, int64_t rows, int64_t classes,
-              int64_t modalities, at::ScalarType type) {
+bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, int64_t rows,
+              int64_t classes, int64_t modalities, at::ScalarType type) {
   if (!is_float(type) || classes == 0 || modalities == 0 || modalities >= cpu::kMaxBranches) return false;
   if (options.reduction == kNoReduction || (options.rule == kPaper && modalities != 2)) return false;
   const size_t gammas = schedule.gammas.size();
@@ -216,7 +219,8 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
 
   const at::Tensor& target = *targets.target;
   const bool indices = target.scalar_type() == at::kLong || target.scalar_type() == at::kInt;
-  if (!is_plain(target) || !indices || target.dim() != 1 || target.size(0) != rows || !target.is_contiguous()) {
+  if (!is_plain(target) || !indices || target.dim() != 1 || target.size(0) != rows ||
+      !target.is_contiguous()) {
     return false;
   }
   if (targets.mask != nullptr) {
@@ -229,15 +233,15 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
   if (targets.weight != nullptr) {
     const at::Tensor& weight = *targets.weight;
     const at::ScalarType compute = type == at::kDouble ? at::kDouble : at::kFloat;
-    if (!is_plain(weight) || weight.scalar_type() != compute || weight.dim() != 1 || weight.size(0) != classes ||
-        !weight.is_contiguous() || weight.requires_grad()) {
+    if (!is_plain(weight) || weight.scalar_type() != compute || weight.dim() != 1 ||
+        weight.size(0) != classes || !weight.is_contiguous() || weight.requires_grad()) {
       return false;
     }
   }
   return targets.divisor == nullptr;
 }
 
-// ---- results and autograd nodes -------------------------------------------------------------------------------------
+// ---- results and autograd nodes --------------------------------------------------------------------------
 
 c10::SmallVector<double, 4> link_gradient(const at::Tensor& packed, int modalities) {
   c10::SmallVector<double, 4> gradient;
@@ -255,10 +259,12 @@ double read_scalar(const at::Tensor& tensor) {
 }
 
 void refuse_second_derivatives() {
-  TORCH_CHECK(!at::GradMode::is_enabled(),  // the same words as in arl_fast/_autograd/loss.py
-              "arl_loss: got a backward with create_graph=True, but its gradients are computed in the forward pass and "
-              "have no derivatives of their own; use torch.nn.functional.cross_entropy on the branches where second "
-              "derivatives are needed");
+  TORCH_CHECK(
+      !at::GradMode::is_enabled(),  // the same words as in arl_fast/_autograd/loss.py
+      "arl_loss: got a backward with create_graph=True, but its gradients are computed in the forward pass "
+      "and "
+      "have no derivatives of their own; use torch.nn.functional.cross_entropy on the branches where second "
+      "derivatives are needed");
 }
 
 PyObject* pair(PyObject* first, PyObject* second) {

@@ -1,5 +1,5 @@
-// What the calls from Python share: how their arguments are read, which calls are usual, and what their autograd nodes
-// need.
+// What the calls from Python share: how their arguments are read, which calls are usual, and what their
+// autograd nodes need.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -26,7 +26,7 @@ auto make_node() {
   }
 }
 
-// ---- arguments of any call ------------------------------------------------------------------------------------------
+// ---- arguments of any call -------------------------------------------------------------------------------
 
 // Position of a Python string in a list of names, or -1.
 int position(PyObject* text, const char* const* names, int count);
@@ -50,9 +50,10 @@ struct Arguments {
   Arguments(PyObject* targets, PyObject* schedule, PyObject* options);
 };
 
-// ---- usual calls ----------------------------------------------------------------------------------------------------
+// ---- usual calls -----------------------------------------------------------------------------------------
 
-// Whether no mode intercepts operations: functorch, FakeTensor, tracing, torch-function modes, forward-mode AD.
+// Whether no mode intercepts operations: functorch, FakeTensor, tracing, torch-function modes, forward-mode
+// AD.
 bool no_mode_intercepts();
 
 // A dense CPU tensor of torch's own class, or null.
@@ -63,12 +64,12 @@ bool is_float(at::ScalarType type);
 // The values, borrowed, of a dict, list or tuple; none if it is something else.
 c10::SmallVector<PyObject*, 8> values_of(PyObject* object);
 
-// Whether targets and schedule are legal and usual for M+1 logits [rows, classes] of a type. False if anything is
-// unusual, wrong, or served by another implementation.
-bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, int64_t rows, int64_t classes,
-              int64_t modalities, at::ScalarType type);
+// Whether targets and schedule are legal and usual for M+1 logits [rows, classes] of a type. False if
+// anything is unusual, wrong, or served by another implementation.
+bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, int64_t rows,
+              int64_t classes, int64_t modalities, at::ScalarType type);
 
-// ---- results and autograd nodes -------------------------------------------------------------------------------------
+// ---- results and autograd nodes --------------------------------------------------------------------------
 
 // The gains - 1 of a packed vector.
 c10::SmallVector<double, 4> link_gradient(const at::Tensor& packed, int modalities);

@@ -69,7 +69,8 @@ bool names_agree(PyObject* unimodal, PyObject* link) {
   static PyObject* attribute = PyUnicode_InternFromString("modalities");
   if (!PyDict_CheckExact(unimodal)) return true;
   PyObject** attributes = _PyObject_GetDictPtr(link);
-  PyObject* names = attributes == nullptr || *attributes == nullptr ? nullptr : PyDict_GetItem(*attributes, attribute);
+  PyObject* names =
+      attributes == nullptr || *attributes == nullptr ? nullptr : PyDict_GetItem(*attributes, attribute);
   if (names == nullptr) return true;
   if (!PyTuple_CheckExact(names) || PyTuple_GET_SIZE(names) != PyDict_GET_SIZE(unimodal)) return false;
   PyObject *name, *value;
@@ -88,7 +89,8 @@ bool names_agree(PyObject* unimodal, PyObject* link) {
 
 PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != std::ssize(kFastLoss) || !PyTuple_Check(args[1]) || PyTuple_GET_SIZE(args[1]) != 3) Py_RETURN_NONE;
+  if (count != std::ssize(kFastLoss) || !PyTuple_Check(args[1]) || PyTuple_GET_SIZE(args[1]) != 3)
+    Py_RETURN_NONE;
   if (!no_mode_intercepts()) Py_RETURN_NONE;
   PyObject* unimodal = PyTuple_GET_ITEM(args[1], 1);
   PyObject* link_object = PyTuple_GET_ITEM(args[1], 2);
@@ -100,7 +102,8 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const at::ScalarType type = fused->scalar_type();
   cpu::Inputs inputs;
   Schedule schedule;
-  if (!read_targets(args[2], Classes::kOwn, &inputs.targets) || !read_schedule(args[3], Classes::kOwn, &schedule) ||
+  if (!read_targets(args[2], Classes::kOwn, &inputs.targets) ||
+      !read_schedule(args[3], Classes::kOwn, &schedule) ||
       !is_usual(inputs.targets, schedule, *options, fused->size(0), fused->size(1), modalities, type)) {
     Py_RETURN_NONE;
   }
@@ -110,7 +113,8 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const bool record = at::GradMode::is_enabled();
   for (int64_t b = 0; b <= modalities; ++b) {
     const at::Tensor* x = b == 0 ? fused : plain(values[b - 1]);
-    if (x == nullptr || x->scalar_type() != type || x->sizes() != fused->sizes() || x->stride(1) != 1) Py_RETURN_NONE;
+    if (x == nullptr || x->scalar_type() != type || x->sizes() != fused->sizes() || x->stride(1) != 1)
+      Py_RETURN_NONE;
     if (record && x->requires_grad()) inputs.wanted |= uint64_t(1) << b;
     logits.push_back(*x);
   }

@@ -1,4 +1,5 @@
-// modulate in one call for usual eager calls on a CPU: identity on the features, whose gradients the link's then scales.
+// modulate in one call for usual eager calls on a CPU: identity on the features, whose gradients the link's
+// then scales.
 #include <ATen/EmptyTensor.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -29,18 +30,20 @@ struct ModulateBackward final : Node {
       at::Tensor& g = grads[m];
       if (!g.defined()) continue;
       // Nobody else holds the memory, and no two elements share theirs, as after expand().
-      const bool is_ours = !at::GradMode::is_enabled() && g.use_count() == 1 && g.storage().use_count() == 1 &&
-                           g.is_non_overlapping_and_dense();
+      const bool is_ours = !at::GradMode::is_enabled() && g.use_count() == 1 &&
+                           g.storage().use_count() == 1 && g.is_non_overlapping_and_dense();
       g = is_ours ? g.mul_(1 + value[m]) : g.mul(1 + value[m]);
     }
     return std::move(grads);
   }
 };
 
-// The same memory under a new tensor with the same version counter: writing into it still alarms who saved the original.
+// The same memory under a new tensor with the same version counter: writing into it still alarms who saved
+// the original.
 at::Tensor alias_of(const at::Tensor& tensor) {
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/true));
+  return at::Tensor(
+      impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/true));
 }
 
 }  // namespace
@@ -69,7 +72,8 @@ PyObject* fast_modulate(PyObject*, PyObject* features) {
   }
   PyObject* list = PyList_New(Py_ssize_t(outputs.size()));
   if (list == nullptr) return nullptr;
-  for (size_t m = 0; m < outputs.size(); ++m) PyList_SET_ITEM(list, Py_ssize_t(m), THPVariable_Wrap(std::move(outputs[m])));
+  for (size_t m = 0; m < outputs.size(); ++m)
+    PyList_SET_ITEM(list, Py_ssize_t(m), THPVariable_Wrap(std::move(outputs[m])));
   return pair(list, THPVariable_Wrap(std::move(link)));
   END_HANDLE_TH_ERRORS
 }

@@ -1,7 +1,8 @@
-// The entry points from Python that serve a usual eager step on a CPU, each with its autograd node, in one call.
+// The entry points from Python that serve a usual eager step on a CPU, each with its autograd node, in one
+// call.
 //
-// Each returns None if anything about the call is unusual or wrong. The general path (arl_fast/_autograd) then serves or
-// diagnoses the call.
+// Each returns None if anything about the call is unusual or wrong. The general path (arl_fast/_autograd)
+// then serves or diagnoses the call.
 #pragma once
 
 #include <Python.h>
@@ -10,7 +11,8 @@ namespace arl {
 
 // The fields of the NamedTuples that are read here.
 inline constexpr const char* kBranchLogitsFields[] = {"fused", "unimodal", "link"};
-inline constexpr const char* kLinearHeadFields[] = {"features", "weights", "bias", "fusion", "bias_mode", "chunk"};
+inline constexpr const char* kLinearHeadFields[] = {"features", "weights",   "bias",
+                                                    "fusion",   "bias_mode", "chunk"};
 
 // -> (loss, packed)
 inline constexpr const char* kFastLoss[] = {"options", "branches", "targets", "schedule"};
