@@ -143,9 +143,7 @@ def for_present(
     """Apply a function of (gradients, their modalities) to the gradients that are there; None stays None."""
     modalities = [m for m, g in enumerate(grads) if g is not None]
     results: list[Tensor | None] = [None] * len(grads)
-    for m, result in zip(
-        modalities, function([g for g in grads if g is not None], modalities), strict=True
-    ):
+    for m, result in zip(modalities, function([g for g in grads if g is not None], modalities), strict=True):
         results[m] = result
     return results
 

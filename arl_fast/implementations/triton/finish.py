@@ -18,7 +18,9 @@ from ..._core.stats import packed_offset
 FLOOR = tl.constexpr(spec.FLOOR)
 TINY_SHARE = tl.constexpr(spec.TINY_SHARE)
 HUGE_RATIO = tl.constexpr(spec.HUGE_RATIO)
-SMALLEST = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32; without modalities 0 / 0 stays 0
+SMALLEST = tl.constexpr(
+    1.1754943508222875e-38
+)  # the smallest normal float32; without modalities 0 / 0 stays 0
 
 # Constants of the kernels, which read the fields of a NamedTuple by name.
 Sums = namedtuple("Sums", spec.SUMS)  # type: ignore[misc]  # the position of each sum of a branch
@@ -150,9 +152,7 @@ def finish(
     if OPTIONS.entropy_floor is None:
         share = at_least(share, 1.0 / n_or_one * FLOOR)
     else:
-        share = at_least(
-            share, OPTIONS.entropy_floor if OPTIONS.entropy_floor > TINY_SHARE else TINY_SHARE
-        )
+        share = at_least(share, OPTIONS.entropy_floor if OPTIONS.entropy_floor > TINY_SHARE else TINY_SHARE)
     # an absent modality's shares are 0, also beside a NaN
     q = tl.where(present, 1.0 / share, 0.0)
     q = tl.where(present, q / at_least(tl.sum(q, 0), SMALLEST), 0.0)

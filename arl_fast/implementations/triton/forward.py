@@ -17,7 +17,9 @@ import triton.language as tl
 from .finish import at_least, finish, gamma_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)  # the maximum before the first logit; finite, so that differences are never NaN
+LOWEST = tl.constexpr(
+    -3.0e38
+)  # the maximum before the first logit; finite, so that differences are never NaN
 LOWEST_Z = tl.constexpr(-1e30)  # z of a class of probability 0, where it multiplies e = 0: 0 * log 0 = 0
 
 
@@ -354,7 +356,14 @@ def forward_kernel(
             scale = scale / rows_of_branch
 
     zero = tl.zeros([ROWS], T)
-    loss_sum, divisor_sum, count, correct_sum, entropy_sum, dependence_sum = zero, zero, zero, zero, zero, zero
+    loss_sum, divisor_sum, count, correct_sum, entropy_sum, dependence_sum = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
     for tile in range(p, tl.cdiv(rows, ROWS), programs):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         inside = row < rows

@@ -75,7 +75,9 @@ def gamma_numbers(gamma: float | tuple[float, ...], dtype: torch.dtype) -> tuple
 
     Triton passes the numbers in a tuple as float32. For float64 logits, what that cuts off follows in a second part.
     """
-    numbers = gamma if isinstance(gamma, tuple) else (float(gamma),)  # an int would be another type in the kernel
+    numbers = (
+        gamma if isinstance(gamma, tuple) else (float(gamma),)
+    )  # an int would be another type in the kernel
     if dtype != torch.float64:
         return numbers
     rounded = tuple([ctypes.c_float(g).value for g in numbers])
@@ -86,7 +88,6 @@ def gamma_numbers(gamma: float | tuple[float, ...], dtype: torch.dtype) -> tuple
 def _forward_configuration(
     classes: int, stride: int, branches: int, soft: bool, dtype: torch.dtype, options: Options
 ) -> tuple[launch_plan.Plan, Configuration]:
-    options = options.for_kernels
     more_sums = launch_plan.needs_more_sums(soft, options)
     plan = launch_plan.plan(classes, dtype.itemsize, more_sums)
     constants = (
@@ -107,6 +108,7 @@ def _launch_forward(
     logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """All but a callable rule, which needs plain torch: "constant" runs in its place."""
+    options = options.for_kernels
     target, mask, weight, divisor = targets
     gamma, temperature, warmup, step = schedule
     x0 = logits[0]
@@ -237,7 +239,9 @@ def scale(
 
 @functools.cache
 def _modulate_configuration(modalities: tuple[int, ...]) -> Configuration:
-    return Configuration(launch_plan.FLAT_THREADS, None, (modalities, len(modalities), launch_plan.FLAT_BLOCK))
+    return Configuration(
+        launch_plan.FLAT_THREADS, None, (modalities, len(modalities), launch_plan.FLAT_BLOCK)
+    )
 
 
 def _launch_modulate(grads: Sequence[Tensor], modalities: Sequence[int], link: Tensor) -> list[Tensor]:

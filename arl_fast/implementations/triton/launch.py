@@ -116,7 +116,9 @@ class Workspace(NamedTuple):
     """Memory of a launch. Each launch leaves the counters at zero."""
 
     work: Tensor  # partial sums and counts of rows, of the compute dtype
-    counters: Tensor  # int32 [3], by which programs find out who is last and which rows are still to be counted
+    counters: (
+        Tensor  # int32 [3], by which programs find out who is last and which rows are still to be counted
+    )
 
 
 class Workspaces:
