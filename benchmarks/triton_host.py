@@ -1,9 +1,11 @@
-"""Host time of the Triton launches, on any machine: the kernels are compiled for sm_90, and a driver that does nothing runs them.
+"""Host time of the Triton launches, on any machine: the kernels are compiled for sm_90, and a driver that
+does nothing runs them.
 
     python -m benchmarks.triton_host
 
-What is left out is what the driver itself takes for a launch, the same for all ways compared here. Medians of the
-process's CPU time relative to ``F.cross_entropy(x, y).backward()`` on one CPU thread of the same process: B = 64, C = 6, M = 2.
+What is left out is what the driver itself takes for a launch, the same for all ways compared here. Medians of
+the process's CPU time relative to ``F.cross_entropy(x, y).backward()`` on one CPU thread of the same process:
+B = 64, C = 6, M = 2.
 """
 
 from __future__ import annotations

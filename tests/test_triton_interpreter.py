@@ -1,5 +1,6 @@
-"""What the contract's suite does not reach in the Triton implementation: streamed rows, several tiles and programs,
-counting together, the counters, ops and warming up. TRITON_INTERPRET=1 pytest -m contract runs it with the contract."""
+"""What the contract's suite does not reach in the Triton implementation: streamed rows, several tiles and
+programs, counting together, the counters, ops and warming up. TRITON_INTERPRET=1 pytest -m contract runs it
+with the contract."""
 
 from __future__ import annotations
 
@@ -245,8 +246,9 @@ def test_ops():
         Schedule(torch.rand(2), 8.0),
     ):
         for reduction, grad in (("mean", True), ("none", False)):
-            text = ops.encode_options(OPTIONS._replace(reduction=reduction, label_smoothing=0.1))
-            arguments = (logits, *targets, *ops.encode_schedule(schedule), text, grad)
+            options = OPTIONS._replace(reduction=reduction, label_smoothing=0.1, entropy_floor=0.2)
+            encoded = (*ops.encode_schedule(schedule), *ops.encode_options(options))
+            arguments = (logits, *targets, *encoded, grad)
             torch.library.opcheck(registered.triton_forward.default, arguments)
     torch.library.opcheck(
         registered.triton_scale.default, (logits, torch.tensor(0.5), torch.ones(3), torch.bfloat16)

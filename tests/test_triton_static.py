@@ -30,8 +30,9 @@ MORE = [  # what a plan does not tell
 ]
 
 
-# Bytes that do not fit, by target and case. On sm_80 ptxas spills at 8194 classes, not at 50258 in the same plan; the bound
-# that mends it, 72, makes other plans spill, and more registers would leave room for two programs instead of three.
+# Bytes that do not fit, by target and case. On sm_80 ptxas spills at 8194 classes, not at 50258 in the same
+# plan; the bound that mends it, 72, makes other plans spill, and more registers would leave room for two
+# programs instead of three.
 KNOWN_SPILLS = {("sm_80", static.Case(8194, "fp16")): 84}
 if triton.__version__.startswith("3.6."):
     KNOWN_SPILLS |= {("sm_80", static.Case(8193)): 60, ("sm_80", static.Case(8196)): 8}
@@ -55,7 +56,8 @@ def wrong(case, name, found):
     checks = {
         "no spills": found.spills <= KNOWN_SPILLS.get((name, case), 0),
         "registers": not nvidia or found.registers <= plan.registers,
-        # the gradients of float16 logits are twice as wide, and are passed on to those who store them 16 bytes at a time
+        # the gradients of float16 logits are twice as wide, and are passed on to those who store them 16
+        # bytes at a time
         "shared memory": found.shared <= (32 * plan.threads if case.dtype == "fp16" else 8192),
     }
     if case.classes * size % 16 == 0:
@@ -73,7 +75,8 @@ def wrong(case, name, found):
                 steps = -(-case.classes // plan.lanes)
                 checks[what] = all_of_it * steps // plan.steps <= count <= all_of_it
     if case.dtype != "fp64" and nvidia:
-        # one exponential per logit and pass; two more in a row's other sums, and one at each change of maximum
+        # one exponential per logit and pass; two more in a row's other sums, and one at each change of
+        # maximum
         checks["exponentials"] = passes * held <= found.exponentials <= passes * held + 4
         if held == 16 and case.label == "loss" and case.classes * size % 16 == 0:
             checks["instructions"] = found.instructions / held <= 32
@@ -138,9 +141,11 @@ def test_prediction_is_at_least_the_floor():
 
 
 class Bound:
-    """Stands for a kernel: stopped where Triton has bound the arguments, it keeps what would be compiled for them.
+    """Stands for a kernel: stopped where Triton has bound the arguments, it keeps what would be compiled for
+    them.
 
-    What the launcher takes for a compiled variant insists on arguments for which Triton would have compiled just that.
+    What the launcher takes for a compiled variant insists on arguments for which Triton would have compiled
+    just that.
     """
 
     def __init__(self, kernel):

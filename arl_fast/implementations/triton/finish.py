@@ -1,6 +1,8 @@
-"""Device code of the last program: from the sums over the batch to the loss, the shares, the coefficients and the gains.
+"""Device code of the last program: from the sums over the batch to the loss, the shares, the coefficients and
+the gains.
 
-The same steps as arl_fast/_core/rules.py, which is the reference. Vectors run over the branches, the fused one first.
+The same steps as arl_fast/_core/rules.py, which is the reference. Vectors run over the branches, the fused
+one first.
 """
 
 from __future__ import annotations
@@ -129,7 +131,8 @@ def finish(
     tl.store(sums + SUMS.entropy * BRANCHES, entropy, mask=branch)
     tl.store(sums + SUMS.dependence * BRANCHES, dependence, mask=branch)
 
-    # Eq. 22. All targets ignored: 0/0 = NaN for the fused branch, as torch; an absent modality contributes nothing.
+    # Eq. 22. All targets ignored: 0/0 = NaN for the fused branch, as torch; an absent modality contributes
+    # nothing.
     present = modality & (count > 0)
     rows = tl.maximum(count, 1.0)
     mean_loss = tl.where(present | (b == 0), loss_sum / divisor, 0.0)

@@ -1,7 +1,8 @@
 """The Triton implementation (docs/architecture.md, the contract): host side, from tensors to launches.
 
-Serves any GPU that Triton serves, without a compiler at hand, and CPU tensors under TRITON_INTERPRET=1, for tests. Under
-torch.compile the three functions are the registered ops ``arl_fast::triton_*``. Eager calls launch directly.
+Serves any GPU that Triton serves, without a compiler at hand, and CPU tensors under TRITON_INTERPRET=1, for
+tests. Under torch.compile the three functions are the registered ops ``arl_fast::triton_*``. Eager calls
+launch directly.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def _addressable(rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
 def gamma_numbers(gamma: float | tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]:
     """Gamma as the kernel takes numbers, in one tuple.
 
-    Triton passes the numbers in a tuple as float32. For float64 logits, what that cuts off follows in a second part.
+    Triton passes the numbers in a tuple as float32. For float64 logits, what that cuts off follows in a
+    second part.
     """
     numbers = (
         gamma if isinstance(gamma, tuple) else (float(gamma),)
@@ -298,9 +300,11 @@ def warm_up(
     schedule: Schedule = Schedule(1.0, 8.0),  # noqa: B008, a tuple
     features: Sequence[Tensor] = (),
 ) -> None:
-    """Compile and allocate everything that a training step on tensors like these needs, for example before a capture.
+    """Compile and allocate everything that a training step on tensors like these needs, for example before a
+    capture.
 
-    Call it on the device's stream, outside the capture. The batch may have any size: kernels do not depend on it.
+    Call it on the device's stream, outside the capture. The batch may have any size: kernels do not depend on
+    it.
 
     Args:
         logits, target, mask, weight, schedule: as in ``forward``; nothing is written to them.
