@@ -1,19 +1,23 @@
-"""What the Triton kernels compile to, for GPUs that are not here: registers, spills, widths, and a predicted time.
+"""What the Triton kernels compile to, for GPUs that are not here: registers, spills, widths, and a predicted
+time.
 
-    python benchmarks/static_report.py [--targets sm_80 sm_90 sm_100 gfx942] [--classes 6 1000 32000 | --every]
+    python benchmarks/static_report.py [--targets sm_80 sm_90 sm_100 gfx942] [--classes 6 1000 32000 |
+    --every]
 
-Compiles plans that arl_fast/implementations/triton/plan.py can pick, ahead of time, and reads the machine code's properties from
-the compiler. tests/test_triton_static.py keeps the budgets, for every plan. Nothing here is a measurement.
+Compiles plans that arl_fast/implementations/triton/plan.py can pick, ahead of time, and reads the machine
+code's properties from the compiler. tests/test_triton_static.py keeps the budgets, for every plan. Nothing
+here is a measurement.
 
 The model behind the predicted time of one forward launch with gradients (M = 2), `predict`:
-- the kernel runs as long as the slowest of: DRAM traffic at 90 % of the data sheet's bandwidth, counted at the floor
-  (each logit read once, each gradient written once); L2 traffic, which for streamed rows includes the second read, taken
-  to be all hits; instructions at 4 per cycle and multiprocessor; exponentials at 16 per cycle and multiprocessor;
+- the kernel runs as long as the slowest of: DRAM traffic at 90 % of the data sheet's bandwidth, counted at
+  the floor (each logit read once, each gradient written once); L2 traffic, which for streamed rows includes
+  the second read, taken to be all hits; instructions at 4 per cycle and multiprocessor; exponentials at 16
+  per cycle and multiprocessor;
 - float64 is left out: it is there for gradcheck;
-- PTX instructions are counted in the innermost loop around the exponentials, as if each became one machine instruction,
-  which overstates them (moves disappear) by more than the shuffles and barriers understate;
-- occupancy suffices to overlap all of these, and a fixed 4 us are added for the launch, the first loads and the last
-  program's work. That is the term that decides for small batches, and it is a guess.
+- PTX instructions are counted in the innermost loop around the exponentials, as if each became one machine
+  instruction, which overstates them (moves disappear) by more than the shuffles and barriers understate;
+- occupancy suffices to overlap all of these, and a fixed 4 us are added for the launch, the first loads and
+  the last program's work. That is the term that decides for small batches, and it is a guess.
 """
 
 from __future__ import annotations
@@ -123,7 +127,8 @@ def compile_kernel(
 ) -> tuple[Any, str]:
     """The compiled kernel and what ptxas said of it, with the options that Triton gives it.
 
-    ``arguments``: a type such as "*fp32" (pointers are 16-byte aligned), a tuple of types, or ``constant(value)``.
+    ``arguments``: a type such as "*fp32" (pointers are 16-byte aligned), a tuple of types, or
+    ``constant(value)``.
     """
     signature: dict[str, Any] = {}
     constants: dict[str, Any] = {}

@@ -1,14 +1,16 @@
-"""The contract's three functions as registered ops, opaque to torch.compile: one set for each compiled implementation.
+"""The contract's three functions as registered ops, opaque to torch.compile: one set for each compiled
+implementation.
 
-``define`` registers ``arl_fast::<prefix>_forward``, ``_scale`` and ``_modulate_backward`` with their fakes, which state
-shapes, dtypes and strides; ``implement`` says what runs them. The ops are functional: no argument is written, no result
-shares memory with another tensor, and all results are contiguous.
+``define`` registers ``arl_fast::<prefix>_forward``, ``_scale`` and ``_modulate_backward`` with their fakes,
+which state shapes, dtypes and strides; ``implement`` says what runs them. The ops are functional: no argument
+is written, no result shares memory with another tensor, and all results are contiguous.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,22 +26,44 @@ from .._core.stats import packed_length
 library = torch.library.Library("arl_fast", "FRAGMENT")
 
 SCHEMAS = {
-    "forward": "(Tensor[] logits, Tensor target, Tensor? mask, Tensor? weight, Tensor? divisor, Tensor?[] schedule, "
-    "float[] numbers, int warmup, str options, bool grad) -> (Tensor, Tensor, Tensor[])",
+    "forward": "(Tensor[] logits, Tensor target, Tensor? mask, Tensor? weight, Tensor? divisor, "
+    "Tensor?[] schedule, float[] numbers, int warmup, str options, float[] floats, bool grad) "
+    "-> (Tensor, Tensor, Tensor[])",
     "scale": "(Tensor[] grads, Tensor upstream, Tensor? factor, ScalarType dtype) -> Tensor[]",
     "modulate_backward": "(Tensor[] grads, int[] modalities, Tensor link) -> Tensor[]",
 }
 
 
 @constant_for_compiler
-def encode_options(options: Options) -> str:
-    """The options as the one string that stands for them in an op; a callable rule becomes "constant"."""
-    return repr(tuple(options.for_kernels))
+def _text(*values: Any) -> str:
+    return repr(values)
+
+
+def encode_options(options: Options) -> tuple[str, list[float]]:
+    """The options as an op takes them: one string, and its float values; a callable rule becomes "constant".
+
+    The compiler may hold a symbol for a float, which no string can contain. So 0.0 stands for each of them there.
+    """
+    values: list[Any] = []
+    floats: list[float] = []
+    for value in options.for_kernels:
+        if isinstance(value, float):
+            floats.append(value)
+            value = 0.0
+        elif isinstance(value, int):
+            value = operator.index(value)  # makes a constant of the compiler's symbol
+        values.append(value)
+    return _text(*values), floats
+
+
+def decode_options(text: str, floats: Sequence[float]) -> Options:
+    return _decoded(text, tuple(floats))
 
 
 @functools.lru_cache(maxsize=256)
-def decode_options(text: str) -> Options:
-    return Options(*ast.literal_eval(text))
+def _decoded(text: str, floats: tuple[float, ...]) -> Options:
+    given = iter(floats)
+    return Options(*[next(given) if isinstance(v, float) else v for v in ast.literal_eval(text)])
 
 
 def encode_schedule(schedule: Schedule) -> tuple[list[Tensor | None], list[float], int]:
@@ -73,7 +97,11 @@ def decode_schedule(tensors: Sequence[Tensor | None], numbers: Sequence[float], 
 
 def define(prefix: str) -> None:
     """Register the three ops of an implementation, without code that runs them."""
-    fakes = {"forward": _fake_forward, "scale": _fake_scale, "modulate_backward": _fake_modulate_backward}
+    fakes: dict[str, Callable[..., Any]] = {
+        "forward": _fake_forward,
+        "scale": _fake_scale,
+        "modulate_backward": _fake_modulate_backward,
+    }
     for function, schema in SCHEMAS.items():
         library.define(f"{prefix}_{function}{schema}")
         torch.library.register_fake(f"arl_fast::{prefix}_{function}", fakes[function], lib=library)
@@ -104,11 +132,16 @@ def implement(
         numbers: list[float],
         warmup: int,
         options: str,
+        floats: list[float],
         grad: bool,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         targets = Targets(target, mask, weight, divisor)
         return forward(
-            logits, targets, decode_schedule(schedule, numbers, warmup), decode_options(options), grad
+            logits,
+            targets,
+            decode_schedule(schedule, numbers, warmup),
+            decode_options(options, floats),
+            grad,
         )
 
     library.impl(f"{prefix}_forward", run_forward, key)
@@ -121,7 +154,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Call the op: the contract's ``forward`` without a callable rule."""
     op = getattr(torch.ops.arl_fast, f"{prefix}_forward")
-    return op(list(logits), *targets, *encode_schedule(schedule), encode_options(options), grad)
+    return op(list(logits), *targets, *encode_schedule(schedule), *encode_options(options), grad)
 
 
 def scale(
@@ -143,9 +176,7 @@ def for_present(
     """Apply a function of (gradients, their modalities) to the gradients that are there; None stays None."""
     modalities = [m for m, g in enumerate(grads) if g is not None]
     results: list[Tensor | None] = [None] * len(grads)
-    for m, result in zip(
-        modalities, function([g for g in grads if g is not None], modalities), strict=True
-    ):
+    for m, result in zip(modalities, function([g for g in grads if g is not None], modalities), strict=True):
         results[m] = result
     return results
 
@@ -153,10 +184,10 @@ def for_present(
 def _fake_forward(
     logits: list[Tensor], target: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *_, options, grad = arguments
+    *_, options, floats, grad = arguments
     fused = logits[0]
     dtype = compute_dtype(fused.dtype)
-    per_row = decode_options(options).reduction == "none"
+    per_row = decode_options(options, [0.0] * len(floats)).reduction == "none"
     loss = fused.new_empty(fused.shape[:1] if per_row else (), dtype=dtype)
     packed = fused.new_empty(packed_length(len(logits) - 1), dtype=dtype)
     grads = [x.new_empty(x.shape, dtype=grad_dtype(x.dtype)) for x in logits] if grad else []

@@ -1,6 +1,8 @@
-"""Device code of the last program: from the sums over the batch to the loss, the shares, the coefficients and the gains.
+"""Device code of the last program: from the sums over the batch to the loss, the shares, the coefficients and
+the gains.
 
-The same steps as arl_fast/_core/rules.py, which is the reference. Vectors run over the branches, the fused one first.
+The same steps as arl_fast/_core/rules.py, which is the reference. Vectors run over the branches, the fused
+one first.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from ..._core.stats import packed_offset
 FLOOR = tl.constexpr(spec.FLOOR)
 TINY_SHARE = tl.constexpr(spec.TINY_SHARE)
 HUGE_RATIO = tl.constexpr(spec.HUGE_RATIO)
-SMALLEST = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32; without modalities 0 / 0 stays 0
+SMALLEST = tl.constexpr(
+    1.1754943508222875e-38
+)  # the smallest normal float32; without modalities 0 / 0 stays 0
 
 # Constants of the kernels, which read the fields of a NamedTuple by name.
 Sums = namedtuple("Sums", spec.SUMS)  # type: ignore[misc]  # the position of each sum of a branch
@@ -127,7 +131,8 @@ def finish(
     tl.store(sums + SUMS.entropy * BRANCHES, entropy, mask=branch)
     tl.store(sums + SUMS.dependence * BRANCHES, dependence, mask=branch)
 
-    # Eq. 22. All targets ignored: 0/0 = NaN for the fused branch, as torch; an absent modality contributes nothing.
+    # Eq. 22. All targets ignored: 0/0 = NaN for the fused branch, as torch; an absent modality contributes
+    # nothing.
     present = modality & (count > 0)
     rows = tl.maximum(count, 1.0)
     mean_loss = tl.where(present | (b == 0), loss_sum / divisor, 0.0)
@@ -150,9 +155,7 @@ def finish(
     if OPTIONS.entropy_floor is None:
         share = at_least(share, 1.0 / n_or_one * FLOOR)
     else:
-        share = at_least(
-            share, OPTIONS.entropy_floor if OPTIONS.entropy_floor > TINY_SHARE else TINY_SHARE
-        )
+        share = at_least(share, OPTIONS.entropy_floor if OPTIONS.entropy_floor > TINY_SHARE else TINY_SHARE)
     # an absent modality's shares are 0, also beside a NaN
     q = tl.where(present, 1.0 / share, 0.0)
     q = tl.where(present, q / at_least(tl.sum(q, 0), SMALLEST), 0.0)

@@ -1,12 +1,16 @@
 """The forward kernel: losses, statistics, coefficients and gradients of all branches in one launch.
 
-Grid (programs, M+1): a program belongs to one branch and takes its tiles in turn, so that it keeps its sums and counts
-the valid rows once. Rows of up to plan.LARGEST_ROW classes are held in registers, longer ones are streamed.
+Grid (programs, M+1): a program belongs to one branch and takes its tiles in turn, so that it keeps its sums
+and counts the valid rows once. Rows of up to plan.LARGEST_ROW classes are held in registers, longer ones are
+streamed.
 
 With z_c = x_c - max x and e_c = exp z_c a row needs, besides its maximum, s = sum e and sz = sum e z; then
-log p_c = z_c - log s and H = log s - sz / s, without a second pass and without cancellation under large offsets.
-Everything else that a target can ask for is linear in log p: with weights u_c (the smoothing or the soft target),
--sum u_c log p_c = U log s - sum u_c z_c, and d loss / d x_c = e_c (sum of target weights) / s - (target weight)_c.
+log p_c = z_c - log s and H = log s - sz / s, without a second pass and without cancellation under large
+offsets.
+Everything else that a target can ask for is linear in log p: with weights u_c (the smoothing or the soft
+    target),
+-sum u_c log p_c = U log s - sum u_c z_c, and d loss / d x_c = e_c (sum of target weights) / s - (target
+weight)_c.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ import triton.language as tl
 from .finish import at_least, finish, gamma_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)  # the maximum before the first logit; finite, so that differences are never NaN
+LOWEST = tl.constexpr(
+    -3.0e38
+)  # the maximum before the first logit; finite, so that differences are never NaN
 LOWEST_Z = tl.constexpr(-1e30)  # z of a class of probability 0, where it multiplies e = 0: 0 * log 0 = 0
 
 
@@ -94,8 +100,9 @@ def share_counting(
 ):
     """``count_rows`` of all rows where they are many: the programs of all branches share the work.
 
-    A program takes chunks until none is left, and only then waits for those that others still count. A program that has
-    taken a chunk is running and finishes it without waiting. So this ends however few programs the device runs at a time.
+    A program takes chunks until none is left, and only then waits for those that others still count. A
+    program that has taken a chunk is running and finishes it without waiting. So this ends however few
+    programs the device runs at a time.
     """
     size = tl.cdiv(tl.cdiv(rows, BLOCK), CHUNKS) * BLOCK
     chunks = tl.cdiv(rows, size)
@@ -109,7 +116,8 @@ def share_counting(
         tl.debug_barrier()
         tl.atomic_add(counters + 2, 1, sem="release", scope="gpu")
         chunk = tl.atomic_add(counters + 1, 1, sem="relaxed", scope="gpu")
-    # An atomic operation, because AMD's compiler reads a volatile load once only. Acquire makes the counts visible.
+    # An atomic operation, because AMD's compiler reads a volatile load once only. Acquire makes the counts
+    # visible.
     while tl.atomic_add(counters + 2, 0, sem="acquire", scope="gpu") < chunks:
         pass
     all_chunks = tl.arange(0, CHUNKS)
@@ -146,9 +154,10 @@ def weights_of(
     return t, tl.where(keep, u, 0.0)
 
 
-# A tile is [steps, owners, lanes]. An owner is a row, or a thread of the one row that is streamed. The steps of an owner
-# shall lie within a thread, so reductions begin with them. Of two axes of equal stride, Triton before 3.7 spreads the
-# first over neighbouring threads, and later versions the last. Before 3.7 the axes of steps and owners are swapped.
+# A tile is [steps, owners, lanes]. An owner is a row, or a thread of the one row that is streamed. The steps
+# of an owner shall lie within a thread, so reductions begin with them. Of two axes of equal stride, Triton
+# before 3.7 spreads the first over neighbouring threads, and later versions the last. Before 3.7 the axes of
+# steps and owners are swapped.
 OWNERS_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7))
 
 
@@ -158,8 +167,8 @@ def tile_columns(
 ):
     """Columns of a tile whose steps and owners are STEP and OWNER columns apart.
 
-    The last step comes first. Triton would spread ascending steps of one column over neighbouring threads, to read them
-    together.
+    The last step comes first. Triton would spread ascending steps of one column over neighbouring threads, to
+    read them together.
     """
     step = (STEPS - 1 - tl.arange(0, STEPS)) * STEP
     owner, lane = tl.arange(0, OWNERS) * OWNER, tl.arange(0, LANES)
@@ -210,11 +219,13 @@ def stream_row(
     SOFT: tl.constexpr,
     NEEDS_L1: tl.constexpr,
 ):
-    """One pass over a long row. Every thread keeps a softmax of its own, and they are combined once, after the loop.
+    """One pass over a long row. Every thread keeps a softmax of its own, and they are combined once, after
+    the loop.
 
-    Threads exchange nothing within the loop. A change of maximum costs one exponential per STEPS * LANES logits.
-    Returns top, s, sz, first (the column of the first largest logit), u_sum = sum u, uz = sum u z, te = sum t e,
-    first_t (the column of the first largest target), l1 = sum |x|.
+    Threads exchange nothing within the loop. A change of maximum costs one exponential per STEPS * LANES
+    logits.
+    Returns top, s, sz, first (the column of the first largest logit), u_sum = sum u, uz = sum u z, te = sum t
+    e, first_t (the column of the first largest target), l1 = sum |x|.
     """
     offsets = tile_columns(STEPS, OWNERS * LANES, OWNERS, LANES, LANES)
     zero = tl.zeros([OWNERS], T)
@@ -354,7 +365,14 @@ def forward_kernel(
             scale = scale / rows_of_branch
 
     zero = tl.zeros([ROWS], T)
-    loss_sum, divisor_sum, count, correct_sum, entropy_sum, dependence_sum = zero, zero, zero, zero, zero, zero
+    loss_sum, divisor_sum, count, correct_sum, entropy_sum, dependence_sum = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
     for tile in range(p, tl.cdiv(rows, ROWS), programs):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         inside = row < rows
@@ -412,8 +430,8 @@ def forward_kernel(
             if NEEDS_L1:
                 l1 = sum_of_owner(tl.where(keep, tl.abs(raw), 0.0))
 
-        # What the row contributes. Its gradient is e e_factor - u u_factor, less y_factor scale at the target class;
-        # e_factor still lacks scale / s.
+        # What the row contributes. Its gradient is e e_factor - u u_factor, less y_factor scale at the target
+        # class; e_factor still lacks scale / s.
         log_s = tl.log(s)
         entropy = at_least(log_s - sz / s, 0.0)
         if SOFT:
@@ -477,7 +495,8 @@ def forward_kernel(
                     d -= u * per_owner(u_factor)
                 tl.store(g + per_owner(row * C) + cols, d.to(G), mask=real & per_owner(inside))
             if not SOFT:
-                # The target class, formed in T before it is rounded; the barrier orders it after the row's other stores.
+                # The target class, formed in T before it is rounded; the barrier orders it after the row's
+                # other stores.
                 d_y = e_y * e_factor - y_factor * scale
                 if SMOOTHING > 0:
                     d_y -= w * u_factor
@@ -492,8 +511,8 @@ def forward_kernel(
     tl.store(partial + SUMS.entropy * programs, tl.sum(entropy_sum, 0))
     tl.store(partial + SUMS.dependence * programs, tl.sum(dependence_sum, 0))
 
-    # An atomic counter identifies the last program. Release before it counts and acquire afterwards make the sums of
-    # all others visible to it. All have arrived then, so it may reset the counters.
+    # An atomic counter identifies the last program. Release before it counts and acquire afterwards make the
+    # sums of all others visible to it. All have arrived then, so it may reset the counters.
     tl.debug_barrier()
     arrived = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
     if arrived == programs * BRANCHES - 1:

@@ -1,7 +1,8 @@
 """The Triton implementation (docs/architecture.md, the contract): host side, from tensors to launches.
 
-Serves any GPU that Triton serves, without a compiler at hand, and CPU tensors under TRITON_INTERPRET=1, for tests. Under
-torch.compile the three functions are the registered ops ``arl_fast::triton_*``. Eager calls launch directly.
+Serves any GPU that Triton serves, without a compiler at hand, and CPU tensors under TRITON_INTERPRET=1, for
+tests. Under torch.compile the three functions are the registered ops ``arl_fast::triton_*``. Eager calls
+launch directly.
 """
 
 from __future__ import annotations
@@ -73,9 +74,12 @@ def _addressable(rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
 def gamma_numbers(gamma: float | tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]:
     """Gamma as the kernel takes numbers, in one tuple.
 
-    Triton passes the numbers in a tuple as float32. For float64 logits, what that cuts off follows in a second part.
+    Triton passes the numbers in a tuple as float32. For float64 logits, what that cuts off follows in a
+    second part.
     """
-    numbers = gamma if isinstance(gamma, tuple) else (float(gamma),)  # an int would be another type in the kernel
+    numbers = (
+        gamma if isinstance(gamma, tuple) else (float(gamma),)
+    )  # an int would be another type in the kernel
     if dtype != torch.float64:
         return numbers
     rounded = tuple([ctypes.c_float(g).value for g in numbers])
@@ -86,7 +90,6 @@ def gamma_numbers(gamma: float | tuple[float, ...], dtype: torch.dtype) -> tuple
 def _forward_configuration(
     classes: int, stride: int, branches: int, soft: bool, dtype: torch.dtype, options: Options
 ) -> tuple[launch_plan.Plan, Configuration]:
-    options = options.for_kernels
     more_sums = launch_plan.needs_more_sums(soft, options)
     plan = launch_plan.plan(classes, dtype.itemsize, more_sums)
     constants = (
@@ -107,6 +110,7 @@ def _launch_forward(
     logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """All but a callable rule, which needs plain torch: "constant" runs in its place."""
+    options = options.for_kernels
     target, mask, weight, divisor = targets
     gamma, temperature, warmup, step = schedule
     x0 = logits[0]
@@ -237,7 +241,9 @@ def scale(
 
 @functools.cache
 def _modulate_configuration(modalities: tuple[int, ...]) -> Configuration:
-    return Configuration(launch_plan.FLAT_THREADS, None, (modalities, len(modalities), launch_plan.FLAT_BLOCK))
+    return Configuration(
+        launch_plan.FLAT_THREADS, None, (modalities, len(modalities), launch_plan.FLAT_BLOCK)
+    )
 
 
 def _launch_modulate(grads: Sequence[Tensor], modalities: Sequence[int], link: Tensor) -> list[Tensor]:
@@ -294,9 +300,11 @@ def warm_up(
     schedule: Schedule = Schedule(1.0, 8.0),  # noqa: B008, a tuple
     features: Sequence[Tensor] = (),
 ) -> None:
-    """Compile and allocate everything that a training step on tensors like these needs, for example before a capture.
+    """Compile and allocate everything that a training step on tensors like these needs, for example before a
+    capture.
 
-    Call it on the device's stream, outside the capture. The batch may have any size: kernels do not depend on it.
+    Call it on the device's stream, outside the capture. The batch may have any size: kernels do not depend on
+    it.
 
     Args:
         logits, target, mask, weight, schedule: as in ``forward``; nothing is written to them.

@@ -32,8 +32,9 @@ def launch_options(threads: int, registers: int | None) -> dict[str, int]:
     return {"num_warps": threads // 32} | ({} if registers is None else {"maxnreg": registers})
 
 
-# What Triton specialises a kernel on, apart from constants: of a tensor the dtype and whether it begins at a multiple of
-# 16 bytes, of a number whether it fits 32 bits. The kernels exempt their numbers from everything else.
+# What Triton specialises a kernel on, apart from constants: of a tensor the dtype and whether it begins at a
+# multiple of 16 bytes, of a number whether it fits 32 bits. The kernels exempt their numbers from everything
+# else.
 Kind = Any
 
 
@@ -50,7 +51,8 @@ def kinds(tensors: Sequence[Tensor]) -> Kind:
 class Configuration:
     """What a launch fixes when the kernel is compiled.
 
-    It is compared and hashed by identity, which costs nothing. So build it once for each set of values (functools.cache).
+    It is compared and hashed by identity, which costs nothing. So build it once for each set of values
+    (functools.cache).
 
     Attributes:
         threads: threads of a program.
@@ -66,8 +68,8 @@ class Configuration:
 class Launcher:
     """A kernel, and its compiled variants by what they depend on.
 
-    Triton finds the variant by looking at every argument, constants included, which takes most of a launch's host time
-    (docs/performance.md). The callers here know what can change.
+    Triton finds the variant by looking at every argument, constants included, which takes most of a launch's
+    host time (docs/performance.md). The callers here know what can change.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -85,8 +87,8 @@ class Launcher:
         """Run the kernel on the device's current stream.
 
         Args:
-            depends: the ``kind`` of every argument that is not sure to be of the same kind whenever the configuration and
-                the other entries are equal.
+            depends: the ``kind`` of every argument that is not sure to be of the same kind whenever the
+                configuration and the other entries are equal.
             arguments: the kernel's parameters in order, up to the constexprs.
         """
         key = (device.index, configuration, depends)
@@ -116,15 +118,17 @@ class Workspace(NamedTuple):
     """Memory of a launch. Each launch leaves the counters at zero."""
 
     work: Tensor  # partial sums and counts of rows, of the compute dtype
-    counters: Tensor  # int32 [3], by which programs find out who is last and which rows are still to be counted
+    counters: (
+        Tensor  # int32 [3], by which programs find out who is last and which rows are still to be counted
+    )
 
 
 class Workspaces:
     """One for each device, stream and dtype, zeroed on that stream when it is first used.
 
-    A stream runs one launch after the other, so they can share it. A launch that is being captured gets one of its own,
-    zeroed in the graph, since a graph may be replayed on any stream, beside others. So no launch waits for another, and
-    nothing that outlives a capture is allocated in it.
+    A stream runs one launch after the other, so they can share it. A launch that is being captured gets one
+    of its own, zeroed in the graph, since a graph may be replayed on any stream, beside others. So no launch
+    waits for another, and nothing that outlives a capture is allocated in it.
     """
 
     def __init__(self) -> None:

@@ -32,8 +32,9 @@ class Counting(NamedTuple):
     """How the valid rows are counted, which the gradients of a mean need first.
 
     Attributes:
-        shared_above: up to so many rows every program counts all of them itself. Their 64 KB of targets come from L1 for
-            all but the first program of a multiprocessor, which takes about 2 us. Waiting for others would cost the same.
+        shared_above: up to so many rows every program counts all of them itself. Their 64 KB of targets come
+            from L1 for all but the first program of a multiprocessor, which takes about 2 us. Waiting for
+            others would cost the same.
         block: rows of one step of counting.
         chunks: pieces of the rows where all programs share the counting.
     """
@@ -50,7 +51,8 @@ class Plan(NamedTuple):
     """How the forward kernel treats the rows of a class count: in tiles [steps, owners, lanes] of logits.
 
     Attributes:
-        online: rows are streamed: a tile is a chunk of one row, an owner one of its threads, lanes are one load.
+        online: rows are streamed: a tile is a chunk of one row, an owner one of its threads, lanes are one
+            load.
             Otherwise a tile holds whole rows in registers: an owner is a row, which steps and lanes cover.
         steps, owners, lanes: powers of two.
         threads: threads of a program.
@@ -89,16 +91,20 @@ def needs_more_sums(soft: bool, options: Options) -> bool:
 def plan(classes: int, itemsize: int, more_sums: bool) -> Plan:
     """The plan for rows of ``classes`` logits of ``itemsize`` bytes.
 
-    Rows of up to 16 logits have a thread each. Longer ones are shared by just enough threads to leave 16 logits to each:
-    up to 512 classes nothing crosses a warp, beyond that several warps share a row, and beyond LARGEST_ROW it is streamed.
-    Where accesses are narrow, registers suffice for fewer logits: a quarter of them in a streamed row, and half of them
+    Rows of up to 16 logits have a thread each. Longer ones are shared by just enough threads to leave 16
+    logits to each: up to 512 classes nothing crosses a warp, beyond that several warps share a row, and
+        beyond LARGEST_ROW it is streamed.
+    Where accesses are narrow, registers suffice for fewer logits: a quarter of them in a streamed row, and
+        half of them
     in a row of 256 threads that needs more sums.
     """
     double = itemsize == 8
     aligned = vector(classes, itemsize)
     online = classes > (LARGEST_ROW_F64 if double else LARGEST_ROW)
     per_thread = PER_THREAD_F64 if double else PER_THREAD
-    narrow = aligned * itemsize < 16 and not double  # each access of less than 16 bytes has an address of its own
+    narrow = (
+        aligned * itemsize < 16 and not double
+    )  # each access of less than 16 bytes has an address of its own
     if online:
         lanes, threads = aligned, 256
         steps, owners = (per_thread // 4 if narrow else per_thread) // lanes, threads
