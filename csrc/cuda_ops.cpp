@@ -17,7 +17,7 @@ void check_branches(size_t branches) {
               kMaxBranches);
 }
 
-void* handle(int64_t stream) { return reinterpret_cast<void*>(stream); }
+void* pointer_of(int64_t stream) { return reinterpret_cast<void*>(stream); }
 
 // The same values with adjacent classes; a view where they are already.
 at::Tensor with_adjacent_classes(const at::Tensor& x) {
@@ -97,7 +97,7 @@ Results forward(const std::vector<at::Tensor>& logits, const Targets& targets, c
   const at::Tensor workspace = at::empty({forward_workspace_bytes(args)}, compute.dtype(at::kByte));
   args.workspace = workspace.mutable_data_ptr();
   args.ticket = ticket ? reinterpret_cast<unsigned*>(ticket->mutable_data_ptr<int32_t>()) : nullptr;
-  check(forward(args, handle(stream)));
+  check(forward(args, pointer_of(stream)));
   return {std::move(loss), std::move(packed), std::move(grads)};
 }
 
@@ -127,7 +127,7 @@ std::vector<at::Tensor> scale(const std::vector<at::Tensor>& grads, const at::Te
   args.upstream_stride = args.per_row ? own.stride(0) : 0;
   const at::Tensor factors = factor ? factor->to(compute).contiguous() : at::Tensor();
   args.factor = factor ? factors.const_data_ptr() : nullptr;
-  check(scale(args, handle(stream)));
+  check(scale(args, pointer_of(stream)));
   return scaled;
 }
 
@@ -150,7 +150,7 @@ std::vector<at::Tensor> modulate_backward(const std::vector<at::Tensor>& grads, 
     args.size[slot] = held.back().numel();
     args.link_index[slot] = int(modality[i]);
     if (args.count == kMaxTensors || i + 1 == grads.size()) {
-      check(modulate_backward(args, handle(stream)));
+      check(modulate_backward(args, pointer_of(stream)));
       args.count = 0;
     }
   }

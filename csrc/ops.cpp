@@ -63,8 +63,14 @@ std::vector<at::Tensor> modulate_backward(at::TensorList grads, const at::Tensor
 
 namespace {
 
-bool parse_field(const OptionField& field, const std::string& word, Options* options) {
-  char* place = reinterpret_cast<char*>(options) + field.offset;
+// Options from a text in which 0.0 stands for each float: where those go.
+struct ParsedText {
+  Options options;
+  c10::SmallVector<size_t, 4> floats;  // offsets in Options
+};
+
+bool parse_field(const OptionField& field, const std::string& word, ParsedText* parsed) {
+  char* place = reinterpret_cast<char*>(&parsed->options) + field.offset;
   char* end = nullptr;
   switch (field.kind) {
     case Kind::kChoice:
@@ -79,6 +85,7 @@ bool parse_field(const OptionField& field, const std::string& word, Options* opt
         *reinterpret_cast<double*>(place) = field.none;
         return field.optional;
       }
+      if (word == "0.0") parsed->floats.push_back(field.offset);
       *reinterpret_cast<double*>(place) = std::strtod(word.c_str(), &end);
       return *end == '\0';
     case Kind::kInteger:
@@ -86,6 +93,37 @@ bool parse_field(const OptionField& field, const std::string& word, Options* opt
       return *end == '\0';
   }
   return false;
+}
+
+// The text is that of a Python tuple in the order of kOptionFields.
+const ParsedText& parse(std::string_view text) {
+  static std::mutex mutex;
+  static auto* known = new std::map<std::string, ParsedText, std::less<>>;  // a handful in any run
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known->find(text);
+  if (found != known->end()) return found->second;
+  std::string bare(text);
+  const auto separates = [](char c) { return c == '(' || c == ')' || c == ',' || c == '\''; };
+  std::replace_if(bare.begin(), bare.end(), separates, ' ');
+  std::istringstream words(bare);
+  std::string word;
+  ParsedText parsed;
+  for (const OptionField& field : kOptionFields) {
+    TORCH_CHECK_VALUE(words >> word && parse_field(field, word, &parsed), field.name, ": got '", word,
+                      "' in ", text, ", which these kernels do not know");
+  }
+  return known->emplace(text, parsed).first->second;
+}
+
+Options options_from(std::string_view text, at::ArrayRef<double> floats) {
+  const ParsedText& parsed = parse(text);
+  TORCH_CHECK_VALUE(floats.size() == parsed.floats.size(), "options: got ", floats.size(), " floats for ",
+                    text);
+  Options options = parsed.options;
+  for (size_t i = 0; i < floats.size(); ++i) {
+    *reinterpret_cast<double*>(reinterpret_cast<char*>(&options) + parsed.floats[i]) = floats[i];
+  }
+  return options;
 }
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
@@ -96,7 +134,7 @@ const at::Tensor* given(const std::optional<at::Tensor>& tensor) { return tensor
 Results forward_op(at::TensorList logits, const at::Tensor& target, const std::optional<at::Tensor>& mask,
                    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& divisor,
                    const OptionalTensors& schedule, at::ArrayRef<double> numbers, int64_t warmup,
-                   std::string_view options, bool grad) {
+                   std::string_view options, at::ArrayRef<double> floats, bool grad) {
   TORCH_CHECK_VALUE(schedule.size() == 3 && !numbers.empty(),
                     "schedule: expected 3 tensors or None, and numbers");
   const std::optional<at::Tensor> gamma = schedule.get(0), temperature = schedule.get(1),
@@ -106,7 +144,7 @@ Results forward_op(at::TensorList logits, const at::Tensor& target, const std::o
   given_schedule.temperature_number = numbers.back();
   given_schedule.warmup = warmup;
   const Targets targets{&target, given(mask), given(weight), given(divisor)};
-  return forward(logits, targets, given_schedule, parse_options(options), grad);
+  return forward(logits, targets, given_schedule, options_from(options, floats), grad);
 }
 
 std::vector<at::Tensor> modulate_op(at::TensorList grads, at::IntArrayRef modalities,
@@ -122,25 +160,6 @@ std::vector<at::Tensor> scale_op(at::TensorList grads, const at::Tensor& upstrea
 }
 
 }  // namespace
-
-const Options& parse_options(std::string_view text) {
-  static std::mutex mutex;
-  static auto* known = new std::map<std::string, Options, std::less<>>;  // a handful in any run
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known->find(text);
-  if (found != known->end()) return found->second;
-  Options options;
-  std::string bare(text);
-  std::replace_if(
-      bare.begin(), bare.end(), [](char c) { return c == '(' || c == ')' || c == ',' || c == '\''; }, ' ');
-  std::istringstream words(bare);
-  std::string word;
-  for (const OptionField& field : kOptionFields) {
-    TORCH_CHECK_VALUE(words >> word && parse_field(field, word, &options), field.name, ": got '", word,
-                      "' in ", text, ", which these kernels do not know");
-  }
-  return known->emplace(text, options).first->second;
-}
 
 TORCH_LIBRARY_IMPL(arl_fast, CPU, library) {
   library.impl("native_forward", &forward_op);

@@ -5,7 +5,6 @@
 #include <ATen/ATen.h>
 
 #include <optional>
-#include <string_view>
 #include <vector>
 
 #include "contract.h"
@@ -23,8 +22,5 @@ std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream,
 // grads[i] * (1 + link[modality[i]]) (Eq. 19, with link = gain - 1).
 std::vector<at::Tensor> modulate_backward(at::TensorList grads, const at::Tensor& link,
                                           at::IntArrayRef modality);
-
-// The options of a registered op: the text of a Python tuple, its values in the order of kOptionFields.
-const Options& parse_options(std::string_view text);
 
 }  // namespace arl

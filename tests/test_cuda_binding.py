@@ -1,4 +1,6 @@
-"""The binding of the CUDA launchers (csrc/cuda_ops.cpp), linked with their emulation, under the contract's tests."""
+"""The binding of the CUDA launchers (csrc/cuda_ops.cpp), linked with their emulation, under the contract's
+tests.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,8 @@ def implementation(binding: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
     return "cuda_binding"
 
 
-# What depends on the binding: layouts, dtypes, optional tensors, in-place scaling. The kernels' own cases are elsewhere.
+# What depends on the binding: layouts, dtypes, optional tensors, in-place scaling. The kernels' own cases are
+# elsewhere.
 test_against_truth = contract.test_against_truth
 test_cross_entropy_options = contract.test_cross_entropy_options
 test_ignored_rows_and_ignore_index = contract.test_ignored_rows_and_ignore_index
@@ -131,7 +134,9 @@ def test_a_dtype_that_no_kernel_takes_is_named(binding):
 
 
 def test_more_branches_than_a_launch_holds_are_refused(binding):
-    """The Python side gives these to the reference; the binding must not write past its arrays if it is asked all the same."""
+    """The Python side gives these to the reference; the binding must not write past its arrays if it is asked
+    all the same.
+    """
     grads = [torch.ones(2, 2) for _ in range(17)]
     with pytest.raises(RuntimeError, match=r"arl_fast: got 17 branches, expected at most 16"):
         binding.cuda_scale(grads, torch.ones(()), None, torch.float32, True, 0)

@@ -1,4 +1,6 @@
-"""The CUDA kernels beyond the contract: every path of the launch rule, addresses, order of blocks, tickets. Emulated."""
+"""The CUDA kernels beyond the contract: every path of the launch rule, addresses, order of blocks, tickets.
+Emulated.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from emulation import guarded, module
 from arl_fast._core import dtypes
 from arl_fast._core.branches import Targets
 from arl_fast._core.options import Options, Schedule
-from arl_fast._core.stats import packed_length, unpack
+from arl_fast._core.stats import unpack
 from arl_fast.implementations import reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -196,7 +198,9 @@ def test_no_access_out_of_range(dtype, classes, monkeypatch):
 @pytest.mark.parametrize("gap", [0, 1, 3])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_strides(dtype, classes, gap, offset):
-    """Rows with a gap of NaN, at any alignment relative to their gradients; strided targets and masks; expanded rows."""
+    """Rows with a gap of NaN, at any alignment relative to their gradients; strided targets and masks;
+    expanded rows.
+    """
     logits, target = make(6, classes, dtype)
     wide = [torch.full((6, classes + gap + offset), torch.nan, dtype=dtype) for _ in logits]
     for w, x in zip(wide, logits, strict=True):
@@ -235,7 +239,8 @@ def test_same_bits_whatever_the_order_of_the_blocks(reduction, classes):
 
 
 def test_ticket_or_memset(monkeypatch):
-    """A kept counter is 0 again after each launch; without one it lives in the workspace and costs a memset."""
+    """A kept counter is 0 again after each launch; without one it lives in the workspace and costs a memset.
+    """
     logits, target = make(20, 6)
     lib = module.library()
     launches, memsets = lib.launches(), lib.memsets()
@@ -297,7 +302,9 @@ def test_row_of_nan_shows():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_schedule_on_the_device(reduction):
-    """Each number by itself as a tensor, one gamma or one per modality; the counter before, at and after its limit."""
+    """Each number by itself as a tensor, one gamma or one per modality; the counter before, at and after its
+    limit.
+    """
     logits, target = make(9, 12)
     three = torch.tensor(3.0)
     for gamma in (2.5, (0.5, 2.0), torch.tensor(2.5), torch.tensor([[0.5, 7.0], [2.0, 7.0]])[:, 0]):

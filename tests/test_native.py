@@ -1,4 +1,6 @@
-"""What only the native CPU implementation promises: instruction sets, threads, memory, and the eager step in one call."""
+"""What only the native CPU implementation promises: instruction sets, threads, memory, and the eager step in
+one call.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,9 @@ def test_infinities_and_nan_agree_with_reference(isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("classes", [3, 17, 60])
 def test_which_is_the_first_largest(isa, classes):
-    """Ties, in logits and in soft targets, and a NaN, which counts as the largest: accuracy as torch.argmax has it."""
+    """Ties, in logits and in soft targets, and a NaN, which counts as the largest: accuracy as torch.argmax
+    has it.
+    """
     native._C.set_isa(isa)
     x = torch.randint(0, 3, (200, classes)).float()
     soft = torch.randint(0, 3, (200, classes)).float()
@@ -180,7 +184,9 @@ def test_threads_do_not_change_a_bit(shape):
 
 
 def test_large_logits_use_more_threads_than_one():
-    """Seen in the CPU time of the process's threads: a parallel loop that is compiled without its runtime still computes."""
+    """Seen in the CPU time of the process's threads: a parallel loop that is compiled without its runtime
+    still computes.
+    """
     tasks = Path("/proc/self/task")
     if not next(tasks.glob("*/schedstat"), None):
         pytest.skip("needs /proc/self/task/*/schedstat")
@@ -224,7 +230,8 @@ def step_of_views(views, target):
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-# ---- the step in one call ------------------------------------------------------------------------------------------
+# ---- the step in one call
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from arl_fast import arl_loss, modulate
+from arl_fast._core.branches import Targets
 from arl_fast._core.options import Options, Schedule
 from arl_fast.implementations import dispatch, ops
 
@@ -18,14 +19,23 @@ def forward_arguments(dtype, reduction="mean", grad=True, schedule=False, soft=F
     logits = [torch.randn(7, 5, dtype=dtype) for _ in range(3)]
     target = torch.rand(7, 5, dtype=dtype) if soft else torch.randint(0, 5, (7,))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    options = ops.encode_options(Options("share", "confidence", None, "residual", -100, 0.0, reduction))
+    options = Options("share", "confidence", 0.25, "residual", -100, 0.0, reduction)
     chosen = Schedule((1.0, 2.0), 8.0, 3)
     if schedule:
         chosen = Schedule(torch.rand(2, dtype=compute), torch.tensor(8.0, dtype=compute), 3, torch.tensor(5))
     mask = torch.rand(7, 2) > 0.2
     weight = torch.rand(5, dtype=compute)
     divisor = torch.full((3,), 9.0, dtype=compute) if grad else None
-    return (logits, target, mask, weight, divisor, *ops.encode_schedule(chosen), options, grad)
+    return (
+        logits,
+        target,
+        mask,
+        weight,
+        divisor,
+        *ops.encode_schedule(chosen),
+        *ops.encode_options(options),
+        grad,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -66,9 +76,20 @@ def test_ops_never_alias_their_inputs():
     assert scaled.data_ptr() != grads[0].data_ptr()
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"entropy_floor": 0.25}, {"label_smoothing": 0.5, "entropy_floor": 0}], ids=str
+)
+def test_options_arrive_in_the_op(changes):
+    options = Options(rule="paper", gain="mean_one", ignore_index=2)._replace(**changes)
+    logits, targets = [torch.randn(7, 5) for _ in range(3)], Targets(torch.randint(0, 5, (7,)))
+    got = ops.forward("native", logits, targets, Schedule(2.0, 8.0), options, False)
+    want = native.forward(logits, targets, Schedule(2.0, 8.0), options, False)
+    assert torch.equal(got[1], want[1])
+
+
 def test_options_that_the_kernels_do_not_know():
     arguments = list(forward_arguments(torch.float32))
-    arguments[-2] = arguments[-2].replace("residual", "resident")
+    arguments[-3] = arguments[-3].replace("residual", "resident")
     with pytest.raises(ValueError, match="gain: got 'resident' in"):
         torch.ops.arl_fast.native_forward(*arguments)
 

@@ -1,6 +1,7 @@
-"""The native kernels (csrc/): the contract's three functions over ``arl_fast._C``, and the short way for eager steps.
+"""The native kernels (csrc/): the contract's three functions over ``arl_fast._C``, and the short way for eager
+steps.
 
-Eager calls go straight to the extension; torch.compile sees the registered ops ``torch.ops.arl_fast.native_*``.
+Eager calls go straight to the extension. torch.compile sees the registered ops ``torch.ops.arl_fast.native_*``.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def _stale(extension: Any) -> str:
             return f"arl_fast._C does not know {name}: it was built from other sources; build it again"
         if compiled[name] != fact:
             return (
-                f"arl_fast._C was built from other sources, with {name} = {compiled[name]}, where these have {fact}: "
-                "build it again"
+                f"arl_fast._C was built from other sources, with {name} = {compiled[name]}, where these have "
+                f"{fact}: build it again"
             )
     return ""
 
@@ -132,9 +133,7 @@ def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[
         return ops.for_present(
             grads, lambda given, modalities: _C.cuda_modulate_backward(given, link, modalities, _stream(link))
         )
-    return ops.for_present(
-        grads, lambda given, modalities: _C.modulate_backward(given, link, modalities)
-    )
+    return ops.for_present(grads, lambda given, modalities: _C.modulate_backward(given, link, modalities))
 
 
 def _stream(x: Tensor) -> int:
@@ -146,9 +145,10 @@ _tickets: dict[tuple[int, int], Tensor] = {}
 
 
 def _ticket(x: Tensor, stream: int) -> Tensor | None:
-    """The counter by which a launch's last block knows that it is the last: one per stream, 0 again after every launch.
+    """The counter by which a launch's last block knows that it is the last: one per stream, 0 after every launch.
 
-    None while a graph is captured: the graph may be replayed on another stream, so its launches zero counters of their own.
+    None while a graph is captured: the graph may be replayed on another stream, so its launches zero counters of
+    their own.
     """
     if torch._C._cuda_isCurrentStreamCapturing():
         return None

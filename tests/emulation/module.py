@@ -1,4 +1,5 @@
-"""The CUDA launchers, emulated, as an implementation of the contract (docs/architecture.md) for CPU tensors."""
+"""The CUDA launchers, emulated, as an implementation of the contract (docs/architecture.md) for CPU tensors.
+"""
 
 from __future__ import annotations
 
@@ -142,9 +143,7 @@ class Plan(Structure):
 def library() -> ctypes.CDLL:
     lib = build.library()
     if not hasattr(lib, "checked"):
-        for which, mirror in enumerate(
-            (ForwardArgs, ScaleArgs, ModulateArgs, Shape, Device, Plan)
-        ):
+        for which, mirror in enumerate((ForwardArgs, ScaleArgs, ModulateArgs, Shape, Device, Plan)):
             assert lib.size_of(which) == ctypes.sizeof(mirror), mirror.__name__
         lib.emulated_workspace_bytes.restype = lib.launches.restype = lib.memsets.restype = c_int64
         lib.emulated_workspace_bytes.argtypes = [POINTER(ForwardArgs)]
