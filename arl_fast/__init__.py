@@ -3,6 +3,7 @@
 from .branches import BranchLogits
 from .functional import arl_loss, modulate
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
+from .history import History
 from .linear import LinearARLLoss, linear_arl_loss
 from .loss import ARLLoss
 from .stats import BranchStats
@@ -16,6 +17,7 @@ __all__ = [
     "BranchStats",
     "ConcatHead",
     "GatedHead",
+    "History",
     "LinearARLLoss",
     "SharedHead",
     "SumHead",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from .branches import as_branch_logits
 from .functional import packed_loss
 from .options import check_scalar, make_options
 from .stats import BranchStats, unpack
+
+if TYPE_CHECKING:
+    from .history import History
 
 # gamma and T of the paper's experiments; no floor, Eq. 18. Its three-modality data set needs a rule that takes three.
 _PAPER = {
@@ -89,6 +92,7 @@ class ARLLoss(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._packed: Tensor | None = None
         self.modalities: tuple[str, ...] | None = None
+        self.history: History | None = None
 
     @classmethod
     def paper(cls, dataset: str, **changes: Any) -> ARLLoss:
@@ -118,6 +122,31 @@ class ARLLoss(nn.Module):
         """BranchStats of the last call: detached device tensors; reading them is what synchronises, if anything does."""
         return None if self._packed is None else unpack(self._packed)
 
+    def metrics(self, prefix: str = "arl/") -> dict[str, Tensor]:
+        """The last call's statistics by name, as "arl/gain/audio": detached 0-d device tensors, as ``self.log_dict`` takes them."""
+        from .history import metrics
+
+        return metrics(self.stats, self.modalities, prefix)
+
+    def track(self, history: History | None = None, **options: Any) -> History:
+        """Let a History collect every call from now on: training calls as steps, the others as held-out batches.
+
+        Args:
+            history: None makes one, with ``options``.
+        """
+        if history is None:
+            from .history import History
+
+            history = History(**options)
+        elif options:
+            raise ValueError(f"track: got a history and {sorted(options)}, which are options of a new one")
+        self.history = history
+        return history
+
+    def untrack(self) -> None:
+        """End what ``track`` began."""
+        self.history = None
+
     def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
         fused, unimodal, link = as_branch_logits(output)
         loss, packed = packed_loss(
@@ -140,6 +169,8 @@ class ARLLoss(nn.Module):
         """Keep the statistics and the names of this call; past nn.Module's own setter, which takes microseconds."""
         object.__setattr__(self, "_packed", packed)
         object.__setattr__(self, "modalities", tuple(modalities) if isinstance(modalities, dict) else None)
+        if self.history is not None:
+            self.history.observe(self)
 
     def _warming(self, like: Tensor) -> bool | Tensor:
         """Whether this call is one of the first ``warmup``; counts it in training mode, where gradients are recorded."""
