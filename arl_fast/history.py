@@ -186,6 +186,12 @@ class History:
         else:
             self._receive(wait=False)
 
+    def end_evaluation(self) -> None:
+        """Close the evaluation before its epoch ends: for more than one of them in an epoch."""
+        self._send(self._held_out)
+        self._arriving.append(_Chunk("evaluated", None, None, self.step, self.epoch))
+        self._receive(wait=False)
+
     def discard_held_out(self) -> None:
         """Forget the held-out batches of the current epoch, such as those of a check before training."""
         self.collect()
@@ -228,10 +234,10 @@ class History:
                     return
                 chunk.arrived.synchronize()
             self._arriving.popleft()
-            if chunk.kind == "end":
-                self._close_epoch(chunk)
+            if chunk.rows is None:
+                self._close(chunk)
             else:
-                self._take_in(chunk)
+                self._take_in(chunk, chunk.rows)
 
     def collect(self) -> None:
         """Bring everything to the host. This waits for the device; every method that reads the history calls
@@ -241,11 +247,11 @@ class History:
             self._send(ring)
         self._receive(wait=True)
 
-    def _take_in(self, chunk: _Chunk) -> None:
+    def _take_in(self, chunk: _Chunk, rows: Tensor) -> None:
         """Rows of statistics [n, K] into the table of steps, if they are those of steps, and into the epoch's
         sums.
         """
-        rows = chunk.rows.to(torch.float64)  # type: ignore[union-attr]
+        rows = rows.to(torch.float64)
         fields = self._split(rows)
         rows = torch.cat([self._at_the_bounds(fields), rows], 1)
         weight = torch.ones_like(rows)
@@ -263,8 +269,9 @@ class History:
         before = self._sums[chunk.kind]
         self._sums[chunk.kind] = sums if before is None else before + sums
 
-    def _close_epoch(self, chunk: _Chunk) -> None:
-        for kind, table in (("train", "epochs"), ("held_out", "held_out")):
+    def _close(self, chunk: _Chunk) -> None:
+        """The sums of an epoch, or of its evaluation only, become a row."""
+        for kind, table in (("train", "epochs"), ("held_out", "held_out"))[chunk.kind == "evaluated" :]:
             sums, self._sums[kind] = self._sums[kind], None
             if sums is not None:
                 row = sums[0] / sums[1].clamp_min(1)
