@@ -1,6 +1,7 @@
 """arl_fast: Asymmetric Representation Learning (ARL, ICCV 2025) as a drop-in loss for multimodal training."""
 
 from .branches import BranchLogits
+from .diagnose import diagnose
 from .functional import arl_loss, modulate
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
 from .history import History
@@ -23,6 +24,7 @@ __all__ = [
     "SumHead",
     "ZeroedHead",
     "arl_loss",
+    "diagnose",
     "linear_arl_loss",
     "modulate",
 ]

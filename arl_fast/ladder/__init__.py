@@ -11,7 +11,7 @@ the test data are used once, at the end.
 
 from .batches import Batches
 from .methods import TITLES, Method, methods
-from .results import Results, difference, load_rows
+from .results import Difference, Results, difference, load_rows
 from .training import Budget, Data, climb
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Batches",
     "Budget",
     "Data",
+    "Difference",
     "Method",
     "Results",
     "climb",

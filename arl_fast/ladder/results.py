@@ -222,9 +222,13 @@ class Results:
             for name, rows in self.chosen.items()
         }
 
-    def table(self, baseline: str = "joint", markdown: bool = False) -> str:
-        """Percent on the test data, mean ± standard deviation over seeds; the difference is paired, ± its
-        standard error.
+    def table(self, baseline: str = "joint", markdown: bool = False, same_rows: bool = False) -> str:
+        """Percent on the test data, mean ± standard deviation over seeds; differences ± their standard error.
+
+        Args:
+            baseline: the method to take differences to, paired by seed.
+            markdown: for a page instead of a terminal.
+            same_rows: the errors are those of ``difference_with_rows``.
         """
         head = [
             "test, %",
@@ -238,7 +242,7 @@ class Results:
             single = name.startswith("alone ")
             cells = ["" if single else _cell(self.values(name)), ""]
             if not single and name != baseline and baseline in self.chosen:
-                d = self.difference(name, baseline)
+                d = (self.difference_with_rows if same_rows else self.difference)(name, baseline)
                 cells[1] = f"{100 * d.mean:+.1f}" + (f" ± {100 * d.error:.1f}" if d.pairs > 1 else "")
             cells.append(_cell(self.values(name, what="macro_f1")))
             for m in self.modalities:
