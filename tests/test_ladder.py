@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import arl_fast
 from arl_fast import ladder
 from arl_fast.ladder import Batches, Budget, Data, Method, Results, climb, results, training
-from arl_fast.ladder.methods import fixed_gains, loss_options, methods, paper_swapped
+from arl_fast.ladder.methods import loss_options, methods, paper_swapped
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["audio", "visual"]
@@ -112,7 +112,7 @@ def test_macro_f1_is_that_of_scikit_learn(classes):
 
 def test_alone_and_late_fusion_are_models_trained_apart():
     """ "alone" equals training a model whose only branch that is; late fusion adds their logits."""
-    setup = training.Setup(Net, training.sgd, training.forward, "cpu", {}, None)
+    setup = training.Setup(Net, training.sgd, training.forward, "cpu", {}, training.head_of)
     d = data(0)
     trained = {
         m: training.train(setup, dict(gamma=0.0, rule="none"), d.train, 2, 0.1, 0, only=m)[0] for m in NAMES
@@ -150,6 +150,11 @@ def test_choices_are_made_on_validation_data_only():
     out = Results(rows, NAMES)
     assert out.rate("joint") == 0.2
     assert out.values("joint").tolist() == [0.5, 0.5]
+    weighted = [dict(row, method="weights") for row in rows]
+    for row in weighted:
+        row["validation"] = {"fused": {"accuracy": 1 - row["rate"], "loss": 1.0}}
+    unimodal = [dict(row, method="unimodal") for row in rows]
+    assert Results(weighted + unimodal, NAMES).rate("weights") == 0.2  # that of the models which they weight
     with pytest.raises(ValueError, match="data: got no validation data"):
         climb(
             Net,
@@ -274,7 +279,7 @@ def test_fixed_gains_are_learning_rates_under_sgd():
         states.append(model.state_dict())
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], msg=name)
-    assert fixed_gains([2.0, 0.5])(criterion.stats).tolist() == [2.0, 0.5]
+    assert criterion.stats.gains.tolist() == [1.0, 1.0]
 
 
 def test_paper_rule_in_the_other_order():

@@ -17,7 +17,8 @@ def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text())
 
 
-RUNNABLE = [(page, i) for page in (ROOT / "README.md", ROOT / "docs" / "method.md") for i in range(len(blocks(page)))]
+RUNNABLE_PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("method", "family", "faq"))]
+RUNNABLE = [(page, i) for page in RUNNABLE_PAGES if page.exists() for i in range(len(blocks(page)))]
 
 
 def test_readme_has_blocks():

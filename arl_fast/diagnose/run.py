@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..ladder import Budget, Data, Results, climb
-from ..ladder.training import Forward, forward, sgd
+from ..ladder.training import Forward, forward, head_of, sgd
 from .page import page
 from .verdict import EVEN, Verdict, decide
 
@@ -107,7 +107,7 @@ def diagnose(
     optimizer: Callable[[Iterable, float], torch.optim.Optimizer] = sgd,
     forward: Forward = forward,
     criterion: Mapping[str, Any] | None = None,
-    head: Callable[[nn.Module], Any] | None = None,
+    head: Callable[[nn.Module], nn.Module | None] = head_of,
     progress: bool = True,
 ) -> Diagnosis:
     """Do I need ARL? Short paired trainings of a model: joint, with unimodal losses, with a constant gain,

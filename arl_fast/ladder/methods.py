@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..family import Fixed
 from ..stats import BranchStats
 
 TITLES = {
@@ -73,16 +74,7 @@ def loss_options(method: Method, variant: dict[str, Any]) -> dict[str, Any]:
     """Options of ARLLoss for a method in one of its variants."""
     options = {**method.options, **variant}
     gains = options.pop("gains", None)
-    return options if gains is None else options | {"rule": fixed_gains(gains), "gain": "plain"}
-
-
-def fixed_gains(gains: Sequence[float]) -> Callable[[BranchStats], Tensor]:
-    """A rule for ``gain="plain"``: each encoder's gradient times a number that does not change."""
-
-    def rule(stats: BranchStats) -> Tensor:
-        return torch.tensor(gains, dtype=stats.entropy.dtype).to(stats.entropy.device, non_blocking=True)
-
-    return rule
+    return options if gains is None else options | {"rule": Fixed(tuple(gains)), "gain": "plain"}
 
 
 def paper_swapped(stats: BranchStats, temperature: float = 8.0) -> Tensor:

@@ -167,6 +167,10 @@ class Results:
                 for g in groups[name].values()
                 if len(g) == len(self.seeds)
             ]
+            if (
+                name == "weights" and "unimodal" in self.chosen
+            ):  # weights on the predictions of those very models
+                complete = [group for group in complete if _choice(group) == _choice(self.chosen["unimodal"])]
             if complete:
                 self.chosen[name] = max(complete, key=_validation)
 
@@ -260,6 +264,10 @@ class Results:
         if len(self.seeds) > 1:
             text += "\n\nMean ± standard deviation over seeds; differences: paired by seed, ± standard error."
         return text
+
+
+def _choice(rows: list[dict[str, Any]]) -> tuple[float, str]:
+    return rows[0]["rate"], json.dumps(rows[0]["variant"])
 
 
 def _validation(rows: list[dict[str, Any]]) -> tuple[float, float]:

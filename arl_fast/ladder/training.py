@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..branches import BranchLogits, as_branch_logits
+from ..heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
 from ..history import History
 from ..loss import ARLLoss
 from .methods import Method, loss_options
@@ -21,6 +23,7 @@ from .methods import methods as all_methods
 from .results import Results, load_rows, measure
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Tensor]]
+HEADS = (ConcatHead, SumHead, SharedHead, GatedHead, BilinearHead, ZeroedHead)
 TARGETS = ("labels", "label", "target", "targets", "y")
 
 
@@ -86,7 +89,7 @@ class Setup(NamedTuple):
     forward: Forward
     device: Any
     criterion: dict[str, Any]  # options of ARLLoss for all methods
-    head: Callable[[nn.Module], Any] | None
+    head: Callable[[nn.Module], nn.Module | None]
 
 
 def train(
@@ -162,6 +165,12 @@ def modalities_of(setup: Setup, data: Iterable) -> list[str]:
         return list(by_name(setup.forward(model, to_device(next(iter(data)), setup.device))[0]))[1:]
 
 
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The model's one head of this package; None where there is none, or more than one."""
+    found = [module for module in model.modules() if isinstance(module, HEADS)]
+    return found[0] if len(found) == 1 else None
+
+
 def climb(
     factory: Callable[[], nn.Module],
     data: Callable[[int], Data],
@@ -173,7 +182,7 @@ def climb(
     optimizer: Callable[[Iterable, float], torch.optim.Optimizer] = sgd,
     forward: Forward = forward,
     criterion: Mapping[str, Any] | None = None,
-    head: Callable[[nn.Module], Any] | None = None,
+    head: Callable[[nn.Module], nn.Module | None] = head_of,
     progress: bool = True,
 ) -> Results:
     """Train every method with every seed, learning rate and variant. Seeds torch's global generator.
@@ -191,7 +200,8 @@ def climb(
         optimizer: from parameters and a learning rate.
         forward: from a model and a batch to its output and the target.
         criterion: options of ARLLoss for all methods, such as ``weight`` or ``ignore_index``.
-        head: from a model to its head, for fusion weights; None: its ``head``, if it has one.
+        head: from a model to its head, for fusion weights; by default its one head of this package, or None,
+            for a pool of the predictions.
         progress: show a progress bar (tqdm, if installed).
 
     Returns:
@@ -325,9 +335,8 @@ def _run(
     return [own], history
 
 
-Predictions = list[
-    tuple[dict[str, Tensor], Tensor] | None
-]  # on the validation data, if there are any, and the test data
+# logits by branch and targets: of the validation data, or None where there are none, and of the test data
+Predictions = list[tuple[dict[str, Tensor], Tensor] | None]
 
 
 def _predictions(setup: Setup, model: nn.Module, data: Data) -> Predictions:
@@ -341,14 +350,11 @@ def _each(sides: Predictions, change: Callable[[dict[str, Tensor]], dict[str, Te
 def _fusion_weights(
     setup: Setup, model: nn.Module, sides: Predictions
 ) -> tuple[dict[str, float], Predictions] | None:
-    """The same predictions with weights that are fitted on the validation rows; None where there are none to
-    fit.
-    """
+    """The same predictions with weights that are fitted on the validation rows, if there are any."""
     import arl_fast
 
     fusion_weights = getattr(arl_fast, "FusionWeights", None)
-    head = getattr(model, "head", None) if setup.head is None else setup.head(model)
-    if fusion_weights is None or head is None or sides[0] is None:
+    if fusion_weights is None or sides[0] is None:
         return None
 
     def branches(logits: dict[str, Tensor]) -> BranchLogits:
@@ -356,10 +362,14 @@ def _fusion_weights(
         return BranchLogits(moved.pop("fused"), moved)
 
     logits, target = sides[0]
-    fusion = fusion_weights.fit(head, branches(logits), target.to(setup.device))
+    ignored = {"ignore_index": setup.criterion["ignore_index"]} if "ignore_index" in setup.criterion else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a branch that beats the whole: the table shows it
+        fusion = fusion_weights.fit(setup.head(model), branches(logits), target.to(setup.device), **ignored)
     with torch.no_grad():
         weighted = _each(sides, lambda logits: {**logits, "fused": fusion(branches(logits)).float().cpu()})
-    return dict(zip(list(logits)[1:], fusion.weights.detach().cpu().tolist(), strict=True)), weighted
+    weights = fusion.weights.detach().cpu().tolist()
+    return dict(zip(list(logits)[-len(weights) :], weights, strict=True)), weighted
 
 
 @contextlib.contextmanager
