@@ -80,6 +80,9 @@ def test_says_that_a_difference_is_within_noise():
     noisy = decide(results({"joint": 0.70, "unimodal": 0.75, "constant": 0.75, "share": 0.75}, spread=0.08))
     assert noisy.recommendation == "joint"
     assert noisy.reasons[0] == "No rung is clearly better than joint training: the rest is within noise."
+    few = decide(results({"joint": 0.70, "unimodal": 0.78, "constant": 0.70, "share": 0.70}, spread=0.03))
+    assert few.recommendation == "joint"
+    assert "More seeds may tell more, 3 are too few to: + unimodal losses +8.0 ± " in few.reasons[1]
     worse = decide(results({"joint": 0.80, "unimodal": 0.70, "constant": 0.70, "share": 0.80}, spread=0.002))
     assert worse.recommendation == "joint"
     assert worse.reasons[0].endswith("and clearly worse: + unimodal losses, + constant gain.")

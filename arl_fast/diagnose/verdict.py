@@ -73,6 +73,10 @@ def decide(results: Results) -> Verdict:
         skipped = [name for name in rungs[1 : rungs.index(chosen)] if not _clear_gain(results, chosen, name)]
         if skipped:
             reasons.append(f"But it is not told apart from {_list(results, skipped)}, which is simpler.")
+    unclear = [name for name, d in differences.items() if not d.clear and d.mean > 1.96 * d.error]
+    if chosen == "joint" and unclear:
+        shown = "; ".join(f"{results.title(name)} {_points(differences[name])}" for name in unclear)
+        reasons.append(f"More seeds may tell more, {len(results.seeds)} are too few to: {shown}.")
     spread = f"{weakest} alone predicts {_percent(branches[weakest])} of the held-out rows"
     spread += f", {strongest} {_percent(branches[strongest])}"
     if even:
