@@ -38,7 +38,7 @@ def sharded_arl_loss(
     """``arl_loss`` for logits of which every process of a group holds some of the classes.
 
     All processes give the same batch and get the same loss and statistics, those of the unsharded loss. Each gets the
-    exact gradient of its shard, to be averaged with nobody. There is one all-gather of about 8 (M+1) B numbers and no
+    exact gradient of its shard, to be averaged with nobody. There is one all-gather of about 9 (M+1) B numbers and no
     other traffic: the logits never leave their process. Plain torch on any device.
 
     Everything with a dimension of classes is sharded in the same way, everything else is as in ``arl_loss``.

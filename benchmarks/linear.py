@@ -1,11 +1,11 @@
 """Linear heads: time and peak memory of features -> gradients, for ``linear_arl_loss`` and what it competes with.
 
     python -m benchmarks.linear --device cpu --rows rows.jsonl      measure, one row per shape and contender
-    python -m benchmarks.linear --page                              its tables in docs/performance.md, from benchmarks/results
 
 A step starts at two modalities' features [B, 512] and ends at the gradients of features, weight and bias, upstream 1.
-Contenders take turns in rotated order, each checked against float64 truth before it is timed. On a CPU one thread runs and
-the time is the process's CPU time, which other load on the machine hardly changes.
+Contenders take turns in rotated order, each checked against float64 truth before it is timed. On a CPU one thread runs
+and the time is the process's CPU time, which other load on the machine hardly changes. `python -m benchmarks.plot` writes
+the tables of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -277,15 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shapes", help="as 64x6,1024x309 instead of all")
     parser.add_argument("--seconds", type=float, default=4.0, help="per contender and shape")
     parser.add_argument("--tiny", action="store_true", help="one small shape, to see that everything runs")
-    parser.add_argument("--page", action="store_true", help="only write the tables of docs/performance.md")
     options = parser.parse_args(arguments)
-    if options.page:
-        from .plot import RESULTS, fill
-
-        found = [row for file in sorted(RESULTS.glob("*.jsonl")) for row in rows.read(file)]
-        page = ROOT / "docs" / "performance.md"
-        page.write_text(fill(page.read_text(), generated(found)))
-        return
     torch.set_num_threads(1)
     shapes = [tuple(map(int, s.split("x"))) for s in options.shapes.split(",")] if options.shapes else SHAPES
     if not options.shapes and options.device == "cpu":

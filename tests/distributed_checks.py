@@ -480,6 +480,30 @@ def check_sharded_extreme_logits(rank, world):
         )
 
 
+def check_sharded_float32_extremes(rank, world):
+    """Relative error of float32 gradients against float64, each row by itself, as arl_loss has it; and no row at all."""
+    classes = 16
+    target = torch.randint(0, classes, (6,))
+    own = bounds(rank, world, classes, False)
+    noise = [torch.randn(6, classes) for _ in range(3)]
+    certain = [x.scatter_add(1, target[:, None], torch.full((6, 1), 14.0)) for x in noise]
+    cases = {"offset": [x + 1e4 for x in noise], "certain": certain}
+    for name, logits in cases.items():
+        wide = [x.double().requires_grad_() for x in logits]
+        loss, _ = arl_loss(wide[0], wide[1:], target, reduction="sum", rule="none")
+        truth = torch.autograd.grad(loss, wide)
+        mine = [x[:, own].clone().requires_grad_() for x in logits]
+        loss, _ = sharded_arl_loss(mine[0], mine[1:], target, reduction="sum", rule="none")
+        for got, want in zip(torch.autograd.grad(loss, mine), truth, strict=True):
+            error = (got.double() - want[:, own]).norm(dim=1) / want.norm(dim=1)
+            assert float(error.max()) < 2e-6, (name, error)
+    empty = [x[:0, own].requires_grad_() for x in noise]
+    loss, stats = sharded_arl_loss(empty[0], empty[1:], target[:0], rule="none")
+    assert loss.isnan()
+    assert stats.count.tolist() == [0, 0, 0]
+    assert all(g.shape == x.shape for g, x in zip(torch.autograd.grad(loss, empty), empty, strict=True))
+
+
 def check_sharded_errors(rank, world):
     logits = [torch.randn(3, 4) for _ in range(3)]
     target = torch.tensor([0, 1, 4 * world])

@@ -24,7 +24,7 @@ from arl_fast._core import rules  # noqa: E402
 from arl_fast.implementations import (  # noqa: E402
     dispatch,
     native,
-    )
+)
 
 
 @pytest.fixture(scope="session")

@@ -159,30 +159,20 @@ def _save_for_late(
 ) -> None:
     """Everything from which _late_products makes the products: tensors by autograd's rules, the rest on ``ctx``."""
     schedule = step.schedule
-    counter = None if schedule.step is None else schedule.step.clone()  # the criterion goes on counting
-    numbers = [
-        value if isinstance(value, Tensor) else None for value in (schedule.gamma, schedule.temperature)
-    ]
-    ctx.step = step._replace(
-        targets=None,
-        schedule=Schedule(*(0.0 if isinstance(v, Tensor) else v for v in schedule[:2]), schedule.warmup),
-    )
-    ctx.kept = len(grads)
-    ctx.save_for_backward(link, counter, *numbers, *step.targets, *grads, *tensors)
+    if schedule.step is not None:
+        schedule = schedule._replace(step=schedule.step.clone())  # the criterion goes on counting
+    ctx.implementation, ctx.options, ctx.kept = step.implementation, step.options, len(grads)
+    ctx.numbers = [None if isinstance(value, Tensor) else value for value in schedule]
+    on_device = [value if isinstance(value, Tensor) else None for value in schedule]
+    ctx.save_for_backward(link, *on_device, *step.targets, *grads, *tensors)
 
 
 def _late_products(ctx: Any, upstream: Tensor, keep: bool) -> list[Tensor | None]:
     """The products with the kept gradients of the logits or, where there are none, of logits that are computed again."""
-    layout, step = ctx.layout, ctx.step
-    implementation, schedule = step.implementation, step.schedule
-    link, counter, gamma, temperature, *rest = ctx.saved_tensors
-    schedule = Schedule(
-        schedule.gamma if gamma is None else gamma,
-        schedule.temperature if temperature is None else temperature,
-        schedule.warmup,
-        counter,
-    )
-    targets, rest = Targets(*rest[:4]), rest[4:]
+    layout, implementation = ctx.layout, ctx.implementation
+    link, *rest = ctx.saved_tensors
+    on_device, targets, rest = rest[:4], Targets(*rest[4:8]), rest[8:]
+    schedule = Schedule(*(n if t is None else t for t, n in zip(on_device, ctx.numbers, strict=True)))
     kept, tensors = rest[: ctx.kept], rest[ctx.kept :]
     features, weights, biases = layout.split(tensors)
     weights = layout.by_modality(weights, [z.shape[1] for z in features])
@@ -193,7 +183,7 @@ def _late_products(ctx: Any, upstream: Tensor, keep: bool) -> list[Tensor | None
         if not kept:
             logits = layout.logits(z, weights, biases)
             _, _, grads = implementation.forward(
-                logits, _targets_of(targets, part), schedule, step.options, True
+                logits, _targets_of(targets, part), schedule, ctx.options, True
             )
             del logits
         u = take(upstream, part) if upstream.dim() else upstream
@@ -232,7 +222,7 @@ def linear_loss_and_packed(
     (z, w, b), ((like,), targets, schedule) = check_linear_loss(
         head, _product_dtype, targets, schedule, options
     )
-    group = None if sync_stats is False else resolve_group(sync_stats, "sync_stats")
+    group = None if sync_stats is False else resolve_group(sync_stats)
     batch, classes, *positions = like.shape
     chunk = head.chunk or chunk_rows(z[0].shape[:-1].numel(), classes, len(z), like.dtype, like.device.type)
     layout = Layout(head.fusion, head.bias_mode, len(z), len(w), like.dtype, chunk, return_logits)

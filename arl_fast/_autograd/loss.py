@@ -111,7 +111,7 @@ def loss_and_packed(
         if result is not None:  # None where anything is unusual or wrong
             return result
     logits, targets, schedule = check_loss(branches, targets, schedule, options)
-    group = None if sync_stats is False else resolve_group(sync_stats, "sync_stats")
+    group = None if sync_stats is False else resolve_group(sync_stats)
     if implementation is None:
         implementation = dispatch.for_loss(logits[0], options, schedule)
     step = Step(implementation, options, schedule, targets, group)

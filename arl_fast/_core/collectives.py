@@ -24,7 +24,7 @@ class Group(NamedTuple):
     rank: int
 
 
-def resolve_group(group: Any, argument: str) -> Group | None:
+def resolve_group(group: Any, argument: str = "sync_stats") -> Group | None:
     """The process group that True, a ProcessGroup or a one-dimensional DeviceMesh stands for; None for one process.
 
     Raises:
