@@ -1,8 +1,8 @@
-"""The loss for logits of which every process holds some of the classes, in plain torch: one all-gather per step.
+"""The loss for logits of which every process holds some of the classes: one all-gather, in plain torch.
 
-A process reduces each of its rows to a few numbers, taken relative to the largest logit that it holds, so that nothing
-overflows. After the exchange every process joins the shards' numbers to those of the whole row, and forms the gradient
-of its own classes. Logits never leave their process.
+A process reduces each of its rows to a few numbers, taken relative to the largest logit that it holds, so
+that nothing overflows. After the exchange every process joins the shards' numbers to those of the whole row,
+and forms the gradient of its own classes. Logits never leave their process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Sharded(NamedTuple):
     def forward(
         self, logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """As reference.forward. All processes get one loss and one packed vector, each the gradients of its classes."""
+        """As reference.forward. All processes get the same loss and packed vector, each its own gradients."""
         target, mask, weight, divisor = targets
         dtype, device = compute_dtype(logits[0].dtype), logits[0].device
         n, classes = logits[0].shape
@@ -98,7 +98,7 @@ class Sharded(NamedTuple):
         return loss, packed, grads
 
     def _exchange(self, rows: Tensor, seen: _Classes | _Probabilities, weights: Tensor) -> _Shards:
-        """The one collective: every process's rows, what it sees of the target, and which classes it holds."""
+        """The one collective: each process's rows, what it sees of the target, and which classes it holds."""
         n, classes = rows.shape[2], weights.shape[0]
         place = _place(self.offset, classes, rows.dtype, rows.device)
         sent = torch.cat([rows.reshape(-1), seen.mass(), seen.tallest(), place, weights.sum().reshape(1)])
@@ -150,7 +150,7 @@ class _Shards(NamedTuple):
 
 
 class _Classes(NamedTuple):
-    """Class indices as one shard sees them: quantities [N] over its classes; u is the target times its class weights."""
+    """Class indices as one shard sees them: quantities [N]; u is the target times its class weights."""
 
     position: Tensor  # [N, 1] place of the target, 0 where it is not here
     here: Tensor  # [N] bool
@@ -299,14 +299,15 @@ def _on_host(device: torch.device) -> bool:
 
 
 def _check_layout(shards: _Shards, device: torch.device) -> Tensor:
-    """0, or NaN (on a CPU an error) if the shards leave gaps, overlap or do not follow the order of the ranks."""
+    """0, or NaN (on a CPU an error) if the shards leave gaps, overlap or are not in the ranks' order."""
     offsets, counts = shards.offsets, shards.counts
     wrong = (offsets != counts.cumsum(0) - counts).any()
     if _on_host(device) and bool(wrong):
         held = ", ".join(f"[{a}, {a + n})" for a, n in zip(offsets.tolist(), counts.tolist(), strict=True))
         raise ValueError(
-            f"offset: the processes hold the classes {held}, expected shards that follow each other in the order of the ranks; "
-            "where they are not all of one size, pass offset= the number of this process's first class"
+            f"offset: the processes hold the classes {held}, expected shards that follow each other in the "
+            "order of the ranks; where they are not all of one size, pass offset= the number of this "
+            "process's first class"
         )
     return torch.where(wrong, torch.nan, 0.0)
 
