@@ -1,4 +1,4 @@
-"""Fixtures: every test that takes ``implementation`` runs once for each implementation that can serve a CPU tensor here.
+"""Fixtures: a test that takes ``implementation`` runs once for each that can serve a CPU tensor here.
 
 The Triton kernels run on the CPU under Triton's interpreter only: TRITON_INTERPRET=1 pytest -m contract.
 """
@@ -14,7 +14,8 @@ from arl_fast.implementations import dispatch
 from arl_fast.implementations.sharded import Sharded
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-# "sharded" holds all classes in one process here; it serves the tests that are marked `contract`, and no others
+# "sharded" holds all classes in one process here; it serves the tests that are marked `contract`, and no
+# others
 CONTRACT = ["triton"] if INTERPRETING else ["reference", "native", "sharded"]
 
 if INTERPRETING:
@@ -63,7 +64,9 @@ def poisoned():
 
 @pytest.fixture
 def count_served(monkeypatch):
-    """``count_served(name)``: a list that tells of each call of a native step in one call, as "fast_loss", whether it served."""
+    """``count_served(name)``: a list that tells of each call of a native step in one call, as "fast_loss",
+    whether it served.
+    """
     from arl_fast.implementations import native
 
     def count(name):

@@ -1,4 +1,6 @@
-"""Building: a Python install without the native kernels that works and says why they are absent, and flags of the user."""
+"""Building: a Python install without the native kernels that works and says why they are absent, and flags of
+the user.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def test_the_note_stays_out_of_version_control():
 
 @pytest.mark.parametrize("name", ["isa_baseline", "isa_avx2"])
 def test_a_users_flags_do_not_change_the_width_of_vectors(name):
-    """CXXFLAGS=-march=native reaches every copy of the row kernels, on a CPU with AVX-512 the narrower ones, too."""
+    """CXXFLAGS=-march=native reaches every copy of the row kernels, on a CPU with AVX-512 the narrower ones,
+    too.
+    """
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("no g++, or no x86-64")

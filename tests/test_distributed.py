@@ -1,4 +1,6 @@
-"""Several processes on one machine (gloo): each check of distributed_checks.py runs on every process of its group."""
+"""Several processes on one machine (gloo): each check of distributed_checks.py runs on every process of its
+group.
+"""
 
 from __future__ import annotations
 

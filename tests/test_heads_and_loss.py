@@ -1,4 +1,6 @@
-"""criterion(head(features), target) is head.loss(features, target), and both are right, for features of any rank."""
+"""criterion(head(features), target) is head.loss(features, target), and both are right, for features of any
+rank.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def features(shape, size):
     chunk=st.sampled_from([None, 2]),
 )
 def test_a_linear_head_and_its_loss_agree(kind, shape, classes, options, soft, masked, chunk):
-    """The number of positions may equal the number of classes: which dimension is which must not be guessed."""
+    """Positions may be as many as classes: which dimension is which must not be guessed."""
     torch.manual_seed(0)
     head = LINEAR[kind](3, classes).double()
     z = features(shape, 3)

@@ -48,7 +48,7 @@ def test_outputs_of_every_form_give_the_same():
 
 
 def test_warmup_lives_in_the_state_dict():
-    """gamma = 1 and gain = 1 before `warmup` steps have passed; evaluation does not count; a restart goes on."""
+    """gamma = 1 and gain = 1 during the warm-up; evaluation does not count; a restart goes on."""
     head, z, target = example()
     criterion = ARLLoss(gamma=3.0, warmup=2)
 
@@ -144,7 +144,8 @@ def test_command_line_names_implementation_and_reason():
 def test_import_is_light():
     """Nothing optional is imported before it is needed."""
     heavy = "triton numpy matplotlib transformers lightning torch._inductor torch._dynamo"
-    script = f"import torch, sys; before = set(sys.modules); import arl_fast; print(sorted(({set(heavy.split())} & set(sys.modules)) - before))"
+    script = "import torch, sys; before = set(sys.modules); import arl_fast; "
+    script += f"print(sorted(({set(heavy.split())} & set(sys.modules)) - before))"
     code, text = run_python("-c", script)
     assert code == 0
     assert text.strip() == "[]"

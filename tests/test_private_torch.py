@@ -1,4 +1,6 @@
-"""Which private names of torch a new version has lost. Each has a fallback or fails here, by name, and not in training."""
+"""Which private names of torch a new version has lost. Each has a fallback or fails here, by name, and not in
+training.
+"""
 
 from __future__ import annotations
 
