@@ -110,13 +110,12 @@ _cached = functools.lru_cache(maxsize=256)(_checked)
 
 def make_options(**given: Any) -> Options:
     """Options from keywords, checked. Raises ValueError or TypeError naming the argument."""
-    # The compiler warns of caches and needs none. An unhashable value is no option: the checks say so.
-    if torch.compiler.is_compiling():
-        return _checked(**given)
-    try:
-        return _cached(**given)
-    except TypeError:
-        return _checked(**given)
+    if not torch.compiler.is_compiling():  # the compiler warns of caches, and needs none
+        try:
+            return _cached(**given)
+        except TypeError:  # an option of a wrong type, or one that cannot be hashed
+            pass
+    return _checked(**given)
 
 
 class Schedule(NamedTuple):
