@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .branches import BranchLogits, as_branch_logits
+from ._core.branches import BranchLogits, as_branch_logits
+from ._core.spec import BranchStats
 from .history import History
-from .stats import BranchStats
 
 
 @dataclass(frozen=True)

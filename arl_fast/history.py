@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from .stats import BranchStats
+from ._core.spec import BranchStats
 
 SATURATED = 0.99  # a coefficient above this leaves the other modalities next to nothing
 

@@ -1,8 +1,8 @@
 """Pictures of a training run (matplotlib, an optional dependency): shares, coefficients, accuracies.
 
-Every function but ``overview`` draws into ``ax``, or into a new figure, and returns the axes. A history is a list of
-BranchStats, one per step or epoch, or an ``arl_fast.History``; a list of histories, one per seed, is drawn as mean and
-standard deviation.
+Every function but ``overview`` draws into ``ax``, or into a new figure, and returns the axes. A history is a
+list of BranchStats, one per step or epoch, or an ``arl_fast.History``; a list of histories, one per seed, is
+drawn as mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stats import BranchStats
+from ._core.spec import BranchStats
 
 History = Sequence[BranchStats] | Sequence[Sequence[BranchStats]]
 
@@ -28,20 +28,34 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError('arl_fast.plots needs matplotlib: pip install "arl_fast[plots]" or pip install matplotlib') from error
+        raise ImportError(
+            'arl_fast.plots needs matplotlib: pip install "arl_fast[plots]" or pip install matplotlib'
+        ) from error
     return plt
 
 
 def style() -> AbstractContextManager:
-    """A matplotlib style that is readable on light and on dark pages, for figures saved with ``transparent=True``."""
+    """A matplotlib style that is readable on light and on dark pages, for figures saved with
+    ``transparent=True``.
+    """
     ink = {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
     axes = {"axes.labelcolor": INK, "axes.edgecolor": INK, "axes.titlecolor": INK, "axes.titlesize": 11}
-    lines = {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6, "legend.frameon": False, "legend.fontsize": 9}
+    lines = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "lines.linewidth": 1.6,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+    }
     return require_matplotlib().rc_context(ink | axes | lines)
 
 
 def shares(
-    history: History, names: Sequence[str] | None = None, ax: Any = None, smooth: int | None = None, only: Sequence[str] | None = None
+    history: History,
+    names: Sequence[str] | None = None,
+    ax: Any = None,
+    smooth: int | None = None,
+    only: Sequence[str] | None = None,
 ) -> Any:
     """Dependence shares d (solid) against inverse-variance shares q (dashed), as in Fig. 3 of the paper.
 
@@ -64,8 +78,10 @@ def shares(
     return ax
 
 
-def coefficients(history: History, names: Sequence[str] | None = None, ax: Any = None, smooth: int | None = None) -> Any:
-    """Coefficients a by step, with the uniform 1/M as a dotted line; the arguments are those of ``shares``."""
+def coefficients(
+    history: History, names: Sequence[str] | None = None, ax: Any = None, smooth: int | None = None
+) -> Any:
+    """Coefficients a by step, with the uniform 1/M as a dotted line; arguments as for ``shares``."""
     ax = _axes(ax)
     a = _series(history, "coefficients", smooth)
     ax.axhline(1 / a.shape[-1], color=INK, linewidth=1, linestyle=":")
@@ -103,12 +119,14 @@ def accuracies(accuracy: Mapping[str, Mapping[str, Tensor]], ax: Any = None) -> 
 
 
 def overview(history: Any, title: str | None = None) -> Any:
-    """One figure of a run: shares, coefficients and gains, losses, accuracies, and where the rule is at its bounds.
+    """One figure of a run: shares, coefficients and gains, losses, accuracies, and where the rule is at its
+    bounds.
 
-    Shares are lines, d solid against q dashed, between dotted lines for the smallest and the largest q that the entropy
-    floor allows; of more than two modalities they are stacked areas, one panel for d and one for q. Grey areas show in
-    which share of the steps the floor held and a coefficient was above 0.99. Fusion weights (``log_weights``) are drawn
-    as shares of their sum. Held-out values are dashed lines with dots, one dot per epoch.
+    Shares are lines, d solid against q dashed, between dotted lines for the smallest and the largest q that
+    the entropy floor allows; of more than two modalities they are stacked areas, one panel for d and one for
+    q. Grey areas show in which share of the steps the floor held and a coefficient was above 0.99. Fusion
+    weights (``log_weights``) are drawn as shares of their sum. Held-out values are dashed lines with dots,
+    one dot per epoch.
 
     Args:
         history: an ``arl_fast.History`` with at least one step.
@@ -124,7 +142,9 @@ def overview(history: Any, title: str | None = None) -> Any:
     stacked = len(names) > 2
     rows = history.rows()
     with style():
-        figure, axes = plt.subplots(2, 3 if stacked else 2, figsize=(15 if stacked else 11, 8), layout="constrained")
+        figure, axes = plt.subplots(
+            2, 3 if stacked else 2, figsize=(15 if stacked else 11, 8), layout="constrained"
+        )
         panels = list(axes[0]) + list(axes[1])
         if stacked:
             _stacked_shares(panels[0], history, rows, "dependence_share", "Dependence shares d")
@@ -149,7 +169,14 @@ def overview(history: Any, title: str | None = None) -> Any:
                 colour = INK if name == "fused" else COLOURS[(m - 1) % len(COLOURS)]
                 _curve(ax, rows, f"{what}/{name}", colour, "-", name)
                 if len(held_out["step"]):
-                    ax.plot(held_out["step"], held_out[f"{what}/{name}"], color=colour, linestyle="--", marker="o", markersize=3)
+                    ax.plot(
+                        held_out["step"],
+                        held_out[f"{what}/{name}"],
+                        color=colour,
+                        linestyle="--",
+                        marker="o",
+                        markersize=3,
+                    )
             if len(held_out["step"]):
                 ax.plot([], [], color=INK, linestyle="--", marker="o", markersize=3, label="held out")
             ax.set(title=label, ylim=(0, 1.02 if what == "accuracy" else None))
@@ -193,12 +220,29 @@ def _line_shares(ax: Any, history: Any, rows: Mapping[str, Tensor]) -> None:
 
 def _stacked_shares(ax: Any, history: Any, rows: Mapping[str, Tensor], field: str, title: str) -> None:
     window = max(1, len(rows["step"]) // 50)
-    shares = [torch.nn.functional.avg_pool1d(rows[f"{field}/{name}"][None], window, 1)[0] for name in history.modalities]
+    shares = [
+        torch.nn.functional.avg_pool1d(rows[f"{field}/{name}"][None], window, 1)[0]
+        for name in history.modalities
+    ]
     colours = [COLOURS[m % len(COLOURS)] for m in range(len(shares))]
-    ax.stackplot(rows["step"][window - 1 :], *shares, labels=history.modalities, colors=colours, alpha=0.75, linewidth=0)
+    ax.stackplot(
+        rows["step"][window - 1 :],
+        *shares,
+        labels=history.modalities,
+        colors=colours,
+        alpha=0.75,
+        linewidth=0,
+    )
     if field == "inverse_variance" and bool(rows["floored"].any()):
         at_floor = torch.nn.functional.avg_pool1d(rows["floored"][None], window, 1)[0]
-        ax.plot(rows["step"][window - 1 :], at_floor, color="black", linewidth=1, linestyle=":", label="share of steps at the floor")
+        ax.plot(
+            rows["step"][window - 1 :],
+            at_floor,
+            color="black",
+            linewidth=1,
+            linestyle=":",
+            label="share of steps at the floor",
+        )
     ax.set(title=title, ylim=(0, 1))
 
 
@@ -230,8 +274,16 @@ def _series(history: History, field: str, smooth: int | None) -> Tensor:
     """[runs, steps, M] of one field, smoothed by a moving average."""
     if len(history) == 0:
         raise ValueError("history: got nothing to draw, expected at least one BranchStats")
-    runs = [[history]] if isinstance(history, BranchStats) else [history] if isinstance(history[0], BranchStats) else history
-    values = torch.stack([torch.stack([getattr(stats, field).float().cpu() for stats in run]) for run in runs])  # type: ignore[union-attr]
+    runs = (
+        [[history]]
+        if isinstance(history, BranchStats)
+        else [history]
+        if isinstance(history[0], BranchStats)
+        else history
+    )
+    values = torch.stack(
+        [torch.stack([getattr(stats, field).float().cpu() for stats in run]) for run in runs]
+    )  # type: ignore[union-attr]
     window = max(1, values.shape[1] // 50) if smooth is None else smooth
     if window > 1:
         total = torch.cat([torch.zeros_like(values[:, :1]), values.cumsum(1)], 1)

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it stands, and the files it points to exist."""
+"""Python blocks of the pages named in RUNS run as they stand, and what any page links to exists."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text())
 
 
-RUNNABLE_PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("method", "family", "faq"))]
-RUNNABLE = [(page, i) for page in RUNNABLE_PAGES for i in range(len(blocks(page)))]
+RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("method", "extend", "family", "faq"))]
+RUNNABLE = [(page, i) for page in RUNS for i in range(len(blocks(page)))]
 
 
 def test_readme_has_blocks():
@@ -34,7 +34,9 @@ def test_block_runs(page, i):
 
 
 def test_tutorial_runs_block_after_block(tmp_path, monkeypatch, capsys):
-    """And its text says what comes out: which branch leads, that the right half memorises, what is recommended."""
+    """And its text says what comes out: which branch leads, that the right half memorises, what is
+    recommended.
+    """
     for module in ("sklearn", "matplotlib"):
         pytest.importorskip(module, reason=f"{module} is not installed")
     monkeypatch.chdir(tmp_path)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._core.spec import BranchStats
 from ..family import Fixed
-from ..stats import BranchStats
 
 TITLES = {
     "alone": "{} alone",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..branches import BranchLogits, as_branch_logits
+from .._core.branches import BranchLogits, as_branch_logits
 from ..heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
 from ..history import History
 from ..loss import ARLLoss
