@@ -167,7 +167,7 @@ def gradient_blending_of(history: History, before: int = 0, after: int = -1, flo
 
 
 def gammas(weights: Tensor) -> Tensor:
-    """Weights [M+1] as one factor per modality [M], relative to a fused loss of weight 1.
+    """Weights [M+1] as ARLLoss's gamma, one per modality [M], relative to a fused loss of weight 1.
 
     Raises:
         ValueError: the fused branch has weight 0; ``blended_loss`` takes such weights.

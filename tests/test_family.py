@@ -212,5 +212,6 @@ def test_blended_loss_is_the_weighted_sum():
     logits = [out.fused, *out.unimodal.values()]
     want = sum(w * F.cross_entropy(x, y) for w, x in zip(weights, logits, strict=True))
     torch.testing.assert_close(blended_loss(out, y, weights), want)
+    torch.testing.assert_close(ARLLoss(gamma=gammas(weights), rule="none")(out, y), want / weights[0])
     with pytest.raises(ValueError, match=r"weights: got shape \[2\], expected \[3\]"):
         blended_loss(out, y, weights[:2])
