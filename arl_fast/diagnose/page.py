@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
-from ..ladder import Difference
+from ..ladder import Difference, Results
 from ..ladder.results import T_975
 from ..plots import COLOURS, INK
-
-if TYPE_CHECKING:
-    from .run import Diagnosis
+from .verdict import Verdict
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color:
@@ -24,9 +21,8 @@ tr.chosen td { background: #f3f8f4; font-weight: 600; } svg { width: 100%; heigh
 WIDTH, LEFT, ROW = 720, 190, 30  # of the drawings, their margin for names, a line's height
 
 
-def page(diagnosis: Diagnosis) -> str:
-    """The whole page."""
-    verdict, results = diagnosis.verdict, diagnosis.results
+def page(results: Results, verdict: Verdict, method: str) -> str:
+    """The whole page; ``method`` says how it was found out."""
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in verdict.reasons)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Does this model need ARL?</title>
@@ -37,16 +33,15 @@ def page(diagnosis: Diagnosis) -> str:
 <h2>Held-out accuracy of all modalities together, minus joint training's</h2>
 {_differences({results.title(name): d for name, d in verdict.differences.items()})}
 <h2>Held-out accuracy of each branch</h2>
-{_branches(diagnosis)}
+{_branches(results)}
 <h2>Numbers</h2>
-{_table(diagnosis)}
-<p class="how">{escape(diagnosis.method())}</p>
+{_table(results, verdict)}
+<p class="how">{escape(method)}</p>
 </body></html>
 """
 
 
-def _table(diagnosis: Diagnosis) -> str:
-    results, chosen = diagnosis.results, diagnosis.verdict.recommendation
+def _table(results: Results, verdict: Verdict) -> str:
     heads = [
         "held out, %",
         "rate",
@@ -57,7 +52,7 @@ def _table(diagnosis: Diagnosis) -> str:
     ]
     lines = ["<tr>" + "".join(f"<th>{escape(h)}</th>" for h in heads) + "</tr>"]
     for name in results.chosen:
-        d = diagnosis.verdict.differences.get(name)
+        d = verdict.differences.get(name)
         means = [
             results.values(name),
             results.values(name, what="macro_f1"),
@@ -66,7 +61,7 @@ def _table(diagnosis: Diagnosis) -> str:
         together, f1, *own = (f"{100 * v.mean():.1f} ± {100 * v.std():.1f}" for v in means)
         delta = "" if d is None else f"{100 * d.mean:+.1f} ± {100 * d.error:.1f}"
         cells = [results.title(name), f"{results.rate(name):g}", together, delta, f1, *own]
-        mark = ' class="chosen"' if name == chosen else ""
+        mark = ' class="chosen"' if name == verdict.recommendation else ""
         lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>")
     return f"<table>{''.join(lines)}</table>"
 
@@ -95,9 +90,8 @@ def _differences(differences: dict[str, Difference]) -> str:
     return _svg(height, "Differences to joint training with their 95 % intervals", parts)
 
 
-def _branches(diagnosis: Diagnosis) -> str:
+def _branches(results: Results) -> str:
     """A line for each rung, a dot for each branch, 0 to 100 %."""
-    results = diagnosis.results
     names = ["fused", *results.modalities]
     colours = {
         name: INK if name == "fused" else COLOURS[(i - 1) % len(COLOURS)] for i, name in enumerate(names)

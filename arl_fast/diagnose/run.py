@@ -82,7 +82,7 @@ class Diagnosis:
 
     def html(self) -> str:
         """A page of its own: text, tables and drawings, no other files."""
-        return page(self)
+        return page(self.results, self.verdict, self.method())
 
     def save(self, folder: str | Path) -> Path:
         """Write diagnosis.json and diagnosis.html into a folder, and return the page's path."""

@@ -351,9 +351,7 @@ def _fusion_weights(
     setup: Setup, model: nn.Module, sides: Predictions
 ) -> tuple[dict[str, float], Predictions] | None:
     """The same predictions with weights that are fitted on the validation rows, if there are any."""
-    import arl_fast
-
-    fusion_weights = getattr(arl_fast, "FusionWeights", None)
+    fusion_weights = getattr(sys.modules["arl_fast"], "FusionWeights", None)
     if fusion_weights is None or sides[0] is None:
         return None
 
