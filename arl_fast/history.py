@@ -215,7 +215,8 @@ class History:
         like = stats.loss
         if ring is None or ring.device != like.device or ring.dtype != like.dtype:
             self._send(ring)
-            ring = _Ring(kind, self.every, 9 * self._modalities + 3, like.device, like.dtype)
+            with torch.inference_mode(False):  # a buffer made there could only be written to there
+                ring = _Ring(kind, self.every, 9 * self._modalities + 3, like.device, like.dtype)
         if ring.write(stats):
             self._send(ring, self.step + (kind == "train"))
         return ring

@@ -91,6 +91,27 @@ def test_an_absent_modality_does_not_enter_the_held_out_mean():
     torch.testing.assert_close(history.series("loss", "held_out")[0, 2], want.loss[2].double())
 
 
+def test_evaluation_in_inference_mode_and_without():
+    history, head, criterion = History(), ConcatHead(dict.fromkeys(NAMES, 4), 3), ARLLoss().eval()
+    criterion.track(history)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            criterion(head({m: torch.randn(4, 4) for m in NAMES}), torch.randint(3, (4,)))
+        history.end_epoch()
+    assert history.series("count", "held_out")[:, 0].tolist() == [4, 4, 4]
+
+
+def test_a_copy_of_the_criterion_has_a_history_of_its_own():
+    head, criterion = ConcatHead(dict.fromkeys(NAMES, 4), 3), ARLLoss()
+    history = criterion.track(every=3)
+    for c in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        c(head({m: torch.randn(4, 4) for m in NAMES}), torch.randint(3, (4,)))
+        assert c.history.step == 1
+    assert criterion.history is history
+    assert history.step == 1
+    assert set(criterion.state_dict()) == {"steps"}
+
+
 def test_memory_is_bounded_and_averages_are_means():
     history, limit = History(NAMES, every=100, limit=32), 32
     values = torch.rand(10_037, dtype=torch.float64)
@@ -327,7 +348,7 @@ def test_is_a_sequence_of_stats_for_the_older_plots():
     plots.coefficients([history, history])
 
 
-@pytest.mark.parametrize("modalities", [2, 3])
+@pytest.mark.parametrize("modalities", [1, 2, 3])
 def test_plot_shows_shares_bounds_and_weights(modalities):
     plt = pytest.importorskip("matplotlib.pyplot")
     history = History([f"m{i}" for i in range(modalities)])
@@ -339,6 +360,9 @@ def test_plot_shows_shares_bounds_and_weights(modalities):
     history.log_weights(torch.ones(modalities))
     history.end_epoch()
     figure = history.plot("a run")
+    if modalities == 1:
+        assert len(figure.axes) == 4
+        return
     labels = {text.get_text() for ax in figure.axes for text in ax.get_legend().get_texts()}
     assert {"m1: fusion weight", "m0: coefficient a", "m0: gain", "held out", "fused"} <= labels
     first = figure.axes[0]
