@@ -106,8 +106,7 @@ def gradient_blending(
     held_out_after: Tensor,
     floor: float = 0.01,
 ) -> Tensor:
-    """Weights of Gradient-Blending (Wang, Tran and Feiszli, CVPR 2020) from the overfitting-to-generalisation
-    ratio.
+    """Weights of Gradient-Blending, by overfitting and generalisation (Wang et al., CVPR 2020).
 
     Between two checkpoints branch k has gained G_k = held_out_before - held_out_after and has overfitted by
     the growth of its gap, O_k = (held_out_after - train_after) - (held_out_before - train_before). The
@@ -147,8 +146,7 @@ def gradient_blending(
 
 
 def gradient_blending_of(history: History, before: int = 0, after: int = -1, floor: float = 0.01) -> Tensor:
-    """``gradient_blending`` between two epochs of a history that has seen evaluations: [M+1] weights, on the
-    host.
+    """``gradient_blending`` between two epochs of a history with evaluations: [M+1], on the host.
 
     The branches are those of one model, trained together, and a training loss is the mean over its epoch: the
         online variant,

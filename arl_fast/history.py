@@ -49,8 +49,7 @@ def metric_names(modalities: Sequence[str]) -> list[str]:
 def metrics(
     stats: BranchStats | None, modalities: Sequence[str] | None, prefix: str = "arl/"
 ) -> dict[str, Tensor]:
-    """Every value of the statistics under a name of its own, detached 0-d tensors on their device; nothing is
-    read back.
+    """Every statistic under a name of its own: detached 0-d tensors on their device, not read back.
 
     Args:
         stats: of a criterion's last call; None, before the first, gives an empty dict.
@@ -125,24 +124,18 @@ class History:
     # --- collecting -----------------------------------------------------------------------------------------
 
     def append(self, stats: BranchStats) -> None:
-        """Add the statistics of one training step. Launches one small copy on their device and waits for
-        nothing.
-        """
+        """Add the statistics of a training step: one small copy on their device, which nothing waits for."""
         self._check(stats)
         self._train = self._write(self._train, stats, "train")
         self.step += 1
 
     def append_held_out(self, stats: BranchStats) -> None:
-        """Add the statistics of one evaluation batch; they become one mean per epoch, each batch with its
-        rows' weight.
-        """
+        """Add those of one evaluation batch. They become one mean per epoch, weighted by rows."""
         self._check(stats)
         self._held_out = self._write(self._held_out, stats, "held_out")
 
     def observe(self, criterion: Any) -> None:
-        """Add the last call of a criterion: to the training steps if it was one, else to the held-out
-        batches.
-        """
+        """Add a criterion's last call: to the steps if it was training, else to the held-out batches."""
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "history: the criterion is compiled, and a compiled graph would add to a history only once: "
@@ -157,8 +150,7 @@ class History:
             self.append_held_out(criterion.stats)
 
     def log_weights(self, weights: Tensor | Sequence[float], epoch: int | None = None) -> None:
-        """Remember one weight per modality, such as ``FusionWeights.weights``; the plot shows them beside q
-        and d.
+        """Remember one weight per modality, as ``FusionWeights.weights``, to be drawn beside q and d.
 
         Args:
             weights: [M]; may be on any device, and is read back here.
@@ -191,11 +183,6 @@ class History:
         self._send(self._held_out)
         self._arriving.append(_Chunk("evaluated", None, None, self.step, self.epoch))
         self._receive(wait=False)
-
-    def discard_held_out(self) -> None:
-        """Forget the held-out batches of the current epoch, such as those of a check before training."""
-        self.collect()
-        self._sums["held_out"] = None
 
     def _check(self, stats: BranchStats) -> None:
         if not isinstance(stats, BranchStats):
@@ -241,17 +228,13 @@ class History:
                 self._take_in(chunk, chunk.rows)
 
     def collect(self) -> None:
-        """Bring everything to the host. This waits for the device; every method that reads the history calls
-        it.
-        """
+        """Bring everything to the host, which waits for the device. Every method that reads calls this."""
         for ring in (self._train, self._held_out):
             self._send(ring)
         self._receive(wait=True)
 
     def _take_in(self, chunk: _Chunk, rows: Tensor) -> None:
-        """Rows of statistics [n, K] into the table of steps, if they are those of steps, and into the epoch's
-        sums.
-        """
+        """Rows of statistics [n, K], those of steps into their table, all into the epoch's sums."""
         rows = rows.to(torch.float64)
         fields = self._split(rows)
         rows = torch.cat([self._at_the_bounds(fields), rows], 1)
@@ -282,9 +265,7 @@ class History:
                 self._tables[table].extend(torch.cat([marks, row])[None])
 
     def _at_the_bounds(self, stats: BranchStats) -> Tensor:
-        """[n, 2] of 0 and 1: whether the entropy floor holds for a modality, whether a coefficient is nearly
-        1.
-        """
+        """[n, 2] of 0 and 1: whether the entropy floor holds, whether a coefficient is nearly 1."""
         share = stats.entropy / stats.entropy.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         present = stats.count[:, 1:] > 0
         floor = self._floor(present.sum(1, keepdim=True))
@@ -303,9 +284,7 @@ class History:
         return _default_names(self.names, self._modalities)
 
     def q_bounds(self) -> tuple[float, float]:
-        """Smallest and largest inverse-variance share that the entropy floor allows: 0.23 and 0.77 for two
-        modalities.
-        """
+        """Smallest and largest q that the entropy floor allows: 0.23 and 0.77 for two modalities."""
         others = self._modalities - 1
         floor = max(float(self._floor(self._modalities)), 1e-12)
         if not others:
@@ -352,9 +331,7 @@ class History:
         return self._tables["train"].stride
 
     def series(self, field: str, kind: str = "train") -> Tensor:
-        """One field of BranchStats as [rows, M] or [rows, M+1], float64 on the host; ``kind`` as for
-        ``rows``.
-        """
+        """A field of BranchStats [rows, M] or [rows, M+1], float64, on the host; ``kind`` as for ``rows``."""
         if field not in BranchStats._fields:
             raise ValueError(
                 f"field: got {field!r}, expected one of {', '.join(map(repr, BranchStats._fields))}"
@@ -402,9 +379,7 @@ class History:
     # --- the table in the terminal --------------------------------------------------------------------------
 
     def line(self, header: bool = False) -> str:
-        """The last epoch as one line of a table, or the table's two lines of headings: losses in nats,
-        accuracies in %.
-        """
+        """The last epoch as a line of a table (nats and percent), or the table's two lines of headings."""
         names = self.modalities
         width = max(7, *(len(name) + 1 for name in names), 0)
         held_out = self.rows("held_out")
@@ -501,9 +476,7 @@ class History:
 
 
 class _Chunk(NamedTuple):
-    """Rows on their way to the host, or the end of an epoch: ``arrived`` is None where there is nothing to
-    wait for.
-    """
+    """Rows on their way to the host, or the end of an epoch. ``arrived``: None, or an event."""
 
     kind: str
     rows: Tensor | None
@@ -553,9 +526,7 @@ class _Ring:
 
 
 class _Table:
-    """Rows [at most limit, K] of float64, each the mean of ``stride`` rows that were added; step and epoch
-    are the last's.
-    """
+    """At most ``limit`` rows [K], each the mean of ``stride`` that were added; its step is the last's."""
 
     def __init__(self, limit: int, saved: Mapping[str, Any] | None = None) -> None:
         self.limit = limit

@@ -35,9 +35,7 @@ def require_matplotlib() -> Any:
 
 
 def style() -> AbstractContextManager:
-    """A matplotlib style that is readable on light and on dark pages, for figures saved with
-    ``transparent=True``.
-    """
+    """A matplotlib style that light and dark pages show well; save figures with ``transparent=True``."""
     ink = {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
     axes = {"axes.labelcolor": INK, "axes.edgecolor": INK, "axes.titlecolor": INK, "axes.titlesize": 11}
     lines = {
@@ -119,8 +117,7 @@ def accuracies(accuracy: Mapping[str, Mapping[str, Tensor]], ax: Any = None) -> 
 
 
 def overview(history: Any, title: str | None = None) -> Any:
-    """One figure of a run: shares, coefficients and gains, losses, accuracies, and where the rule is at its
-    bounds.
+    """One figure of a run: shares, coefficients, gains, losses, accuracies, where the rule is bound.
 
     Shares are lines, d solid against q dashed, between dotted lines for the smallest and the largest q that
     the entropy floor allows; of more than two modalities they are stacked areas, one panel for d and one for

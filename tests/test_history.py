@@ -94,11 +94,12 @@ def test_an_absent_modality_does_not_enter_the_held_out_mean():
 def test_evaluation_in_inference_mode_and_without():
     history, head, criterion = History(), ConcatHead(dict.fromkeys(NAMES, 4), 3), ARLLoss().eval()
     criterion.track(history)
-    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         with mode():
             criterion(head({m: torch.randn(4, 4) for m in NAMES}), torch.randint(3, (4,)))
         history.end_epoch()
     assert history.series("count", "held_out")[:, 0].tolist() == [4, 4, 4]
+    assert history.step == 0
 
 
 def test_a_copy_of_the_criterion_has_a_history_of_its_own():

@@ -110,8 +110,7 @@ def diagnose(
     head: Callable[[nn.Module], nn.Module | None] = head_of,
     progress: bool = True,
 ) -> Diagnosis:
-    """Do I need ARL? Short paired trainings of a model: joint, with unimodal losses, with a constant gain,
-    with ARL.
+    """Do I need ARL? Short paired trainings of a model: joint, unimodal losses, constant gain, ARL.
 
     It trains ``4 * seeds * len(rates)`` models for ``epochs`` each. What it says holds for budgets like that:
     give it the epochs that the model needs to get somewhere. It rests on held-out rows only; training
@@ -170,9 +169,7 @@ def diagnose(
 
 
 def halves(loader: Iterable) -> tuple[Iterable, Iterable]:
-    """Two halves of what a loader yields: of its dataset's samples, at random but fixed, or every other
-    batch.
-    """
+    """Two halves of a loader: of its dataset's samples, at random but fixed, or every other batch."""
     dataset = getattr(loader, "dataset", None)
     if (
         isinstance(loader, DataLoader)

@@ -1,6 +1,4 @@
-"""Lightning: ``Trainer(callbacks=[ARLCallback()])`` collects and logs the statistics of the module's
-criterion.
-"""
+"""Lightning: ``Trainer(callbacks=[ARLCallback()])`` collects and logs a criterion's statistics."""
 
 from __future__ import annotations
 

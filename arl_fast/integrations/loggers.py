@@ -1,6 +1,4 @@
-"""One adapter for whatever takes metrics: TensorBoard, W&B, MLflow, Aim, Accelerate, Fabric. Imports none of
-them.
-"""
+"""One adapter for TensorBoard, W&B, MLflow, Aim, Accelerate and Fabric. Imports none of them."""
 
 from __future__ import annotations
 
@@ -29,8 +27,7 @@ def held_out(history: History, prefix: str = "arl/held_out/") -> dict[str, float
 
 
 def writer(target: Any) -> Write:
-    """How to hand a dict of numbers and a step to ``target``, which has one of the methods below, tried in
-    this order.
+    """How to give numbers and a step to ``target``, which has one of these methods, tried in this order.
 
     ``add_scalar(name, value, step)`` (TensorBoard's SummaryWriter) · ``log_metrics(dict, step=)`` (the mlflow
     module, Lightning's loggers) · ``track(value, name=, step=)`` (Aim's Run) · ``log_dict(dict, step=)``

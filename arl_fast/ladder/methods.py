@@ -19,11 +19,15 @@ TITLES = {
     "weights": "+ fusion weights",
     "constant": "+ constant gain",
     "share": "ARL (share rule)",
+    "share_weights": "ARL, fusion weights",
     "paper": "paper rule (Eq. 18)",
     "paper_swapped": "paper rule, other order",
     "reversed": "share rule, reversed",
     "rates": "own learning rates",
 }
+
+# rungs that come twice where there are FusionWeights: the same models, with weights on their predictions
+WEIGHTED = {"unimodal": "weights", "share": "share_weights"}
 
 
 class Method(NamedTuple):
@@ -40,17 +44,17 @@ class Method(NamedTuple):
 
 
 def methods(modalities: Sequence[str]) -> dict[str, Method]:
-    """All rungs for these modalities, by the keys of TITLES, without "alone" and "weights", which come with
-    others.
+    """All rungs for these modalities, by the keys of TITLES, without those that come with others.
 
-    - "late": a model per modality, trained apart on its own branch, their logits added. With it comes
-    "alone", each of them. - "joint": the cross-entropy of the fused logits. - "unimodal": and of each
-    modality's. With it comes "weights" where there are FusionWeights: the same models, weighted. -
-    "constant": and the gain 1 + 1/M for every encoder. "share": ARL. "reversed": ARL with the sign of T
-    changed. - "paper", "paper_swapped": Eq. 18 with the modalities in the given and in the other order; two
-    modalities only. - "rates": unimodal losses, one encoder's gradient times 2 or a half, or none's. Under
-    SGD without weight decay that
-      is a learning rate of its own for that encoder; Adam cancels it.
+    "late": a model per modality, trained apart on its own branch, their logits added; with "alone", each.
+    "joint": the cross-entropy of the fused logits.
+    "unimodal": and of each modality's. With "weights" where there are FusionWeights.
+    "constant": and the gain 1 + 1/M for every encoder.
+    "share": ARL. With "share_weights" where there are FusionWeights.
+    "paper", "paper_swapped": Eq. 18, the modalities in the given and in the other order; for two only.
+    "reversed": the share rule with the sign of T changed.
+    "rates": unimodal losses, one encoder's gradient times 2 or a half, or none's. Under SGD without weight
+        decay that is a learning rate of its own for that encoder. Adam cancels it.
     """
     count = len(modalities)
     tilts = [[1.0] * count] + [

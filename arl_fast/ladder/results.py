@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .methods import TITLES
+from .methods import TITLES, WEIGHTED
+
+OWNER = {weighted: name for name, weighted in WEIGHTED.items()}
 
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom; beyond: the normal distribution's, about
 T_975 = (
@@ -54,8 +56,7 @@ def load_rows(path: str | Path) -> list[dict[str, Any]]:
 def measure(
     logits: dict[str, Tensor], target: Tensor, ignore_index: int = -100
 ) -> tuple[dict[str, dict[str, float]], str]:
-    """Accuracy, macro F1 and mean cross-entropy by branch; and which rows the fused branch had right, as
-    hexadecimal bits.
+    """Accuracy, macro F1 and mean loss by branch; which rows the fused one had right, as bits.
 
     Macro F1 is the mean of F1 over the classes that occur among the targets or the predictions, as in
     scikit-learn.
@@ -191,8 +192,7 @@ class Results:
         return difference(self.values(method, branch, what), self.values(baseline, branch, what))
 
     def difference_with_rows(self, method: str, baseline: str) -> Difference:
-        """The accuracy's, where all seeds were tested on the same rows: their choice adds to the standard
-        error.
+        """The accuracy's, where all seeds have the same test rows: their choice adds to the error.
 
         Error^2 = variance over seeds / seeds + variance over rows of the mean over seeds / rows (that of
         McNemar's test).

@@ -18,7 +18,7 @@ from .._core.branches import BranchLogits, as_branch_logits
 from ..heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
 from ..history import History
 from ..loss import ARLLoss
-from .methods import Method, loss_options
+from .methods import WEIGHTED, Method, loss_options
 from .methods import methods as all_methods
 from .results import Results, load_rows, measure
 
@@ -28,9 +28,7 @@ TARGETS = ("labels", "label", "target", "targets", "y")
 
 
 class Data(NamedTuple):
-    """Batches, as often as they are asked for: DataLoaders or lists. ``validation`` is what choices are made
-    on.
-    """
+    """DataLoaders, or lists of batches. Choices are made on ``validation``."""
 
     train: Iterable
     validation: Iterable | None
@@ -101,9 +99,7 @@ def train(
     seed: int,
     only: str | None = None,
 ) -> tuple[nn.Module, History]:
-    """A model trained from the seed's initialisation on the seed's batches; ``only``: on that modality's
-    branch alone.
-    """
+    """A model trained from the seed's start on its batches; ``only``: on that modality's branch."""
     torch.manual_seed(seed)
     generator = getattr(data, "generator", None)
     if generator is not None:  # a loader's own, which would go on from the run before
@@ -270,9 +266,7 @@ def _chosen(wanted: Sequence[str] | Mapping[str, Method] | None, modalities: lis
 
 
 def _finished(path: Path) -> list[dict[str, Any]]:
-    """The rows of models whose lines are all there; the file then holds no others, so that lines can be
-    added.
-    """
+    """The rows of models whose lines are all there. The file is cut back to them."""
     rows = load_rows(path)
     whole = {_key(row) for row in rows}
     kept = [
@@ -329,9 +323,9 @@ def _run(
     own = row(name, *sides)
     last = history.series("accuracy", "epochs")[-1].tolist()
     own["training_accuracy"] = dict(zip(["fused", *modalities], last, strict=True))
-    if name == "unimodal" and (weighted := _fusion_weights(setup, model, sides)) is not None:
+    if name in WEIGHTED and (weighted := _fusion_weights(setup, model, sides)) is not None:
         weights, sides = weighted
-        return [row("weights", *sides) | {"weights": weights}, own], history
+        return [row(WEIGHTED[name], *sides) | {"weights": weights}, own], history
     return [own], history
 
 
