@@ -2,6 +2,7 @@
 
 from .branches import BranchLogits
 from .functional import arl_loss, modulate
+from .fusion import FusionWeights
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
 from .linear import LinearARLLoss, linear_arl_loss
 from .loss import ARLLoss
@@ -15,6 +16,7 @@ __all__ = [
     "BranchLogits",
     "BranchStats",
     "ConcatHead",
+    "FusionWeights",
     "GatedHead",
     "LinearARLLoss",
     "SharedHead",
