@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._core.branches import as_branch_logits
 from ._fusion.fit import fit_weights
+from ._fusion.formula import Formula
 from ._fusion.report import FusionReport, make_report
 from ._fusion.rows import Rows, as_batches
-from .branches import BranchLogits, as_branch_logits
-from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
-
-LINEAR = (ConcatHead, SumHead, SharedHead)
-POOLED = (GatedHead, BilinearHead, ZeroedHead)
+from .heads import ConcatHead, SharedHead, SumHead, ZeroedHead
 
 
 class FusionWeights(nn.Module):
@@ -51,26 +49,10 @@ class FusionWeights(nn.Module):
 
     def __init__(self, head: nn.Module | None, modalities: Sequence[str] | int | None = None) -> None:
         super().__init__()
-        if head is not None and not isinstance(head, LINEAR + POOLED):
-            raise TypeError(
-                f"head: got {type(head).__name__}, expected the head itself, not what contains it: "
-                "ConcatHead, SumHead or SharedHead for a weight per modality; GatedHead, BilinearHead, "
-                "ZeroedHead or, for a head of your own, None for a pool of the predictions"
-            )
-        known = None if head is None or isinstance(head, ZeroedHead) else head.names or len(head.dims)
-        given = list(range(modalities)) if isinstance(modalities, int) else modalities
-        names = list(range(known)) if isinstance(known, int) else known or given
-        if not names:
-            raise ValueError(
-                "modalities: got none, expected their names or their number, which this head does not know"
-            )
-        if given is not None and list(given) != list(names):
-            raise ValueError(f"modalities: got {list(given)}, expected those of the head, {list(names)}")
-        self._keys: list[Any] = list(names)
-        self._head = [head]  # in a list: not registered
-        self.names = [str(name) for name in names]
-        self.pool = not isinstance(head, LINEAR)
-        self.register_buffer("weights", self._plain())
+        formula = Formula(head, modalities)
+        self._formula = formula
+        self.names = formula.names
+        self.register_buffer("weights", formula.plain.clone())
         self.report: FusionReport | None = None
 
     @classmethod
@@ -131,12 +113,13 @@ class FusionWeights(nn.Module):
         unimodal = first[0].unimodal
         modalities = list(unimodal) if isinstance(unimodal, Mapping) else len(unimodal)
         self = cls(head, modalities if head is None or isinstance(head, ZeroedHead) else None)
-        rows = Rows(self, batches, weight, ignore_index)
-        method = "joint" if self.pool else method
-        fit = fit_weights(rows, method, self._plain().double(), float(guard or 0), self.pool)
+        formula = self._formula
+        rows = Rows(formula, batches, weight, ignore_index)
+        method = "joint" if formula.pool else method
+        fit = fit_weights(rows, method, formula.plain.double(), float(guard or 0), formula.pool)
         fused = first[0].fused
         self.weights = fit.weights[-1].to(fused.device, torch.promote_types(fused.dtype, torch.float32))
-        self.report = make_report(self, rows, fit, method)
+        self.report = make_report(formula, rows, fit, method)
         if self.report.over_best.mean < -2 * self.report.over_best.error:
             warnings.warn(f"FusionWeights: {self.report.verdict}", stacklevel=2)
         return self
@@ -148,7 +131,7 @@ class FusionWeights(nn.Module):
         whatever the features of the absent ones were. A pool leaves their branches out, not the fused one.
         """
         out = as_branch_logits(out)
-        branches = self._ordered(out)
+        branches = self._formula.ordered(out)
         dtype = torch.promote_types(out.fused.dtype, torch.float32)
         weights = self.weights.to(dtype)
         shape = [-1] + [1] * (out.fused.dim() - 1)
@@ -159,8 +142,8 @@ class FusionWeights(nn.Module):
                 got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(f"mask: got {got}, expected bool [B, M] = {expected}")
             present = [column.view(shape) for column in mask.unbind(1)]
-        base, evidence = self._parts([x.to(dtype) for x in branches], present)
-        if self.pool:
+        base, evidence = self._formula.parts([x.to(dtype) for x in branches], present)
+        if self._formula.pool:
             total = weights[0] * out.fused.to(dtype)
             for w, x in zip(weights[1:], evidence, strict=True):
                 total = total + w * x
@@ -184,7 +167,7 @@ class FusionWeights(nn.Module):
         Raises:
             TypeError: for a head that is not linear.
         """
-        head = self._head[0]
+        head = self._formula.head
         if isinstance(head, SharedHead):
             features = dict(zip(head.names, head.dims, strict=True)) if head.names else head.dims
             own = SumHead(features, head.layer.out_features, bias=head.layer.bias is not None)
@@ -208,44 +191,5 @@ class FusionWeights(nn.Module):
         return head
 
     def extra_repr(self) -> str:
-        names = ["fused", *self.names] if self.pool else self.names
+        names = ["fused", *self.names] if self._formula.pool else self.names
         return ", ".join(f"{name}={w:.3g}" for name, w in zip(names, self.weights.tolist(), strict=True))
-
-    def _plain(self) -> Tensor:
-        return torch.tensor([1.0] + [0.0] * len(self._keys)) if self.pool else torch.ones(len(self._keys))
-
-    def _ordered(self, out: BranchLogits) -> list[Tensor]:
-        """The unimodal logits in the order of the weights."""
-        unimodal = out.unimodal
-        named = isinstance(unimodal, Mapping)
-        if (set(unimodal) != set(self._keys)) if named else (len(unimodal) != len(self._keys)):
-            got = list(unimodal) if named else len(unimodal)
-            raise ValueError(f"unimodal: got {got}, expected the modalities {self._keys}")
-        return [unimodal[key] for key in self._keys] if named else list(unimodal)  # type: ignore[arg-type]
-
-    def _parts(self, branches: list[Tensor], present: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """b, and each branch's evidence x_m - b_m (a pool: 0 and x_m), 0 where the modality is absent."""
-        base, own = _biases(self._head[0], len(branches))
-        x = branches[0]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        if base is None or own is None:
-            base, evidence = x.new_zeros(()), branches
-        else:
-            evidence = [x - b.to(x).view(shape) for x, b in zip(branches, own, strict=True)]
-            base = base.to(x).view(shape)
-        if present is not None:
-            evidence = [torch.where(p, x, 0.0) for x, p in zip(evidence, present, strict=True)]
-        return base, evidence
-
-
-def _biases(head: nn.Module | None, modalities: int) -> tuple[Tensor | None, list[Tensor] | None]:
-    """The bias b of a linear head's fused logits and b_m of each branch; None without one."""
-    if isinstance(head, ConcatHead) and head.bias is not None:
-        own = head.bias / modalities if head.bias_mode == "split" else head.bias
-        return head.bias, [own] * modalities
-    if isinstance(head, SumHead) and head.layers[0].bias is not None:
-        each = [layer.bias for layer in head.layers]
-        return torch.stack(each).sum(0), each  # type: ignore[arg-type, return-value]
-    if isinstance(head, SharedHead) and head.layer.bias is not None:
-        return modalities * head.layer.bias, [head.layer.bias] * modalities
-    return None, None

@@ -1,4 +1,4 @@
-"""Fusion weights against scipy's optimum, known truth, degenerate data; folding, masks, the guard, what is refused."""
+"""Fusion weights against scipy's optimum, known truth, degenerate data; folding, masks, guard, errors."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:FusionWeights. .* Use that branc
 
 
 def simulate(rows, loudness, sharpness=None, seed=0, classes=6, width=8):
-    """Branches with known weights: independent evidence about y, each multiplied by ``loudness``: w_m = 1 / loudness_m.
+    """Branches whose weights are known: independent evidence about y, times a loudness: w_m = 1 / loudness_m.
 
-    Evidence m is the log-likelihood of Gaussian observations around class centres, ``sharpness`` away from each other.
+    Evidence is the log-likelihood of Gaussian observations around class centres, ``sharpness`` apart.
     """
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(classes, (rows,), generator=g)
@@ -74,7 +74,7 @@ def trained(make, modalities=2, rows=120, seed=0):
     return head, features, out, noisy.argmax(1)
 
 
-# ---- the optimum --------------------------------------------------------------------------------------------------------
+# ---- the optimum ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loudness", [[1.0, 4.0], [0.2, 1.0, 9.0]])
@@ -170,7 +170,7 @@ def test_standard_errors():
     torch.testing.assert_close(told, spread, rtol=0.35, atol=0)
 
 
-# ---- degenerate data ----------------------------------------------------------------------------------------------------
+# ---- degenerate data -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["branch", "joint"])
@@ -249,9 +249,10 @@ def test_class_weights_soft_targets_dense():
     head, out, y = simulate(120, [1.0, 4.0])
     weight = torch.rand(6, dtype=torch.float64) + 0.5
     fitted = FusionWeights.fit(head, out, y, weight=weight, guard=0).weights
-    objective = lambda t: (
-        float(F.cross_entropy(math.exp(t) * out.unimodal[1], y, weight=weight)) + 0.01 * t * t
-    )  # noqa: E731
+
+    def objective(t):
+        return float(F.cross_entropy(math.exp(t) * out.unimodal[1], y, weight=weight)) + 0.01 * t * t
+
     assert math.log(fitted[1]) == pytest.approx(
         minimize_scalar(objective, bounds=(-9, 9), method="bounded").x, abs=1e-4
     )
@@ -283,7 +284,7 @@ def test_errors_take_samples_not_positions_for_independent():
     assert often.report.errors == pytest.approx(once.report.errors)
 
 
-# ---- the rows -----------------------------------------------------------------------------------------------------------
+# ---- the rows ------------------------------------------------------------------------------------
 
 
 class Loader:
@@ -328,7 +329,7 @@ def test_deterministic_and_read_only():
     assert all(torch.equal(x, b) for x, b in zip(out.unimodal, before, strict=True))
 
 
-# ---- the weighted prediction --------------------------------------------------------------------------------------------
+# ---- the weighted prediction ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -342,7 +343,7 @@ def test_plain_weights_give_the_fused_logits(name, dtype):
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("name", LINEAR)
 def test_folding(name, named):
-    """The folded head's logits are the weighted ones, its loss and state_dict have them, and nothing is applied twice."""
+    """The folded head's logits are the weighted ones, its loss has them, and nothing is applied twice."""
     head, features, out, y = trained(LINEAR[name], modalities=3)
     if named:
         named_head = LINEAR[name](dict.fromkeys("abc", 4)).double()
@@ -402,11 +403,11 @@ def test_state_dict_and_copies():
     assert "a=" in repr(FusionWeights(None, ["a", "b"]))
 
 
-# ---- guard and report ---------------------------------------------------------------------------------------------------
+# ---- guard and report ----------------------------------------------------------------------------
 
 
 def gains(loudness, sharpness, guard, runs=40, rows=50):
-    """Mean accuracy gained by the weights over the plain sum on other rows, in points, and how often they stay 1."""
+    """Mean accuracy gained on other rows, in points, and how often the weights stay 1."""
     gained, still = [], 0
     for seed in range(runs):
         head, out, y = simulate(rows + 3000, loudness, sharpness, seed=seed)
@@ -418,7 +419,7 @@ def gains(loudness, sharpness, guard, runs=40, rows=50):
 
 
 def test_guard_spares_balanced_branches_and_keeps_the_gain():
-    """50 rows. Equally good and loud branches; then a second that is weak and three or four times too loud."""
+    """50 rows. Equally good and loud branches; then a second that is weak and three or four times louder."""
     cost, still = gains([2.0, 2.0], [0.6, 0.6], 1.25)
     assert cost > -0.2  # over 120 runs: -0.08
     assert cost > gains([2.0, 2.0], [0.6, 0.6], None)[0] / 2  # over 120 runs: -0.30
@@ -475,7 +476,7 @@ def test_says_where_one_branch_alone_is_better():
     assert "Fusion helps: +" in str(helped)
 
 
-# ---- what is refused ----------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 def bad(**changes):
@@ -519,7 +520,7 @@ def test_error_messages():
         with pytest.raises(kind, match=message):
             bad(**changes)
     fusion = FusionWeights.fit(head, out, y)
-    with pytest.raises(ValueError, match="mask: got torch.float32 \\[20, 2\\], expected bool"):
+    with pytest.raises(ValueError, match=r"mask: got torch.float32 \[20, 2\], expected bool"):
         fusion(out, torch.ones(20, 2))
     with pytest.raises(ValueError, match="unimodal: got \\['a', 'b'\\], expected the modalities"):
         fusion(BranchLogits(out.fused, dict(zip("ab", out.unimodal, strict=True))))

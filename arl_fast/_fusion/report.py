@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .fit import Fit
+from .formula import Formula
 from .rows import Chunk, Rows
-
-if TYPE_CHECKING:
-    from ..fusion import FusionWeights
 
 _BINS = 15  # of the calibration error
 
@@ -176,21 +174,21 @@ class _Tally:
         return Score(loss / size if size else math.nan, right / rows, gap / rows)
 
 
-def make_report(fusion: FusionWeights, rows: Rows, fit: Fit, method: str) -> FusionReport:
+def make_report(formula: Formula, rows: Rows, fit: Fit, method: str) -> FusionReport:
     """One more pass: every row with the plain weights, and with those of the fit without its fold."""
-    names = ["fused", *fusion.names]
+    names = ["fused", *formula.names]
     before, after = {name: _Tally() for name in names}, {name: _Tally() for name in names}
     nll, accuracy = _Paired(), _Paired()
-    over, plain_over = ([_Paired() for _ in fusion.names] for _ in range(2))
-    sets = _sets(fusion)
+    over, plain_over = ([_Paired() for _ in formula.names] for _ in range(2))
+    sets = _sets(formula)
     present = {chosen: torch.zeros(3, dtype=torch.float64) for chosen in sets}
     for chunk in rows:
         device = chunk.size.device
-        plain = fusion._plain().double().to(device)
+        plain = formula.plain.double().to(device)
         w = fit.weights.to(device)[chunk.fold]  # [n, K]
         t = fit.temperatures.T.to(device)[chunk.fold]
-        own = chunk.branches[-len(fusion.names) :]
-        there = chunk.present[-len(fusion.names) :]
+        own = chunk.branches[-len(formula.names) :]
+        there = chunk.present[-len(formula.names) :]
         valid = chunk.valid
         plain_logits = chunk.base + torch.einsum("k,knc->nc", plain, chunk.designs)
         loss, right = before["fused"].add(chunk, plain_logits, valid)
@@ -199,10 +197,10 @@ def make_report(fusion: FusionWeights, rows: Rows, fit: Fit, method: str) -> Fus
         )
         nll.add(chunk, (loss - new_loss) / chunk.size.clamp_min(1e-300), chunk.size)
         accuracy.add(chunk, new_right - right, valid)
-        for m, name in enumerate(fusion.names):
+        for m, name in enumerate(formula.names):
             here = valid * there[m]
             _, alone = before[name].add(chunk, own[m], here)
-            after[name].add(chunk, own[m] * t[:, -len(fusion.names) + m, None], here)
+            after[name].add(chunk, own[m] * t[:, -len(formula.names) + m, None], here)
             over[m].add(chunk, new_right - alone, here)
             plain_over[m].add(chunk, right - alone, here)
         for chosen in sets:
@@ -213,12 +211,12 @@ def make_report(fusion: FusionWeights, rows: Rows, fit: Fit, method: str) -> Fus
             b = (chunk.base + torch.einsum("nk,knc->nc", w * pick, chunk.designs)).argmax(1) == chunk.label
             present[chosen] += torch.stack([here.sum(), here @ a.double(), here @ b.double()]).cpu()
     scores, new_scores = ({name: tally.score() for name, tally in side.items()} for side in (before, after))
-    alone_ = [scores[name].accuracy for name in fusion.names]
+    alone_ = [scores[name].accuracy for name in formula.names]
     known = [a for a in alone_ if not math.isnan(a)]
     best = alone_.index(max(known))
     return FusionReport(
         method=method,
-        names=fusion.names,
+        names=formula.names,
         rows=int(before["fused"].sums[3]),
         fitted=fit.fitted[-1].tolist(),
         errors=fit.errors[-1].tolist(),
@@ -229,11 +227,11 @@ def make_report(fusion: FusionWeights, rows: Rows, fit: Fit, method: str) -> Fus
         nll_gain=nll.estimate(),
         accuracy_gain=accuracy.estimate(),
         ratio=min(known) / max(known) if max(known) > 0 else 1.0,
-        best=fusion.names[best],
+        best=formula.names[best],
         over_best=over[best].estimate(),
         plain_over_best=plain_over[best].estimate(),
         present={
-            tuple(fusion.names[m] for m in chosen): (int(n), a / n, b / n)
+            tuple(formula.names[m] for m in chosen): (int(n), a / n, b / n)
             for chosen, (n, a, b) in ((chosen, total.tolist()) for chosen, total in present.items())
             if n
         },
@@ -241,13 +239,13 @@ def make_report(fusion: FusionWeights, rows: Rows, fit: Fit, method: str) -> Fus
     )
 
 
-def _sets(fusion: FusionWeights) -> list[tuple[int, ...]]:
+def _sets(formula: Formula) -> list[tuple[int, ...]]:
     """Sets of modalities to predict from: all sets of up to four, else single ones, all but one, the whole.
 
     A pool has no prediction from a part of the modalities beside the branches, which the report has anyway.
     """
-    number = len(fusion.names)
-    if fusion.pool:
+    number = len(formula.names)
+    if formula.pool:
         return []
     sizes = range(1, number + 1) if number <= 4 else (1, number - 1, number)
     return [chosen for size in sizes for chosen in combinations(range(number), size)]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..branches import BranchLogits, as_branch_logits
+from .._core.branches import BranchLogits, as_branch_logits
 from ..loss import ARLLoss
-
-if TYPE_CHECKING:
-    from ..fusion import FusionWeights
+from .formula import Formula
 
 FOLDS = 5  # the report is cross-fitted: weights from four fifths of the rows judge the other fifth
 _CHUNK = 2**20  # logits of one branch that are looked at together
@@ -67,10 +65,8 @@ class _Named:
 class Rows:
     """The held-out rows, chunk by chunk, as often as asked; checked the first time, compared after that."""
 
-    def __init__(
-        self, fusion: FusionWeights, batches: Iterable, weight: Tensor | None, ignore_index: int
-    ) -> None:
-        self.fusion, self.batches, self.weight, self.ignore_index = fusion, batches, weight, ignore_index
+    def __init__(self, formula: Formula, batches: Iterable, weight: Tensor | None, ignore_index: int) -> None:
+        self.formula, self.batches, self.weight, self.ignore_index = formula, batches, weight, ignore_index
         self.criterion = ARLLoss(rule="none", weight=weight, ignore_index=ignore_index)
         self.passes, self.signature = 0, 0.0
         # balanced folds in an order of which no pattern of the rows can be a multiple
@@ -103,11 +99,11 @@ class Rows:
     def _chunk(
         self, out: BranchLogits, target: Tensor, mask: Tensor | None, rows: slice, start: int
     ) -> Chunk:
-        fusion, fused = self.fusion, out.fused[rows].double()
+        formula, fused = self.formula, out.fused[rows].double()
         samples, classes = fused.shape[:2]
         positions = math.prod(fused.shape[2:])
         target = target[rows]
-        branches = [x[rows].double() for x in fusion._ordered(out)]
+        branches = [x[rows].double() for x in formula.ordered(out)]
         shape = [samples] + [1] * (fused.dim() - 1)
         present = None if mask is None else mask[rows]
 
@@ -130,10 +126,10 @@ class Rows:
             q.scatter_(1, label[:, None], size[:, None])
 
         flags = None if present is None else [column.view(shape) for column in present.unbind(1)]
-        base, evidence = fusion._parts(branches, flags)
+        base, evidence = formula.parts(branches, flags)
         if flags is not None:
             branches = [torch.where(p, x, 0.0) for p, x in zip(flags, branches, strict=True)]
-        if fusion.pool:
+        if formula.pool:
             evidence = branches = [fused, *branches]
         designs, tempered = (torch.stack([_flat(x) for x in xs]) for xs in (evidence, branches))
         there = torch.ones(designs.shape[:2], dtype=torch.float64, device=fused.device)
