@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -544,3 +546,16 @@ def test_shuffled_rows_are_refused():
 
     with pytest.raises(ValueError, match="another order when iterated again"):
         FusionWeights.fit(head, Shuffled())
+
+
+# ---- the page ----------------------------------------------------------------------------------------
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "fusion.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("i", range(len(BLOCKS)))
+def test_block_of_the_page_runs(i):
+    torch.manual_seed(0)
+    exec(compile(BLOCKS[i], f"fusion.md, block {i}", "exec"), {"__name__": "page"})
