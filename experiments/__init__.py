@@ -1,5 +1,5 @@
-"""The experiments of the ARL paper and two small ones, runnable by anyone: ``python -m experiments.run --help``.
+"""The experiments of the ARL paper and three small ones: ``python -m experiments.run --help``.
 
-Not a part of the installed package: run them from a checkout. What each command should give, and what has been run:
-docs/reproduce.md.
+Not a part of the installed package: run them from a checkout. What each command should give, and what has
+been run: docs/reproduce.md.
 """

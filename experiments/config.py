@@ -1,6 +1,7 @@
 """One configuration per data set. Every field is an option of ``python -m experiments.run``.
 
-Values are the paper's where it states them; comments name what the authors' release does instead (docs/errata.md).
+Values are the paper's where it states them; comments name what the authors' release does instead
+(docs/errata.md).
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ class Config:
     window: int = 512  # of the Fourier transform, in samples
     hop: int = 159
     centred: bool = False  # pad the sound by half a window on both sides
-    motion: str = "difference"  # UCF101's second modality: "difference" of frames or "flow" (images of optical flow)
-    sentiments: int = 2  # MOSI's classes: 2 (below 0 or not), 3 (negative, neutral, positive) or 7 (-3 to 3, rounded)
+    motion: str = (
+        "difference"  # UCF101's second modality: "difference" of frames or "flow" (images of optical flow)
+    )
+    sentiments: int = (
+        2  # MOSI's classes: 2 (below 0 or not), 3 (negative, neutral, positive) or 7 (-3 to 3, rounded)
+    )
     speakers: str = "apart"  # AV-digits: "apart", or "mixed" where training and test share their speakers
     noise: float = 0.0  # AV-digits: noise on the images, in units of their standard deviation
     per_class: int = 60  # AV-digits: training samples per class
@@ -40,7 +45,9 @@ class Config:
     rates: tuple[float, ...] = (1e-3,)  # learning rates; of several, the best on validation data counts
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    decay_epochs: tuple[int, ...] = (70,)  # learning rate x 0.1 there; the release means 70 and 150, and is an epoch early
+    decay_epochs: tuple[int, ...] = (
+        70,
+    )  # learning rate x 0.1 there; the release means 70 and 150, and is an epoch early
     clip: float = 40.0  # global gradient norm, as in the release; 0: none
     gamma: float = 4.0  # the release's scripts: CREMA-D 4, AVE 5, Kinetics-Sounds 3
     temperature: float = 4.0
@@ -49,7 +56,15 @@ class Config:
 
 
 _SMALL = Config(
-    encoder="small", width=64, batch=32, rates=(0.03, 0.1), decay_epochs=(), clip=0.0, weight_decay=0.0, gamma=1.0, temperature=8.0
+    encoder="small",
+    width=64,
+    batch=32,
+    rates=(0.03, 0.1),
+    decay_epochs=(),
+    clip=0.0,
+    weight_decay=0.0,
+    gamma=1.0,
+    temperature=8.0,
 )
 
 CONFIGS: dict[str, Config] = {
@@ -59,9 +74,20 @@ CONFIGS: dict[str, Config] = {
     "ave": Config(),
     # the release: a random five-second crop with a window of 256, at test time as well
     "ks": Config(),
-    "mosi": Config(encoder="transformer", width=64, epochs=50, batch=32, optimizer="adamw", rates=(1e-3, 1e-4), decay_epochs=(), clip=1.0),
+    "mosi": Config(
+        encoder="transformer",
+        width=64,
+        epochs=50,
+        batch=32,
+        optimizer="adamw",
+        rates=(1e-3, 1e-4),
+        decay_epochs=(),
+        clip=1.0,
+    ),
     "ucf101": Config(),
-    "av-digits": dataclasses.replace(_SMALL, epochs=15, sample_rate=8000, seconds=0.64, window=256, hop=128, centred=True),
+    "av-digits": dataclasses.replace(
+        _SMALL, epochs=15, sample_rate=8000, seconds=0.64, window=256, hop=128, centred=True
+    ),
     "omniglot": dataclasses.replace(_SMALL, epochs=20, rates=(0.01, 0.03)),
     "mfeat": dataclasses.replace(_SMALL, encoder="mlp", epochs=20),
 }

@@ -1,7 +1,7 @@
 """The methods that are compared: ARL, what it consists of, and its controls.
 
-A method is one entry of METHODS. To add one, add an entry: what differs is which modalities it sees, the options of its
-ARLLoss, and whether it needs a head or a way of predicting of its own.
+A method is one entry of METHODS. To add one, add an entry: what differs is which modalities it sees, the
+options of its ARLLoss, and whether it needs a head or a way of predicting of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Method:
 
 def _rule(rule: str, **changes: Any) -> Callable[[Config, int, bool], nn.Module]:
     def loss(config: Config, warmup: int, sync: bool) -> nn.Module:
-        options = dict(gamma=config.gamma, temperature=config.temperature, warmup=warmup, sync_stats=sync) | changes
+        options = (
+            dict(gamma=config.gamma, temperature=config.temperature, warmup=warmup, sync_stats=sync) | changes
+        )
         return arl_fast.ARLLoss(rule=rule, **options)
 
     return loss
@@ -50,11 +52,11 @@ def _reversed(config: Config, warmup: int, sync: bool) -> nn.Module:
 
 
 class SimpleMMLLoss(nn.Module):
-    """The coefficients of "Fusion or Confusion?" (arXiv 2512.22991, TillmannRheude/simple_mml_baseline at 9eb533f).
+    """The rule of "Fusion or Confusion?" (arXiv 2512.22991; TillmannRheude/simple_mml_baseline, 9eb533f).
 
-    a = softmax(T q / d) with q_m = mean over rows of 1 / (H + 1e-8) and d_m = sum over classes of mean |logit|, both of the
-    auxiliary head's logits; the encoders' gradients are multiplied by 1 + a_m, as theirs are after backward. No row may be
-    certain: one with H = 0 makes q_m about 1e8 / B and with it a one-hot.
+    a = softmax(T q / d) with q_m = mean over rows of 1 / (H + 1e-8) and d_m = sum over classes of mean
+    |logit|, both of the auxiliary head's logits; the encoders' gradients are multiplied by 1 + a_m, as theirs
+    are after backward. No row may be certain: one with H = 0 makes q_m about 1e8 / B and with it a one-hot.
     """
 
     def __init__(self, gamma: float, temperature: float) -> None:
@@ -81,7 +83,7 @@ class SimpleMMLLoss(nn.Module):
 
 def _simple_mml(config: Config, warmup: int, sync: bool) -> nn.Module:
     if warmup or sync:
-        raise ValueError("arl-simple-mml: has neither a warm-up nor statistics over several processes; run it on one, without")
+        raise ValueError("arl-simple-mml: has no warm-up, and its statistics are of one process")
     return SimpleMMLLoss(config.gamma, config.temperature)
 
 

@@ -11,12 +11,16 @@ from torch import Tensor
 
 
 def scores(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """Accuracy and macro F1 in percent, cross-entropy in nats, mean confidence (largest probability) in percent.
+    """Accuracy, macro F1 and mean confidence (largest probability) in percent, cross-entropy in nats.
 
     Macro F1 is the mean over the classes that occur among targets or predictions, as scikit-learn's is.
     """
     predicted, classes = logits.argmax(1), logits.shape[1]
-    counts = torch.bincount(targets * classes + predicted, minlength=classes * classes).view(classes, classes).double()
+    counts = (
+        torch.bincount(targets * classes + predicted, minlength=classes * classes)
+        .view(classes, classes)
+        .double()
+    )
     hits, total = counts.diag(), counts.sum(0) + counts.sum(1)
     f1 = (2 * hits / total.clamp(min=1))[total > 0].mean()
     logp = torch.log_softmax(logits.double(), 1)
@@ -30,11 +34,13 @@ def scores(logits: Tensor, targets: Tensor) -> dict[str, float]:
 
 def key(row: dict[str, Any]) -> str:
     """What a row is about: two rows with the same key are the same experiment."""
-    return json.dumps([row[name] for name in ("dataset", "method", "seed", "rate", "changes")], sort_keys=True)
+    return json.dumps(
+        [row[name] for name in ("dataset", "method", "seed", "rate", "changes")], sort_keys=True
+    )
 
 
 def read(*paths: Path) -> list[dict[str, Any]]:
-    """The rows of JSONL files, the last of each key. A line cut off by a crash is passed over, if it is the last."""
+    """The rows of JSONL files, the last of each key. A last line that a crash cut off is passed over."""
     rows: dict[str, dict[str, Any]] = {}
     for path in paths:
         lines = path.read_text().splitlines()

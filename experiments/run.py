@@ -2,18 +2,17 @@
 
     python -m experiments.run --dataset crema-d --data DIR --check
     python -m experiments.run --dataset crema-d --data DIR --method ladder --seeds 5
-    torchrun --nproc-per-node 4 -m experiments.run --dataset ks --data DIR --method arl --precision bf16 --batch 16
+    torchrun --nproc-per-node 4 -m experiments.run --dataset ks --data DIR --precision bf16 --batch 16
     python -m experiments.table runs/crema-d.jsonl
 
-Rows go to --out (runs/DATASET.jsonl). What is there already is not run again, and a run that was cut off goes on at its last
-epoch. --data DIR: experiments/data/ says for each data set what belongs there.
+Rows go to --out (runs/DATASET.jsonl). What is there already is not run again, and a run that was cut off goes
+on at its last epoch. --data DIR: experiments/data/ says for each data set what belongs there.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -35,20 +34,34 @@ from .train import DTYPES, Machine, Run, train
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dataset", required=True, choices=list(CONFIGS))
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="the folder with the data")
     parser.add_argument("--check", action="store_true", help="only list what is there and what is missing")
-    parser.add_argument("--method", nargs="+", default=["ladder"], help="joint, unimodal, constant, arl, ..., alone, or ladder: all")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        default=["ladder"],
+        help="joint, unimodal, constant, arl, ..., alone, or ladder: all",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default 5)")
     parser.add_argument("--out", type=Path, help="file of the rows (default runs/DATASET.jsonl)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep decoded sound and frames there: decoding takes most of the time")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep decoded sound and frames there: decoding takes most of the time",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile model and loss")
     parser.add_argument("--workers", type=int, default=0, help="processes that read the data")
-    parser.add_argument("--keep-models", action="store_true", help="keep the weights of the selected epoch beside the rows")
+    parser.add_argument(
+        "--keep-models", action="store_true", help="keep the weights of the selected epoch beside the rows"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_options(parser)
     return parser
@@ -99,42 +112,35 @@ def _climb(
     out: Path,
     done: set[str],
 ) -> None:
-    """All methods of one seed and learning rate. Late fusion adds up the predictions of those that see one modality."""
+    """All methods of one seed and learning rate; late fusion adds up what each modality alone predicts."""
+    folder = out.parent / f"{out.stem}.work"
+
+    def about(name: str) -> dict[str, Any]:
+        return {"dataset": options.dataset, "method": name, "seed": seed, "rate": rate, "changes": changes}
+
+    def file(name: str, kind: str) -> Path:
+        digest = hashlib.sha256(rows.key(about(name)).encode()).hexdigest()[:8]
+        return folder / f"{options.dataset}-{name.replace(':', '-')}-{seed}-{digest}.{kind}.pt"
+
+    late_to_come = any(method.late and rows.key(about(name)) not in done for name, method in todo.items())
     for name, method in todo.items():
-        about = {"dataset": options.dataset, "method": name, "seed": seed, "rate": rate, "changes": changes}
-        slug = f"{options.dataset}-{name.replace(':', '-')}-{seed}-{hashlib.sha256(rows.key(about).encode()).hexdigest()[:8]}"
-        folder = out.parent / f"{out.stem}.work"
-        predictions = folder / f"{slug}.predictions.pt"
-        needed_later = method.alone is not None and any(m.late for m in todo.values())
-        if rows.key(json.loads(json.dumps(about))) in done and (not needed_later or predictions.exists()):
+        keep = late_to_come and method.alone is not None
+        if rows.key(about(name)) in done and not (keep and not file(name, "predictions").exists()):
             continue
         if method.late:
-            parts = [torch.load(path, weights_only=True) for path in _alone(todo, about, options, folder)]
-            run = _added_up(parts)
+            alone = [file(other, "predictions") for other, m in todo.items() if m.alone is not None]
+            run = _added_up([torch.load(path, weights_only=True) for path in alone])
         else:
-            checkpoint = folder / f"{slug}.checkpoint.pt"
-            run = train(data, config, method, rate, seed, machine, checkpoint)
-            if machine.rank == 0:
-                if needed_later:
-                    torch.save({"logits": run.logits, "targets": run.targets}, predictions)
-                if options.keep_models and run.model is not None:
-                    torch.save(run.model.state_dict(), folder / f"{slug}.model.pt")
+            run = train(data, config, method, rate, seed, machine, file(name, "checkpoint"))
         if machine.rank == 0:
-            rows.append(out, about | _results(run, data, machine))
-            if not method.late:
-                checkpoint.unlink(missing_ok=True)
+            if keep:
+                torch.save({"logits": run.logits, "targets": run.targets}, file(name, "predictions"))
+            if options.keep_models and run.model is not None:
+                torch.save(run.model.state_dict(), file(name, "model"))
+            rows.append(out, about(name) | _results(run, data, machine))
+            file(name, "checkpoint").unlink(missing_ok=True)
         if machine.world > 1:
             dist.barrier()
-
-
-def _alone(todo: dict[str, Method], about: dict[str, Any], options: argparse.Namespace, folder: Path) -> list[Path]:
-    """The files with the predictions of each modality alone, for the seed and learning rate of `about`."""
-    files = []
-    for name, method in todo.items():
-        if method.alone is not None:
-            digest = hashlib.sha256(rows.key(about | {"method": name}).encode()).hexdigest()[:8]
-            files.append(folder / f"{options.dataset}-{name.replace(':', '-')}-{about['seed']}-{digest}.predictions.pt")
-    return files
 
 
 def _added_up(parts: list[dict[str, Any]]) -> Run:
@@ -156,7 +162,11 @@ def _results(run: Run, data: Data, machine: Machine) -> dict[str, Any]:
         "validation": {name: {"accuracy": score["accuracy"]} for name, score in scored["validation"].items()},
         "test": scored["test"],
         **run.notes,
-        "machine": {"device": _device_name(machine.device), "precision": machine.precision, "processes": machine.world},
+        "machine": {
+            "device": _device_name(machine.device),
+            "precision": machine.precision,
+            "processes": machine.world,
+        },
         "versions": {"arl_fast": arl_fast.__version__, "torch": torch.__version__},
     }
 
@@ -173,7 +183,9 @@ def _machine(options: argparse.Namespace) -> Machine:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         rank = dist.get_rank()
-    return Machine(device, options.precision, options.compile, options.workers, rank, world, options.quiet or rank > 0)
+    return Machine(
+        device, options.precision, options.compile, options.workers, rank, world, options.quiet or rank > 0
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One training run: a method with one learning rate and one seed. Mixed precision, compile, several processes, resumption."""
+"""One training run: a method with one learning rate and one seed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Machine:
 
 @dataclass
 class Run:
-    """A trained model's predictions: split -> branch -> logits [n, C]; split -> targets [n]; and what training was like."""
+    """Predictions: split -> branch -> logits [n, C]; split -> targets [n]; and what training was like."""
 
     logits: dict[str, dict[str, Tensor]]
     targets: dict[str, Tensor]
@@ -52,7 +52,9 @@ class Run:
     model: nn.Module | None = None
 
 
-def batches(items: Items, order: list[int], size: int, machine: Machine, drop_last: bool = False) -> Iterator[Any]:
+def batches(
+    items: Items, order: list[int], size: int, machine: Machine, drop_last: bool = False
+) -> Iterator[Any]:
     """Batches (inputs by modality, targets) of the items in this order, on the device."""
     loader = DataLoader(
         items,
@@ -62,7 +64,9 @@ def batches(items: Items, order: list[int], size: int, machine: Machine, drop_la
         collate_fn=(lambda batch: batch) if isinstance(items, Memory) else default_collate,
         pin_memory=machine.device.type == "cuda",
         drop_last=drop_last and len(order) >= size,
-        generator=torch.Generator().manual_seed(0),  # the loader's own draw must not move the global generator
+        generator=torch.Generator().manual_seed(
+            0
+        ),  # the loader's own draw must not move the global generator
     )
     for x, y in loader:
         yield (
@@ -73,7 +77,7 @@ def batches(items: Items, order: list[int], size: int, machine: Machine, drop_la
 
 @torch.no_grad()
 def predict(model: nn.Module, items: Items, size: int, machine: Machine) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits [n, C] by branch ("fused" first) and targets [n] of all items, every one exactly once, on the CPU."""
+    """Logits [n, C] by branch ("fused" first) and targets [n] of all items, each exactly once."""
     model.eval()
     mine = list(range(machine.rank, len(items), machine.world))
     parts: list[tuple[dict[str, Tensor], Tensor]] = []
@@ -90,24 +94,34 @@ def predict(model: nn.Module, items: Items, size: int, machine: Machine) -> tupl
     seen = [part for part in seen if part[0]]
     back = torch.argsort(torch.tensor([i for part in seen for i in part[0]]))
     names = list(seen[0][1])
-    return {n: torch.cat([part[1][n] for part in seen])[back] for n in names}, torch.cat([part[2] for part in seen])[back]
+    return {n: torch.cat([part[1][n] for part in seen])[back] for n in names}, torch.cat(
+        [part[2] for part in seen]
+    )[back]
 
 
 def train(
-    data: Data, config: Config, method: Method, rate: float, seed: int, machine: Machine, checkpoint: Path | None = None
+    data: Data,
+    config: Config,
+    method: Method,
+    rate: float,
+    seed: int,
+    machine: Machine,
+    checkpoint: Path | None = None,
 ) -> Run:
-    """Train one model and predict validation and test data with its selected epoch. The test data is read once, at the end.
+    """Train one model and predict with its selected epoch. Test data is read once, at the end.
 
-    Methods of one seed start from the same weights and see the same batches in the same order, so that differences between
-    them are paired. With `checkpoint`, every epoch is saved there and a run that was cut off goes on where it stopped,
-    with the same result.
+    Methods of one seed start from the same weights and see the same batches in the same order, so that
+    differences between them are paired. With `checkpoint`, every epoch is saved there and a run that was cut
+    off goes on where it stopped, with the same result.
     """
     start = time.perf_counter()
     torch.manual_seed(seed)
     shapes = data.shapes if method.alone is None else {method.alone: data.shapes[method.alone]}
     model = build(config, shapes, len(data.classes), method.auxiliary).to(machine.device)
     per_epoch = max(1, (len(data.train) // machine.world) // config.batch)
-    loss_function = method.loss(config, config.warmup_epochs * per_epoch, machine.world > 1).to(machine.device)
+    loss_function = method.loss(config, config.warmup_epochs * per_epoch, machine.world > 1).to(
+        machine.device
+    )
     optimizer = _optimizer(model, config, rate)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.decay_epochs), 0.1)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
@@ -118,7 +132,13 @@ def train(
 
     step = torch.compile(forward) if machine.compile else forward
     saved: dict[str, Any] = {"epoch": 0, "best": None, "spent": 0.0}
-    states = {"model": model, "loss": loss_function, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    states: dict[str, Any] = {
+        "model": model,
+        "loss": loss_function,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "scaler": scaler,
+    }
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=machine.device, weights_only=True)
         for name, part in states.items():
@@ -127,10 +147,18 @@ def train(
     best, spent = saved["best"], saved["spent"]
     data.train.seed = seed
     epochs = range(saved["epoch"], config.epochs)
-    bar = tqdm(epochs, desc=f"{method.title}, lr {rate:g}, seed {seed}", unit="epoch", leave=False, disable=machine.quiet)
+    bar = tqdm(
+        epochs,
+        desc=f"{method.title}, lr {rate:g}, seed {seed}",
+        unit="epoch",
+        leave=False,
+        disable=machine.quiet,
+    )
     for epoch in bar:
         data.train.epoch = epoch
-        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist()
+        order = torch.randperm(
+            len(data.train), generator=torch.Generator().manual_seed(1000 * seed + epoch)
+        ).tolist()
         order = order[machine.rank : len(order) // machine.world * machine.world : machine.world]
         model.train()
         loss_function.train()
@@ -161,11 +189,14 @@ def train(
     if best is None:
         raise ValueError("epochs: got 0, expected at least 1")
     model.load_state_dict(best["weights"])
-    predicted = {name: predict(model, getattr(data, name), config.batch, machine) for name in ("validation", "test")}
+    predicted = {
+        name: predict(model, getattr(data, name), config.batch, machine) for name in ("validation", "test")
+    }
     return Run(
         {name: logits for name, (logits, _) in predicted.items()},
         {name: targets for name, (_, targets) in predicted.items()},
-        best["notes"] | {"best_epoch": best["epoch"], "seconds": round(spent + time.perf_counter() - start, 1)},
+        best["notes"]
+        | {"best_epoch": best["epoch"], "seconds": round(spent + time.perf_counter() - start, 1)},
         model,
     )
 
@@ -173,11 +204,13 @@ def train(
 def _optimizer(model: nn.Module, config: Config, rate: float) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), rate, weight_decay=config.weight_decay)
-    return torch.optim.SGD(model.parameters(), rate, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
 
 
 def _training_notes(seen: list[Any], modalities: list[str]) -> dict[str, Any]:
-    """Means over an epoch's steps, read from the device once: loss and accuracy of the branches, coefficients."""
+    """Means over an epoch's steps, read from the device once: loss, accuracies, coefficients."""
     loss = torch.stack([stats.loss for stats in seen]).float().mean(0).tolist()
     accuracy = torch.stack([stats.accuracy for stats in seen]).float().mean(0).tolist()
     coefficients = torch.stack([stats.coefficients for stats in seen]).float()
@@ -185,8 +218,12 @@ def _training_notes(seen: list[Any], modalities: list[str]) -> dict[str, Any]:
     return {
         "train_loss": round(loss[0], 4),
         "train_accuracy": {name: round(100 * a, 2) for name, a in zip(names, accuracy, strict=True)},
-        "coefficients": {name: round(a, 4) for name, a in zip(modalities, coefficients.mean(0).tolist(), strict=True)},
-        "saturated": round(float((coefficients.amax(1) > 0.99).float().mean()), 3) if len(modalities) > 1 else 0.0,
+        "coefficients": {
+            name: round(a, 4) for name, a in zip(modalities, coefficients.mean(0).tolist(), strict=True)
+        },
+        "saturated": round(float((coefficients.amax(1) > 0.99).float().mean()), 3)
+        if len(modalities) > 1
+        else 0.0,
     }
 
 

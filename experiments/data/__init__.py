@@ -1,4 +1,4 @@
-"""A reader per data set: a module with ``check(folder, config)`` and ``load(folder, config, seed, cache)``."""
+"""One module per data set, with ``check(folder, config)`` and ``load(folder, config, seed, cache)``."""
 
 from __future__ import annotations
 

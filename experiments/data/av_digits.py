@@ -3,9 +3,10 @@
     DIR/fsdd/recordings/DIGIT_SPEAKER_INDEX.wav        github.com/Jakobovski/free-spoken-digit-dataset
     DIR/mnist/t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte    also with .gz
 
-A recording is paired with an image of the same digit. Which speakers are for training, validation and testing is fixed
-in splits/av-digits.json, five ways; seed k takes the k-th. Images are dealt to the three by their place in the file, so
-that no speaker and no image is in two of them. With speakers="mixed", the control, every speaker is in all three.
+A recording is paired with an image of the same digit. Which speakers are for training, validation and testing
+is fixed in splits/av-digits.json, five ways; seed k takes the k-th. Images are dealt to the three by their
+place in the file, so that no speaker and no image is in two of them. With speakers="mixed", the control,
+every speaker is in all three.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _idx(folder: Path, name: str) -> Tensor:
 
 
 def _sound(path: Path, config: Config) -> Tensor:
-    """Log-spectrogram [1, 32, 32] below three quarters of the highest frequency, padded with silence or cut."""
+    """Log-spectrogram [1, 32, 32] of the lower three quarters of the band, padded with silence or cut."""
     length = round(config.seconds * config.sample_rate)
     samples = read_audio(path, config.sample_rate)[:length]
     samples = F.pad(samples, (0, length - len(samples)))
@@ -58,19 +59,27 @@ def _sounds(folder: Path, config: Config) -> Tensor:
 
 def check(folder: Path, config: Config) -> Check:
     names = ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
-    missing = [f"{folder}/mnist/{name}[.gz]" for name in names if not list((folder / "mnist").glob(f"{name}*"))]
+    missing = [
+        f"{folder}/mnist/{name}[.gz]" for name in names if not list((folder / "mnist").glob(f"{name}*"))
+    ]
     recordings = _recordings(folder)
     if not recordings:
         missing.append(f"{folder}/fsdd/recordings/*.wav")
     speakers = len({path.stem.split("_")[1] for path in recordings})
     found = {"recordings": len(recordings), "speakers": speakers}
-    return report(found, missing, "recordings: github.com/Jakobovski/free-spoken-digit-dataset; images: MNIST's two t10k files")
+    return report(
+        found,
+        missing,
+        "recordings: github.com/Jakobovski/free-spoken-digit-dataset; images: MNIST's two t10k files",
+    )
 
 
 def load(folder: Path, config: Config, seed: int, cache: Path | None = None) -> Data:
     recordings = _recordings(folder)
     if not recordings:
-        raise FileNotFoundError(f"{folder}/fsdd/recordings/*.wav: no such files; --check lists everything that is missing")
+        raise FileNotFoundError(
+            f"{folder}/fsdd/recordings/*.wav: no such files; --check lists everything that is missing"
+        )
     names = [path.stem.split("_") for path in recordings]
     sounds = _sounds(folder, config)
     said = torch.tensor([int(digit) for digit, _, _ in names])
@@ -82,7 +91,10 @@ def load(folder: Path, config: Config, seed: int, cache: Path | None = None) -> 
     generator = torch.Generator().manual_seed(seed)
     sides = {}
     for place, side in enumerate(SIDES):
-        people, limit = set(folds[number][side]), {"train": config.per_class, "validation": 30, "test": 100}[side]
+        people, limit = (
+            set(folds[number][side]),
+            {"train": config.per_class, "validation": 30, "test": 100}[side],
+        )
         if config.speakers == "apart":
             mine = torch.tensor([person in people for _, person, _ in names])
         else:

@@ -4,7 +4,8 @@
     DIR/trainSet.txt, valSet.txt, testSet.txt   lines "Category&VIDEO&Quality&Start&End"
     DIR/Audio/VIDEO.wav, DIR/Image-01-FPS-SE/VIDEO/   optional, in the place of the videos: sound and images
 
-Frames come from the event, Start to End, only if the images are cut to it; from videos they come from all ten seconds.
+Frames come from the event, Start to End, only if the images are cut to it; from videos they come from all ten
+seconds.
 """
 
 from __future__ import annotations
@@ -24,17 +25,25 @@ def _splits(folder: Path) -> tuple[dict[str, list[tuple[clips.Clip, int]]], list
         rows[split] = [line.split("&") for line in read_list(folder / name)]
         wrong = [row for row in rows[split] if len(row) != 5]
         if wrong:
-            raise ValueError(f"{folder / name}: got the line {'&'.join(wrong[0])!r}, expected Category&VIDEO&Quality&Start&End")
+            raise ValueError(f"{folder / name}: got {wrong[0]}, expected Category&VIDEO&Quality&Start&End")
     classes = sorted({row[0] for split in rows.values() for row in split})
     splits: dict[str, list[tuple[clips.Clip, int]]] = {}
     for split, lines in rows.items():
-        unique = {row[1]: row[0] for row in reversed(lines)}  # a video listed twice counts once, with its first event
-        splits[split] = [(_clip(folder, video), classes.index(label)) for video, label in sorted(unique.items())]
+        unique = {
+            row[1]: row[0] for row in reversed(lines)
+        }  # a video listed twice counts once, with its first event
+        splits[split] = [
+            (_clip(folder, video), classes.index(label)) for video, label in sorted(unique.items())
+        ]
     return splits, classes
 
 
 def _clip(folder: Path, video: str) -> clips.Clip:
-    sound, images, film = folder / "Audio" / f"{video}.wav", folder / "Image-01-FPS-SE" / video, folder / "AVE" / f"{video}.mp4"
+    sound, images, film = (
+        folder / "Audio" / f"{video}.wav",
+        folder / "Image-01-FPS-SE" / video,
+        folder / "AVE" / f"{video}.mp4",
+    )
     return clips.Clip(video, sound if sound.is_file() else film, images if images.is_dir() else film)
 
 

@@ -1,4 +1,4 @@
-"""What every reader offers: three data sets with their modalities and classes, and a list of what is missing."""
+"""What every reader offers: data in three parts, and a list of what is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Check(NamedTuple):
 
 
 class Data(NamedTuple):
-    """One data set, split. Items are (inputs by modality, class index); `fold` names the split where there are several."""
+    """Split data. Items are (inputs by modality, class index); `fold` names one of several splits."""
 
     train: Items
     validation: Items
@@ -40,7 +40,7 @@ class Data(NamedTuple):
 
 
 class Items(Dataset):
-    """A data set whose random choices depend on (seed, epoch, item) alone, not on workers, order or what ran before."""
+    """Data whose random choices depend on (seed, epoch, item) alone, not on workers or order."""
 
     seed = 0
     epoch = 0
@@ -57,20 +57,41 @@ class Items(Dataset):
 
 
 class Files(Items):
-    """Items read from files: `read(key, generator)` gives one item's inputs; the generator is None outside training."""
+    """Items read from files by `read(key, generator)`; the generator is None outside training."""
 
-    def __init__(self, keys: Sequence[Any], labels: Sequence[int], read: Callable[..., dict[str, Tensor]], training: bool) -> None:
+    def __init__(
+        self,
+        keys: Sequence[Any],
+        labels: Sequence[int],
+        read: Callable[..., dict[str, Tensor]],
+        training: bool,
+    ) -> None:
         self.keys, self.labels, self.read, self.training = list(keys), list(labels), read, training
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.read(self.keys[index], self.generator(index) if self.training else None), self.labels[index]
+        return self.read(self.keys[index], self.generator(index) if self.training else None), self.labels[
+            index
+        ]
+
+
+def from_files(
+    splits: dict[str, list[tuple[Any, int]]], classes: list[str], read: Callable[..., dict[str, Tensor]]
+) -> Data:
+    """Data from (key, label) lists for "train", "validation" and "test", read when asked for."""
+    made = {}
+    for name, items in splits.items():
+        if not items:
+            raise ValueError(f"the {name} data is empty; --check lists what is there and what is missing")
+        keys, labels = zip(*items, strict=True)
+        made[name] = Files(keys, labels, read, training=name == "train")
+    return Data(made["train"], made["validation"], made["test"], classes)
 
 
 class Memory(Items):
-    """Items held in memory as whole tensors [n, ...] by modality; batches are taken by one indexing operation."""
+    """Items held in memory as tensors [n, ...] by modality; a batch is one indexing operation."""
 
     def __init__(self, x: dict[str, Tensor], y: Tensor) -> None:
         self.x, self.y = x, y
@@ -87,7 +108,7 @@ class Memory(Items):
 
 
 def held_out(name: str, percent: int = 10) -> bool:
-    """Whether an item of the training list belongs to the validation data: the same on every machine, by its name alone."""
+    """Whether an item of the training list is for validation: by its name alone, so the same everywhere."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100 < percent
 
 

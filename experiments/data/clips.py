@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from .base import Data, Files
+from .base import Data, from_files
 from .media import (
     MEAN,
     STD,
@@ -40,7 +40,10 @@ class Clip(NamedTuple):
 def read_clip(
     clip: Clip, generator: torch.Generator | None, config: Config, cache: Path | None
 ) -> dict[str, Tensor]:
-    """{"audio": log-spectrogram [1, bins, frames], "visual": [frames, 3, size, size]}; the generator is None in evaluation."""
+    """{"audio": log-spectrogram [1, bins, times], "visual": [frames, 3, size, size]}.
+
+    The generator is None outside training.
+    """
 
     def decode() -> dict[str, Tensor]:
         samples = read_audio(clip.audio, config.sample_rate)
@@ -66,14 +69,8 @@ def _frames(clip: Clip, config: Config) -> Tensor:
     return torch.stack([read_image(path) for path in images])
 
 
-def data(splits: dict[str, list[tuple[Clip, int]]], classes: list[str], config: Config, cache: Path | None) -> Data:
+def data(
+    splits: dict[str, list[tuple[Clip, int]]], classes: list[str], config: Config, cache: Path | None
+) -> Data:
     """Data from (clip, label) lists for "train", "validation" and "test"."""
-    for name, items in splits.items():
-        if not items:
-            raise ValueError(f"the {name} data is empty; --check lists what is there and what is missing")
-    read = partial(read_clip, config=config, cache=cache)
-    made = {
-        name: Files([clip for clip, _ in items], [label for _, label in items], read, training=name == "train")
-        for name, items in splits.items()
-    }
-    return Data(**made, classes=classes)
+    return from_files(splits, classes, partial(read_clip, config=config, cache=cache))

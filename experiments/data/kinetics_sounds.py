@@ -1,11 +1,13 @@
-"""Kinetics-Sounds: the classes of Kinetics-400 that are seen and heard (github.com/cvdfoundation/kinetics-dataset).
+"""Kinetics-Sounds: classes of Kinetics-400 to see and hear (github.com/cvdfoundation/kinetics-dataset).
 
-    DIR/train/.../ID_000010_000020.mp4, DIR/val/.../ID_000010_000020.mp4   flat or in folders named after the classes
-    DIR/annotations/train.csv, val.csv    label,youtube_id,time_start,time_end,split; needed where folders do not name classes
+    DIR/train/.../ID_000010_000020.mp4    flat, or in folders named after the classes
+    DIR/val/.../ID_000010_000020.mp4
+    DIR/annotations/train.csv, val.csv    label,youtube_id,time_start,time_end,split; for flat folders
     DIR/classes.txt                       optional: one class per line, in the place of the release's list
 
-Videos of other classes are passed over; many are gone from the web, so that the list is what is there. A tenth of train,
-by the videos' names, is for validation, and val for testing: the release has no validation data, and 14,799 + 2,597 clips.
+Videos of other classes are passed over; many are gone from the web, so that the list is what is there. A
+tenth of train, by the videos' names, is for validation, and val for testing: the release has no validation
+data, and 14,799 + 2,597 clips.
 """
 
 from __future__ import annotations
@@ -18,16 +20,20 @@ from . import clips
 from .base import Check, Data, held_out, read_list, report
 
 # dataset/data/KineticSound/class.txt of the release
-CLASSES = """blowing nose, bowling, chopping wood, ripping paper, shuffling cards, singing, tapping pen, tying tie,
-blowing out candles, dribbling basketball, laughing, mowing lawn, shoveling snow, stomping grapes, tap dancing, tapping guitar,
-tickling, finger snapping, playing accordion, playing bagpipes, playing bass guitar, playing clarinet, playing drums,
-playing guitar, playing harmonica, playing keyboard, playing organ, playing piano, playing saxophone, playing trombone,
-playing trumpet, playing violin, playing xylophone"""
+CLASSES = """blowing nose, bowling, chopping wood, ripping paper, shuffling cards, singing, tapping pen, tying
+tie, blowing out candles, dribbling basketball, laughing, mowing lawn, shoveling snow, stomping
+grapes, tap dancing, tapping guitar, tickling, finger snapping, playing accordion, playing bagpipes,
+playing bass guitar, playing clarinet, playing drums, playing guitar, playing harmonica, playing
+keyboard, playing organ, playing piano, playing saxophone, playing trombone, playing trumpet,
+playing violin, playing xylophone"""
 
 
 def _classes(folder: Path) -> list[str]:
     given = folder / "classes.txt"
-    return [_plain(name) for name in (read_list(given) if given.exists() else CLASSES.replace("\n", " ").split(","))]
+    return [
+        _plain(name)
+        for name in (read_list(given) if given.exists() else CLASSES.replace("\n", " ").split(","))
+    ]
 
 
 def _plain(name: str) -> str:
@@ -69,7 +75,7 @@ def check(folder: Path, config: Config) -> Check:
     return report(
         found | {"classes": len(classes)},
         missing,
-        f"expected {folder}/train and {folder}/val with NAME.mp4 in folders named after the classes, or {folder}/annotations/*.csv",
+        f"{folder}: train and val hold NAME.mp4, in folders named after classes or with annotations/*.csv",
     )
 
 

@@ -1,4 +1,4 @@
-"""Sound and pictures from files: decoding, spectrograms, frames, crops. PyAV does the decoding and is imported when needed."""
+"""Sound and pictures from files: decoding (by PyAV, imported when needed), spectrograms, frames, crops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def _av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ImportError('reading sound and video needs PyAV: pip install "arl_fast[experiments]", or pip install av') from error
+        raise ImportError(
+            'reading sound and video needs PyAV: pip install "arl_fast[experiments]", or pip install av'
+        ) from error
     return av
 
 
@@ -52,13 +54,21 @@ def fit_length(samples: Tensor, length: int) -> Tensor:
 def spectrogram(samples: Tensor, window: int, hop: int, centred: bool) -> Tensor:
     """log(|Fourier transform| + 1e-7) of samples [n]: [1, window // 2 + 1, frames]."""
     transform = torch.stft(
-        samples.clamp(-1, 1), window, hop, window=torch.hann_window(window), center=centred, pad_mode="constant", return_complex=True
+        samples.clamp(-1, 1),
+        window,
+        hop,
+        window=torch.hann_window(window),
+        center=centred,
+        pad_mode="constant",
+        return_complex=True,
     )
     return torch.log(transform.abs() + 1e-7)[None]
 
 
 def read_frames(path: Path, fps: float, at_least: int, side: int, following: bool = False) -> Tensor:
-    """Frames of a video, evenly spaced, `fps` per second but not fewer than `at_least`: uint8 [n, 3, H, W], shorter side `side`.
+    """Frames of a video, evenly spaced: uint8 [n, 3, H, W], their shorter side `side`.
+
+    n is `fps` per second, but not fewer than `at_least`.
 
     With `following`, each frame and the one decoded after it: [n, 2, 3, H, W].
     """
@@ -76,18 +86,24 @@ def read_frames(path: Path, fps: float, at_least: int, side: int, following: boo
             return torch.stack([_shrink(decoded[i], side) for i in chosen])
         last = len(decoded) - 1
         pairs = [(min(i, max(last - 1, 0)), min(i + 1, last)) for i in chosen]
-        return torch.stack([torch.stack([_shrink(decoded[i], side), _shrink(decoded[j], side)]) for i, j in pairs])
+        return torch.stack(
+            [torch.stack([_shrink(decoded[i], side), _shrink(decoded[j], side)]) for i, j in pairs]
+        )
 
 
 def _shrink(frame: Any, side: int) -> Tensor:
     scale = side / min(frame.width, frame.height)
     width, height = (max(side, round(scale * n)) for n in (frame.width, frame.height))
-    return torch.from_numpy(frame.to_ndarray(width=width, height=height, format="rgb24").copy()).permute(2, 0, 1)
+    return torch.from_numpy(frame.to_ndarray(width=width, height=height, format="rgb24").copy()).permute(
+        2, 0, 1
+    )
 
 
 def list_images(folder: Path) -> list[Path]:
     """A folder's images in the order of their names: the file system's own order is no order."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES) if folder.is_dir() else []
+    return (
+        sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES) if folder.is_dir() else []
+    )
 
 
 def read_image(path: Path, mode: str = "RGB") -> Tensor:
@@ -115,8 +131,8 @@ def choose(available: int, count: int, generator: torch.Generator | None) -> lis
 def crop(pictures: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
     """uint8 or float [n, C, H, W] of 0 to 255 -> float [n, C, size, size] of 0 to 1.
 
-    In training, a random part of 8 to 100 % of the area, 3:4 to 4:3, flipped half of the time, the same for all n
-    (torchvision's RandomResizedCrop and RandomHorizontalFlip); otherwise everything, resized.
+    In training, a random part of 8 to 100 % of the area, 3:4 to 4:3, flipped half of the time, the same for
+    all n (torchvision's RandomResizedCrop and RandomHorizontalFlip); otherwise everything, resized.
     """
     x = pictures.float() / 255
     if generator is not None:
@@ -124,7 +140,10 @@ def crop(pictures: Tensor, size: int, generator: torch.Generator | None) -> Tens
         area, shape, top, left, flip = torch.rand(5, generator=generator).tolist()
         area = height * width * (0.08 + 0.92 * area)
         ratio = (3 / 4) ** (1 - 2 * shape)
-        w, h = min(width, max(1, round((area * ratio) ** 0.5))), min(height, max(1, round((area / ratio) ** 0.5)))
+        w, h = (
+            min(width, max(1, round((area * ratio) ** 0.5))),
+            min(height, max(1, round((area / ratio) ** 0.5))),
+        )
         i, j = int(top * (height - h + 1)), int(left * (width - w + 1))
         x = x[..., i : i + h, j : j + w]
         if flip < 0.5:
@@ -133,7 +152,7 @@ def crop(pictures: Tensor, size: int, generator: torch.Generator | None) -> Tens
 
 
 def cached(file: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `make` returns, kept in `file` (None: not kept). Written in one go, so that several processes may share it."""
+    """What `make` returns, kept in `file` if given; several processes may share the file."""
     if file is not None and file.exists():
         return torch.load(file, weights_only=True)
     made = make()

@@ -1,9 +1,10 @@
-"""Omniglot (Lake, Salakhutdinov and Tenenbaum, 2015): characters as images and as the pen's path, 20 drawers each.
+"""Omniglot (Lake et al., 2015): characters as images and as the pen's path, each by 20 drawers.
 
-    DIR/images_background_small1.zip, DIR/strokes_background_small1.zip, ...    github.com/brendenlake/omniglot, folder python
+    DIR/images_background_small1.zip, DIR/strokes_background_small1.zip    github.com/brendenlake/omniglot
 
-Any images_NAME.zip with its strokes_NAME.zip is read, as it is. A class is a character, a sample one drawer's. Which
-drawers are for training, validation and testing is fixed in splits/omniglot.json, five ways; seed k takes the k-th.
+Any images_NAME.zip with its strokes_NAME.zip is read, as it is. A class is a character, a sample one
+drawer's. Which drawers are for training, validation and testing is fixed in splits/omniglot.json, five ways;
+seed k takes the k-th.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ SIDE, POINTS = 28, 64
 
 def _archives(folder: Path) -> list[tuple[Path, Path]]:
     """Pairs of an archive of images and its archive of strokes."""
-    return [(path, path.with_name(path.name.replace("images", "strokes", 1))) for path in sorted(folder.glob("images_*.zip"))]
+    return [
+        (path, path.with_name(path.name.replace("images", "strokes", 1)))
+        for path in sorted(folder.glob("images_*.zip"))
+    ]
 
 
 def _image(data: bytes) -> Tensor:
@@ -35,9 +39,13 @@ def _image(data: bytes) -> Tensor:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        pixels = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).view(image.height, image.width)
+        pixels = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).view(
+            image.height, image.width
+        )
     ink = 1 - pixels.float() / 255
-    return F.interpolate(ink[None, None], (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)[0]
+    return F.interpolate(ink[None, None], (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)[
+        0
+    ]
 
 
 def _path(text: str) -> Tensor:
@@ -60,10 +68,16 @@ def _path(text: str) -> Tensor:
     low, high = place.amin(0), place.amax(0)
     place = 2 * (place - (low + high) / 2) / (high - low).amax().clamp(min=1)
     path = torch.cat([place, path[:, 2:] / 4], 1)
-    steps = (path[1:, :2] - path[:-1, :2]).norm(dim=1) * (path[1:, 2] == path[:-1, 2])  # the pen's way in the air is no ink
+    steps = (path[1:, :2] - path[:-1, :2]).norm(dim=1) * (
+        path[1:, 2] == path[:-1, 2]
+    )  # the pen's way in the air is no ink
     length = torch.cat([torch.zeros(1), steps.cumsum(0)])
     at = torch.linspace(0, float(length[-1]), POINTS)
-    after = torch.searchsorted(length, at).clamp(1, max(1, len(length) - 1)) if len(path) > 1 else torch.zeros(POINTS, dtype=torch.long)
+    after = (
+        torch.searchsorted(length, at).clamp(1, max(1, len(length) - 1))
+        if len(path) > 1
+        else torch.zeros(POINTS, dtype=torch.long)
+    )
     before = (after - 1).clamp(min=0)
     share = ((at - length[before]) / (length[after] - length[before]).clamp(min=1e-9)).clamp(0, 1)[:, None]
     mixed = path[before] + share * (path[after] - path[before])
@@ -84,7 +98,9 @@ def _everything(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]
                         raise ValueError(f"{strokes}: has no strokes for {name}")
                     samples[name] = (i.read(entry), s.read(texts[name]).decode())
     if not samples:
-        raise FileNotFoundError(f"{folder}/images_*.zip: no such files; --check lists everything that is missing")
+        raise FileNotFoundError(
+            f"{folder}/images_*.zip: no such files; --check lists everything that is missing"
+        )
     names = sorted(samples)
     classes = sorted({name.rpartition("/")[0] for name in names})
     labels = torch.tensor([classes.index(name.rpartition("/")[0]) for name in names])
@@ -104,7 +120,7 @@ def check(folder: Path, config: Config) -> Check:
     missing = [str(strokes) for _, strokes in pairs if not strokes.is_file()]
     if not pairs:
         missing.append(f"{folder}/images_*.zip")
-    needed = "images_background_small1.zip and strokes_background_small1.zip, or others, of github.com/brendenlake/omniglot"
+    needed = "images_NAME.zip and strokes_NAME.zip: the folder python of github.com/brendenlake/omniglot"
     return report({"archives of images": len(pairs)}, missing, needed)
 
 

@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 class Separate(nn.Module):
-    """One encoder per modality, which do not see each other; with `tokens`, sequences in the place of features."""
+    """One encoder per modality, without exchange; with `tokens`, sequences in the place of features."""
 
     def __init__(self, encoders: dict[str, nn.Module], tokens: bool = False) -> None:
         super().__init__()
@@ -42,7 +42,8 @@ class Separate(nn.Module):
         self.tokens = tokens
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: net.tokens(x[name]) if self.tokens else net(x[name]) for name, net in self.encoders.items()}
+        nets: dict[str, Any] = dict(self.encoders.items())
+        return {name: net.tokens(x[name]) if self.tokens else net(x[name]) for name, net in nets.items()}
 
 
 class AuxiliaryHead(nn.Module):
@@ -73,7 +74,7 @@ def build(config: Config, shapes: dict[str, list[int]], classes: int, auxiliary:
     names = list(shapes)
     if config.fusion == "mmtm":
         if config.encoder != "resnet18" or any(len(shape) < 3 for shape in shapes.values()):
-            raise ValueError(f"fusion 'mmtm' exchanges feature maps of ResNet-18s, got encoder {config.encoder!r} for {shapes}")
+            raise ValueError(f"fusion 'mmtm' needs ResNet-18s, got encoder {config.encoder!r} for {shapes}")
         encode: Any = ExchangingResNets({name: shape[-3] for name, shape in shapes.items()})
         width = ExchangingResNets.width
         head: nn.Module = arl_fast.ConcatHead(dict.fromkeys(names, width), classes)
@@ -82,15 +83,18 @@ def build(config: Config, shapes: dict[str, list[int]], classes: int, auxiliary:
         width = next(iter(encoders.values())).width
         if config.fusion == "transformer":
             if not all(hasattr(net, "tokens") for net in encoders.values()):
-                raise ValueError(f"fusion 'transformer' takes tokens, which encoder {config.encoder!r} does not give")
-            encode, head = Separate(encoders, tokens=True), arl_fast.ZeroedHead(CrossModalTransformer(names, width, classes))
+                raise ValueError(f"fusion 'transformer' takes tokens; encoder {config.encoder!r} has none")
+            encode, head = (
+                Separate(encoders, tokens=True),
+                arl_fast.ZeroedHead(CrossModalTransformer(names, width, classes)),
+            )
         else:
             encode = Separate(encoders)
             kind = HEADS[config.fusion] if len(names) > 1 else arl_fast.ConcatHead
             head = kind(dict.fromkeys(names, width), classes)
     if auxiliary:
         if config.fusion == "transformer":
-            raise ValueError("method 'arl-simple-mml' has a head of its own on features; use another fusion than 'transformer'")
+            raise ValueError("method 'arl-simple-mml' has a head on features; fusion 'transformer' has none")
         head = AuxiliaryHead(head, width, classes)
     return Net(encode, head)
 

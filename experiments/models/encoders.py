@@ -1,4 +1,4 @@
-"""The encoders: each has ``width``, the size of its features, and gives [B, width]; some also ``tokens`` [B, n, width]."""
+"""The encoders give features [B, width]; some also have ``tokens``, which gives [B, n, width]."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .resnet import ResNet18, fold_time
 def encoder(config: Config, shape: list[int]) -> Any:
     """The configuration's encoder for one modality, whose items have this shape.
 
-    Sequences [n, features] take a transformer under "transformer" and a convolution along n under "small"; a picture
-    [channels, H, W] takes a ResNet-18, a Swin transformer or a small convolutional network.
+    Sequences [n, features] take a transformer under "transformer" and a convolution along n under "small"; a
+    picture [channels, H, W] takes a ResNet-18, a Swin transformer or a small convolutional network.
     """
     kind = config.encoder
     if kind == "resnet18" and len(shape) >= 3:
@@ -46,14 +46,16 @@ class SmallConv(nn.Sequential):
 
 
 class Sequence(nn.Module):
-    """Short sequences [B, n, features], as a pen's path: two convolutions along the sequence, its order kept in eighths."""
+    """Short sequences [B, n, features], as a pen's path: two convolutions, the order kept in eighths."""
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for inside, outside in ((features, 32), (32, 32)):
             layers += [nn.Conv1d(inside, outside, 5, stride=2, padding=2), nn.BatchNorm1d(outside), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(8), nn.Flatten(), nn.Linear(32 * 8, width), nn.ReLU())
+        self.layers = nn.Sequential(
+            *layers, nn.AdaptiveAvgPool1d(8), nn.Flatten(), nn.Linear(32 * 8, width), nn.ReLU()
+        )
         self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,13 +71,15 @@ class MLP(nn.Sequential):
 
 
 class Transformer(nn.Module):
-    """Sequences [B, n, features], as MOSI's words with what is heard and seen during them: four layers, the mean over n."""
+    """Sequences [B, n, features], as MOSI's words with sound and face: four layers, the mean over n."""
 
     def __init__(self, features: int, length: int, width: int, layers: int = 4, heads: int = 4) -> None:
         super().__init__()
         self.enter = nn.Linear(features, width)
         self.place = nn.Parameter(0.02 * torch.randn(length, width))
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.1, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.1, batch_first=True, norm_first=True
+        )
         self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.width = width
 
@@ -87,7 +91,7 @@ class Transformer(nn.Module):
 
 
 class Swin(nn.Module):
-    """torchvision's Swin-T (the paper's Table 4), its first convolution for `channels`; the mean over time of clips."""
+    """torchvision's Swin-T (the paper's Table 4) for `channels`; of clips, the mean over time."""
 
     width = 768
 
@@ -96,7 +100,9 @@ class Swin(nn.Module):
         try:
             from torchvision.models import swin_t
         except ImportError as error:
-            raise ImportError("encoder 'swin' is torchvision's: pip install the torchvision that belongs to your torch") from error
+            raise ImportError(
+                "encoder 'swin' is torchvision's: pip install the torchvision that belongs to your torch"
+            ) from error
         self.swin = swin_t()
         first = self.swin.features[0][0]
         self.swin.features[0][0] = nn.Conv2d(channels, first.out_channels, first.kernel_size, first.stride)

@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Pictures [B, channels, H, W] or clips [B, T, channels, H, W] -> features [B, 512], the mean over place and time."""
+    """Pictures [B, channels, H, W] or clips [B, T, channels, H, W] -> mean features [B, 512]."""
 
     width = 512
 
@@ -49,7 +49,8 @@ class ResNet18(nn.Module):
 
     def stages(self) -> list[Callable[[Tensor], Tensor]]:
         """The four stages, the first with what comes before it: between them models may exchange features."""
-        return [lambda x: self.layer1(self.stem(x)), self.layer2, self.layer3, self.layer4]
+        layer1, *later = (getattr(self, f"layer{i}") for i in range(1, 5))
+        return [lambda x: layer1(self.stem(x)), *later]
 
     def stem(self, x: Tensor) -> Tensor:
         return self.maxpool(torch.relu(self.bn1(self.conv1(x))))
