@@ -51,6 +51,9 @@ class Config:
     clip: float = 40.0  # global gradient norm, as in the release; 0: none
     gamma: float = 4.0  # the release's scripts: CREMA-D 4, AVE 5, Kinetics-Sounds 3
     temperature: float = 4.0
+    gain: str = (
+        "residual"  # 1 + a; "plain" a is the paper's ablation, "mean_one" M a leaves the mean step as it is
+    )
     warmup_epochs: int = 0  # the release: 6
     select: str = "best"  # epoch on validation data, or "last"; the release: the best on *test* data
 
@@ -88,7 +91,7 @@ CONFIGS: dict[str, Config] = {
     "av-digits": dataclasses.replace(
         _SMALL, epochs=15, sample_rate=8000, seconds=0.64, window=256, hop=128, centred=True
     ),
-    "omniglot": dataclasses.replace(_SMALL, epochs=20, rates=(0.01, 0.03)),
+    "omniglot": dataclasses.replace(_SMALL, epochs=20, batch=64),
     "mfeat": dataclasses.replace(_SMALL, encoder="mlp", epochs=20),
 }
 
@@ -98,6 +101,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "speakers": ("apart", "mixed"),
     "encoder": ("resnet18", "swin", "transformer", "small", "mlp"),
     "fusion": ("concat", "sum", "shared", "gated", "bilinear", "mmtm", "transformer"),
+    "gain": ("residual", "plain", "mean_one"),
     "optimizer": ("sgd", "adamw"),
     "select": ("best", "last"),
 }

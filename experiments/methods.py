@@ -39,10 +39,8 @@ class Method:
 
 def _rule(rule: str, **changes: Any) -> Callable[[Config, int, bool], nn.Module]:
     def loss(config: Config, warmup: int, sync: bool) -> nn.Module:
-        options = (
-            dict(gamma=config.gamma, temperature=config.temperature, warmup=warmup, sync_stats=sync) | changes
-        )
-        return arl_fast.ARLLoss(rule=rule, **options)
+        options: dict[str, Any] = dict(gamma=config.gamma, temperature=config.temperature, gain=config.gain)
+        return arl_fast.ARLLoss(rule=rule, warmup=warmup, sync_stats=sync, **(options | changes))
 
     return loss
 
@@ -52,11 +50,12 @@ def _reversed(config: Config, warmup: int, sync: bool) -> nn.Module:
 
 
 class SimpleMMLLoss(nn.Module):
-    """The rule of "Fusion or Confusion?" (arXiv 2512.22991; TillmannRheude/simple_mml_baseline, 9eb533f).
+    """The rule of "Fusion or Confusion?" (arXiv 2512.22991, TillmannRheude/simple_mml_baseline, 9eb533f).
 
     a = softmax(T q / d) with q_m = mean over rows of 1 / (H + 1e-8) and d_m = sum over classes of mean
-    |logit|, both of the auxiliary head's logits; the encoders' gradients are multiplied by 1 + a_m, as theirs
-    are after backward. No row may be certain: one with H = 0 makes q_m about 1e8 / B and with it a one-hot.
+    |logit|, both of the auxiliary head's logits. The encoders' gradients are multiplied by 1 + a_m, as
+    theirs are after backward. A single row with H = 0 makes q_m about 1e8 / B, and with it a one-hot of
+    a. Statistics are each process's own.
     """
 
     def __init__(self, gamma: float, temperature: float) -> None:
@@ -82,8 +81,8 @@ class SimpleMMLLoss(nn.Module):
 
 
 def _simple_mml(config: Config, warmup: int, sync: bool) -> nn.Module:
-    if warmup or sync:
-        raise ValueError("arl-simple-mml: has no warm-up, and its statistics are of one process")
+    if warmup:
+        raise ValueError("arl-simple-mml: got warmup_epochs > 0, expected 0; this method has no warm-up")
     return SimpleMMLLoss(config.gamma, config.temperature)
 
 

@@ -56,6 +56,18 @@ def test_reader_gives_what_the_layout_holds(name, folders):
             assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in x.values())
 
 
+def test_a_damaged_video_gives_what_can_be_decoded_and_an_empty_one_says_so(tmp_path):
+    miniatures.write_video(tmp_path / "a.avi", 30, "mpeg4")
+    whole = (tmp_path / "a.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(whole[: len(whole) * 2 // 3])
+    assert media.read_frames(tmp_path / "cut.avi", fps=1.0, at_least=3, side=32).shape[0] >= 3
+    miniatures.write_wav(tmp_path / "sound.wav", 0.1)
+    with pytest.raises(ValueError, match=r"sound\.wav: has no pictures"):
+        media.read_frames(tmp_path / "sound.wav", fps=1.0, at_least=3, side=32)
+    with pytest.raises(ValueError, match=r"a\.avi: has no sound"):
+        media.read_audio(tmp_path / "a.avi", 16000)
+
+
 @pytest.mark.parametrize("name", list(READERS))
 def test_check_names_what_is_missing_and_load_says_where_it_belongs(name, tmp_path):
     found = reader(name).check(tmp_path, config(name))
@@ -119,6 +131,15 @@ def test_sound_inside_a_video_is_found(folders):
     samples = media.read_audio(film, 16000)
     bins = media.spectrogram(media.fit_length(samples, 16000), 512, 159, centred=False)
     assert int(bins[0].mean(1).argmax()) == 14  # 440 Hz
+
+
+def test_a_clip_without_sound_is_silent_and_says_so(tmp_path):
+    miniatures.crema_d(tmp_path)
+    data = reader("crema-d").load(tmp_path, config("crema-d"), seed=0)
+    miniatures.write_wav(data.test.keys[0].audio, 0.0)
+    with pytest.warns(UserWarning, match="silence"):
+        x, _ = data.test[0]
+    assert torch.allclose(x["audio"], torch.tensor(1e-7).log())
 
 
 def test_frames_come_from_the_middle_of_equal_parts_and_the_one_after(tmp_path):

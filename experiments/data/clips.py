@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from .base import Data, from_files
 from .media import (
     MEAN,
     STD,
+    NoSound,
     cached,
     choose,
     crop,
@@ -46,7 +48,11 @@ def read_clip(
     """
 
     def decode() -> dict[str, Tensor]:
-        samples = read_audio(clip.audio, config.sample_rate)
+        try:
+            samples = read_audio(clip.audio, config.sample_rate)
+        except NoSound as error:  # one of CREMA-D's recordings, and videos from the web
+            warnings.warn(f"{error}; silence takes its place", stacklevel=2)
+            samples = torch.zeros(config.sample_rate)
         return {"samples": (samples.clamp(-1, 1) * 32767).to(torch.int16), "frames": _frames(clip, config)}
 
     # everything that shapes what is kept belongs to its name

@@ -16,6 +16,10 @@ MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # ImageNet's, as in t
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
+class NoSound(ValueError):
+    """A file without a sound track, or with an empty one."""
+
+
 def _av() -> Any:
     try:
         import av
@@ -38,11 +42,11 @@ def read_audio(path: Path, rate: int) -> Tensor:
     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
     with _open(path) as container:
         if not container.streams.audio:
-            raise ValueError(f"{path}: has no sound")
+            raise NoSound(f"{path}: has no sound")
         pieces = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
         pieces += resampler.resample(None)  # what the resampler still holds
     if not pieces:
-        raise ValueError(f"{path}: its sound is empty")
+        raise NoSound(f"{path}: its sound is empty")
     return torch.cat([torch.from_numpy(piece.to_ndarray()[0].copy()) for piece in pieces])
 
 
@@ -68,27 +72,38 @@ def spectrogram(samples: Tensor, window: int, hop: int, centred: bool) -> Tensor
 def read_frames(path: Path, fps: float, at_least: int, side: int, following: bool = False) -> Tensor:
     """Frames of a video, evenly spaced: uint8 [n, 3, H, W], their shorter side `side`.
 
-    n is `fps` per second, but not fewer than `at_least`.
-
-    With `following`, each frame and the one decoded after it: [n, 2, 3, H, W].
+    n is `fps` per second, but not fewer than `at_least`. With `following`, each frame and the one after it:
+    [n, 2, 3, H, W]. Only these frames are held in memory, whatever the video's length.
     """
+    count, rate = _length(path)
+    chosen = [(i,) for i in centres(count, max(at_least, round(count / rate * fps)))]
+    if following:
+        chosen = [(min(i, max(count - 2, 0)), min(i + 1, count - 1)) for (i,) in chosen]  # type: ignore[misc]
+    needed, kept = {i for group in chosen for i in group}, {}
+    with _open(path) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in needed:
+                kept[number] = _shrink(frame, side)
+            if number == max(needed):
+                break
+    if not kept:
+        raise ValueError(f"{path}: no frame could be decoded")
+    last = kept[max(kept)]  # of a damaged file, fewer frames can be decoded than it says it has
+    frames = [torch.stack([kept.get(i, last) for i in group]) for group in chosen]
+    return torch.stack(frames) if following else torch.cat(frames)
+
+
+def _length(path: Path) -> tuple[int, float]:
+    """Number of frames, counted without decoding, and frames per second."""
     with _open(path) as container:
         if not container.streams.video:
             raise ValueError(f"{path}: has no pictures")
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        decoded = list(container.decode(stream))
-        rate = float(stream.average_rate or 25)
-        if not decoded:
-            raise ValueError(f"{path}: no frame could be decoded")
-        chosen = centres(len(decoded), max(at_least, round(len(decoded) / rate * fps)))
-        if not following:
-            return torch.stack([_shrink(decoded[i], side) for i in chosen])
-        last = len(decoded) - 1
-        pairs = [(min(i, max(last - 1, 0)), min(i + 1, last)) for i in chosen]
-        return torch.stack(
-            [torch.stack([_shrink(decoded[i], side), _shrink(decoded[j], side)]) for i, j in pairs]
-        )
+        count = sum(1 for packet in container.demux(video=0) if packet.size)
+        rate = float(container.streams.video[0].average_rate or 25)
+    if not count:
+        raise ValueError(f"{path}: no frame could be decoded")
+    return count, rate
 
 
 def _shrink(frame: Any, side: int) -> Tensor:

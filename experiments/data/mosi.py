@@ -37,7 +37,7 @@ class _Arrays(pickle.Unpickler):
             module.startswith(("numpy.core.", "numpy._core.")) and (module.rpartition(".")[2], name) in parts
         )
         if (module, name) in allowed or inside:
-            return super().find_class(module, name)
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
         raise pickle.UnpicklingError(
             f"the file asks for {module}.{name}; only arrays and plain containers are expected"
         )
