@@ -144,6 +144,8 @@ def train(
         for name, part in states.items():
             part.load_state_dict(saved.pop(name))
         torch.set_rng_state(saved.pop("random").cpu())
+        if machine.device.type == "cuda":
+            torch.cuda.set_rng_state(saved.pop("random_cuda").cpu(), machine.device)
     best, spent = saved["best"], saved["spent"]
     data.train.seed = seed
     epochs = range(saved["epoch"], config.epochs)
@@ -185,7 +187,10 @@ def train(
         if checkpoint is not None and machine.rank == 0:
             parts = {name: part.state_dict() for name, part in states.items()}
             now = {"epoch": epoch + 1, "best": best, "spent": spent + time.perf_counter() - start}
-            _save(parts | now | {"random": torch.get_rng_state()}, checkpoint)
+            now["random"] = torch.get_rng_state()
+            if machine.device.type == "cuda":
+                now["random_cuda"] = torch.cuda.get_rng_state(machine.device)
+            _save(parts | now, checkpoint)
     if best is None:
         raise ValueError("epochs: got 0, expected at least 1")
     model.load_state_dict(best["weights"])

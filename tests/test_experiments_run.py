@@ -131,6 +131,47 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_result(folders, tmp_path, 
     )
 
 
+def test_test_data_is_read_once_at_the_end_and_methods_are_paired(folders, tmp_path, monkeypatch):
+    read, starts, orders = [], [], []
+    real_predict, real_build, real_batches = train.predict, train.build, train.batches
+
+    def predict(model, items, *rest):
+        read.append(len(items))
+        return real_predict(model, items, *rest)
+
+    def build(*arguments):
+        net = real_build(*arguments)
+        starts.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+        return net
+
+    def batches(items, order, *rest, **options):
+        orders.append(order)
+        return real_batches(items, order, *rest, **options)
+
+    monkeypatch.setattr(train, "predict", predict)
+    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(train, "batches", batches)
+    call(
+        folders,
+        "mfeat",
+        tmp_path / "rows.jsonl",
+        "--method",
+        "joint",
+        "arl",
+        "--seeds",
+        "1",
+        "--batch",
+        "400",
+    )
+    validation, test = 400, 400
+    once = [1200, validation, 1200, validation, validation, test]  # two epochs, then the selected one
+    assert [len(order) for order in orders] == 2 * once
+    assert read == 2 * [validation, validation, validation, test]
+    assert torch.equal(*starts)
+    assert orders[: len(once)] == orders[len(once) :]
+    assert orders[0] != orders[2]  # another order in the second epoch
+
+
 def test_mixed_precision_and_workers_and_kept_models(folders, tmp_path):
     out = tmp_path / "rows.jsonl"
     call(

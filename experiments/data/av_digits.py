@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ..config import Config
 from .base import Check, Data, Memory, report
-from .media import fit_length, read_audio, spectrogram
+from .media import read_audio, spectrogram
 
 SPLITS = Path(__file__).parents[1] / "splits" / "av-digits.json"
 SIDES = ("train", "validation", "test")
@@ -48,7 +48,7 @@ def _sound(path: Path, config: Config) -> Tensor:
     length = round(config.seconds * config.sample_rate)
     samples = read_audio(path, config.sample_rate)[:length]
     samples = F.pad(samples, (0, length - len(samples)))
-    bins = spectrogram(fit_length(samples, length), config.window, config.hop, config.centred)
+    bins = spectrogram(samples, config.window, config.hop, config.centred)
     return torch.log(F.adaptive_avg_pool2d(bins.exp().square()[:, : config.window * 3 // 8], 32) + 1e-4)
 
 
