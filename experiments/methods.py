@@ -107,17 +107,18 @@ def methods(modalities: list[str]) -> dict[str, Method]:
     return alone | shared
 
 
-def select(asked: list[str], modalities: list[str]) -> dict[str, Method]:
-    """The methods asked for, in the ladder's order; "ladder" is all of them, "alone" each modality alone.
+def select(asked: list[str], modalities: list[str], config: Config) -> dict[str, Method]:
+    """The methods asked for, in the ladder's order; "ladder" is all that fit, "alone" each modality alone.
 
     "late" brings the modalities alone with it, which it adds up.
     """
+    auxiliary_fits = config.fusion != "transformer" and not config.warmup_epochs
     known = methods(modalities)
     names: set[str] = set()
     for name in asked:
         alones = {key for key in known if key.startswith("alone:")}
         if name == "ladder":
-            names |= set(known)
+            names |= {key for key, method in known.items() if auxiliary_fits or not method.auxiliary}
         elif name == "alone":
             names |= alones
         elif name in known:

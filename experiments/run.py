@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         with tqdm(total=options.seeds, desc=options.dataset, unit="seed", disable=machine.quiet) as bar:
             for seed in range(options.seeds):
                 data = module.load(options.data, config, seed, options.cache)
-                todo = select(options.method, data.modalities)
+                todo = select(options.method, data.modalities, config)
                 for rate in config.rates:
                     _climb(options, config, changes, data, todo, rate, seed, machine, out, done)
                 bar.update()

@@ -192,11 +192,14 @@ def test_methods_and_what_they_bring_along():
     two, three = methods(["audio", "visual"]), methods(["text", "audio", "vision"])
     assert "arl-paper" in two
     assert "arl-paper" not in three  # Eq. 18 is defined for two
-    assert list(select(["late"], ["audio", "visual"])) == ["alone:audio", "alone:visual", "late"]
-    assert list(select(["arl", "joint"], ["audio", "visual"])) == ["joint", "arl"]
-    assert select(["ladder"], ["audio", "visual"]) == two
+    config = CONFIGS["crema-d"]
+    assert list(select(["late"], ["audio", "visual"], config)) == ["alone:audio", "alone:visual", "late"]
+    assert list(select(["arl", "joint"], ["audio", "visual"], config)) == ["joint", "arl"]
+    assert select(["ladder"], ["audio", "visual"], config) == two
+    tokens = dataclasses.replace(config, fusion="transformer")  # has no place for an auxiliary head
+    assert set(two) - set(select(["ladder"], ["audio", "visual"], tokens)) == {"arl-simple-mml"}
     with pytest.raises(ValueError, match="expected ladder"):
-        select(["ogm"], ["audio", "visual"])
+        select(["ogm"], ["audio", "visual"], config)
     joint = two["joint"].loss(CONFIGS["crema-d"], 0, False)
     x, y = torch.randn(5, 6), torch.arange(5)
     assert torch.equal(joint((x, {"audio": x, "visual": x}), y), F.cross_entropy(x, y))
