@@ -87,8 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with tqdm(total=options.seeds, desc=options.dataset, unit="seed", disable=machine.quiet) as bar:
             for seed in range(options.seeds):
-                data = module.load(options.data, config, seed, options.cache)
-                todo = select(options.method, data.modalities, config)
+                try:
+                    data = module.load(options.data, config, seed, options.cache)
+                    todo = select(options.method, data.modalities, config)
+                except (FileNotFoundError, ValueError) as error:
+                    parser.error(str(error))
                 for rate in config.rates:
                     _climb(options, config, changes, data, todo, rate, seed, machine, out, done)
                 bar.update()

@@ -205,6 +205,8 @@ def test_check_and_errors_of_the_command_line(folders, tmp_path, capsys):
         (["--data", str(tmp_path / "no")], "not a folder"),
         (["--data", str(folders["ave"]), "--seeds", "0"], "at least 1"),
         (["--data", str(folders["ave"]), "--fusion", "best"], "invalid choice"),
+        (["--data", str(folders["ave"]), "--method", "ogm", "--quiet"], "expected ladder"),
+        (["--data", str(tmp_path), "--quiet"], "--check"),
     ]:
         with pytest.raises(SystemExit):
             run.main(["--dataset", "ave", *options])
@@ -252,6 +254,16 @@ def test_the_rate_is_chosen_on_validation_data_and_differences_are_paired(tmp_pa
         "av-digits",
         "av-digits (noise = 1.0)",
     ]
+
+
+RESULTS = sorted((Path(__file__).parents[1] / "experiments" / "results").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_the_tables_of_the_page_are_those_of_the_rows(path):
+    page = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text()
+    for group in table.grouped(rows.read(path)).values():
+        assert table.results(table.choose(group), table.modalities(group), "joint") in page
 
 
 def test_rows_survive_a_crash_in_the_middle_of_a_line(tmp_path):
