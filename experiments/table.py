@@ -150,7 +150,7 @@ def figure(groups: dict[str, Chosen], out: Path) -> None:
 
     from arl_fast import plots
 
-    with plots.style():
+    with plots.style(), plt.rc_context({"svg.fonttype": "none"}):  # text as text: a third of the size
         height = 0.6 + 0.34 * max(len(chosen) for chosen in groups.values())
         drawn, axes = plt.subplots(
             1, len(groups), figsize=(5.2 * len(groups), height), layout="constrained", squeeze=False
@@ -160,13 +160,13 @@ def figure(groups: dict[str, Chosen], out: Path) -> None:
             for place, runs in enumerate(chosen.values()):
                 values = [row["test"]["fused"]["accuracy"] for row in runs.values()]
                 ax.plot(values, [place] * len(values), "o", alpha=0.5, color="C0", markersize=5)
-                ax.plot([mean(values)], [place], "|", color="black", markersize=14)
+                ax.plot([mean(values)], [place], "|", color="0.45", markersize=14, markeredgewidth=2)
             ax.set_yticks(range(len(chosen)), [titles[n].title if n in titles else n for n in chosen])
             ax.invert_yaxis()
             ax.set_xlabel("test accuracy, %: every seed, and their mean")
             ax.set_title(title)
         out.parent.mkdir(parents=True, exist_ok=True)
-        drawn.savefig(out, dpi=150)
+        drawn.savefig(out, dpi=150, transparent=True)
         plt.close(drawn)
 
 
