@@ -201,6 +201,16 @@ def test_flow_is_read_in_the_place_of_differences(folders):
     )  # every frame is 8 levels brighter than the last
 
 
+def test_pictures_and_flow_are_cropped_alike(folders, monkeypatch):
+    module, states = reader("ucf101"), []
+    data = module.load(folders["ucf101"], config("ucf101", motion="flow"), seed=0)
+    real = module.crop
+    monkeypatch.setattr(module, "crop", lambda x, size, g: states.append(g.get_state()) or real(x, size, g))
+    data.train[0]
+    assert len(states) == 2
+    assert torch.equal(*states)
+
+
 @pytest.mark.parametrize(
     ("sentiments", "labels"), [(2, [0, 0, 0, 1, 1, 1]), (3, [0, 0, 0, 2, 2, 2]), (7, [0, 1, 2, 4, 5, 6])]
 )
