@@ -11,6 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import filelock  # torch brings it
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("c++")
@@ -37,11 +39,12 @@ def library() -> ctypes.CDLL:
     folder = Path(tempfile.gettempdir()) / "arl_fast_emulation"
     folder.mkdir(exist_ok=True)
     built = folder / f"{content.hexdigest()[:16]}.so"
-    if not built.exists():
-        partial = folder / f"{built.stem}.{os.getpid()}"
-        command = [COMPILER, *FLAGS, "-include", str(HERE / "cuda_emulation.h"), "-o", str(partial), str(HERE / "emulation.cpp")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the emulation does not compile:\n{done.stderr}")
-        partial.rename(built)
+    with filelock.FileLock(built.with_suffix(".lock")):  # pytest's workers want it at the same time
+        if not built.exists():
+            partial = folder / f"{built.stem}.{os.getpid()}"
+            command = [COMPILER, *FLAGS, "-include", str(HERE / "cuda_emulation.h"), "-o", str(partial), str(HERE / "emulation.cpp")]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"the emulation does not compile:\n{done.stderr}")
+            partial.rename(built)
     return ctypes.CDLL(str(built))
