@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -124,12 +125,14 @@ def extension(cuda: bool) -> dict:
 
         def build_extensions(self) -> None:
             if is_x86():
-                for isa, flags in X86_ISAS.items():
-                    objects = self.compiler.compile(
-                        [f"csrc/cpu/isa_{isa}.cpp"], output_dir=self.build_temp, extra_postargs=[*KERNEL_FLAGS, *flags]
-                    )
-                    self.extensions[0].extra_objects += objects
+                with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+                    for objects in pool.map(self.compile_rows, X86_ISAS):
+                        self.extensions[0].extra_objects += objects
             super().build_extensions()
+
+        def compile_rows(self, isa: str) -> list[str]:
+            flags = [*KERNEL_FLAGS, *X86_ISAS[isa]]
+            return self.compiler.compile([f"csrc/cpu/isa_{isa}.cpp"], output_dir=self.build_temp, extra_postargs=flags)
 
     kind = CUDAExtension if cuda else CppExtension
     native = kind(
@@ -140,7 +143,16 @@ def extension(cuda: bool) -> dict:
         extra_compile_args={"cxx": [*TORCH_FLAGS, "-fno-math-errno", "-O3"], "nvcc": ["-O3", "-lineinfo", "--extended-lambda"]},
         depends=[str(path.relative_to(ROOT)) for pattern in ("*.h", "*.inc", "*.cuh") for path in (ROOT / "csrc").rglob(pattern)],
     )
-    return {"ext_modules": [native], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [native], "cmdclass": {"build_ext": Build}, **version_for_torch()}
+
+
+def version_for_torch() -> dict:
+    """A wheel with the extension says which torch it is for, as in 0.1.0+torch2.13: with another one its extension is not loaded."""
+    import torch
+
+    if "bdist_wheel" not in sys.argv and "dist_info" not in sys.argv:
+        return {}
+    return {"options": {"egg_info": {"tag_build": "+torch" + ".".join(torch.__version__.split(".")[:2])}}}
 
 
 def arguments() -> dict:

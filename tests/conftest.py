@@ -12,6 +12,8 @@ import torch
 
 from arl_fast import dispatch
 
+pytest_plugins = ["tiers"]
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 CONTRACT = ["triton"] if INTERPRETING else ["reference", "native"]
 
@@ -19,29 +21,6 @@ if INTERPRETING:
     import triton_interpreter
 
     triton_interpreter.mend()
-
-
-# Fixtures of these files start processes or compile: all their tests go to one worker, which does it once.
-ONE_WORKER = {"test_cuda_binding.py", "test_cuda_build.py", "test_distributed.py"}
-# What takes many seconds only when kernels are interpreted.
-SLOW_INTERPRETED = ("test_gradcheck", "test_compiled_in_one_graph", "test_ops")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1:  # the workers share the cores; a test that needs several threads sets them itself
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that tests start
-        torch.set_num_threads(threads)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if INTERPRETING and item.name.startswith(SLOW_INTERPRETED):
-            item.add_marker(pytest.mark.slow)
-        if config.pluginmanager.hasplugin("xdist") and item.path.name in ONE_WORKER:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # the longest first: no worker waits for them at the end
 
 
 @pytest.fixture(params=CONTRACT)
