@@ -33,18 +33,23 @@ def sources() -> list[Path]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
+    """The emulation. Several of pytest's workers may want it at the same time: the first compiles it."""
+    with filelock.FileLock(Path(tempfile.gettempdir()) / "arl_fast_emulation.lock"):
+        return _library()
+
+
+def _library() -> ctypes.CDLL:
     content = hashlib.sha256(repr((COMPILER, FLAGS)).encode())
     for path in sources():
         content.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / "arl_fast_emulation"
     folder.mkdir(exist_ok=True)
     built = folder / f"{content.hexdigest()[:16]}.so"
-    with filelock.FileLock(built.with_suffix(".lock")):  # pytest's workers want it at the same time
-        if not built.exists():
-            partial = folder / f"{built.stem}.{os.getpid()}"
-            command = [COMPILER, *FLAGS, "-include", str(HERE / "cuda_emulation.h"), "-o", str(partial), str(HERE / "emulation.cpp")]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"the emulation does not compile:\n{done.stderr}")
-            partial.rename(built)
+    if not built.exists():
+        partial = folder / f"{built.stem}.{os.getpid()}"
+        command = [COMPILER, *FLAGS, "-include", str(HERE / "cuda_emulation.h"), "-o", str(partial), str(HERE / "emulation.cpp")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the emulation does not compile:\n{done.stderr}")
+        partial.rename(built)
     return ctypes.CDLL(str(built))
