@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stats import BranchStats
+from ._core.spec import BranchStats
 
 History = Sequence[BranchStats] | Sequence[Sequence[BranchStats]]
 
@@ -28,7 +28,9 @@ def require_matplotlib() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError('arl_fast.plots needs matplotlib: pip install "arl_fast[plots]" or pip install matplotlib') from error
+        raise ImportError(
+            'arl_fast.plots needs matplotlib: pip install "arl_fast[plots]" or pip install matplotlib'
+        ) from error
     return plt
 
 
@@ -36,12 +38,22 @@ def style() -> AbstractContextManager:
     """A matplotlib style that is readable on light and on dark pages, for figures saved with ``transparent=True``."""
     ink = {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
     axes = {"axes.labelcolor": INK, "axes.edgecolor": INK, "axes.titlecolor": INK, "axes.titlesize": 11}
-    lines = {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6, "legend.frameon": False, "legend.fontsize": 9}
+    lines = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "lines.linewidth": 1.6,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+    }
     return require_matplotlib().rc_context(ink | axes | lines)
 
 
 def shares(
-    history: History, names: Sequence[str] | None = None, ax: Any = None, smooth: int | None = None, only: Sequence[str] | None = None
+    history: History,
+    names: Sequence[str] | None = None,
+    ax: Any = None,
+    smooth: int | None = None,
+    only: Sequence[str] | None = None,
 ) -> Any:
     """Dependence shares d (solid) against inverse-variance shares q (dashed), as in Fig. 3 of the paper.
 
@@ -64,7 +76,9 @@ def shares(
     return ax
 
 
-def coefficients(history: History, names: Sequence[str] | None = None, ax: Any = None, smooth: int | None = None) -> Any:
+def coefficients(
+    history: History, names: Sequence[str] | None = None, ax: Any = None, smooth: int | None = None
+) -> Any:
     """Coefficients a by step, with the uniform 1/M as a dotted line; the arguments are those of ``shares``."""
     ax = _axes(ax)
     a = _series(history, "coefficients", smooth)
@@ -117,8 +131,16 @@ def _series(history: History, field: str, smooth: int | None) -> Tensor:
     """[runs, steps, M] of one field, smoothed by a moving average."""
     if len(history) == 0:
         raise ValueError("history: got nothing to draw, expected at least one BranchStats")
-    runs = [[history]] if isinstance(history, BranchStats) else [history] if isinstance(history[0], BranchStats) else history
-    values = torch.stack([torch.stack([getattr(stats, field).float().cpu() for stats in run]) for run in runs])  # type: ignore[union-attr]
+    runs = (
+        [[history]]
+        if isinstance(history, BranchStats)
+        else [history]
+        if isinstance(history[0], BranchStats)
+        else history
+    )
+    values = torch.stack(
+        [torch.stack([getattr(stats, field).float().cpu() for stats in run]) for run in runs]
+    )  # type: ignore[union-attr]
     window = max(1, values.shape[1] // 50) if smooth is None else smooth
     if window > 1:
         total = torch.cat([torch.zeros_like(values[:, :1]), values.cumsum(1)], 1)

@@ -36,9 +36,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from arl_fast.kernels import triton_rule
-from arl_fast.kernels.triton_forward import forward_kernel
-from arl_fast.kernels.triton_multiply import modulate_kernel, scale_kernel
+from arl_fast.implementations.triton import plan as triton_rule
+from arl_fast.implementations.triton.forward import forward_kernel
+from arl_fast.implementations.triton.multiply import modulate_kernel, scale_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -107,7 +107,9 @@ def constant(value: Any) -> tuple[str, Any]:
     return ("constexpr", value)
 
 
-def compile_kernel(kernel: Any, arguments: dict[str, Any], target: GPUTarget, threads: int, registers: int | None) -> tuple[Any, str]:
+def compile_kernel(
+    kernel: Any, arguments: dict[str, Any], target: GPUTarget, threads: int, registers: int | None
+) -> tuple[Any, str]:
     """The compiled kernel and what ptxas said of it, with the options that Triton gives it.
 
     ``arguments``: a type such as "*fp32" (pointers are 16-byte aligned), a tuple of types, or ``constant(value)``.
@@ -122,7 +124,9 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: GPUTarget, th
             signature[name], constants[name] = kind
             continue
         signature[name] = kind
-        for path, one in [((i,), kind)] if isinstance(kind, str) else [((i, j), one) for j, one in enumerate(kind)]:
+        for path, one in (
+            [((i,), kind)] if isinstance(kind, str) else [((i, j), one) for j, one in enumerate(kind)]
+        ):
             if one.startswith("*"):
                 attributes[path] = aligned
     options = {"num_warps": threads // target.warp_size}
@@ -185,7 +189,9 @@ def innermost_loops(ptx: str, marker: str) -> list[list[str]]:
         jump = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
         if jump and labels.get(jump[1], i) < i and any(marker in x for x in lines[labels[jump[1]] : i]):
             spans.append((labels[jump[1]], i))
-    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)] or [(0, len(lines))]
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)] or [
+        (0, len(lines))
+    ]
     return [[x for x in lines[a:b] if ";" in x and not x.startswith((".", "//"))] for a, b in inner]
 
 
@@ -230,7 +236,9 @@ def inspect(target: GPUTarget, kernel: Any, said: str) -> Report:
 
 def report(case: Case, name: str) -> Report:
     plan, target = case.plan, TARGETS[name]
-    return inspect(target, *compile_kernel(forward_kernel, forward_arguments(case), target, plan.threads, plan.registers))
+    return inspect(
+        target, *compile_kernel(forward_kernel, forward_arguments(case), target, plan.threads, plan.registers)
+    )
 
 
 def reports(wanted: Sequence[tuple[Case, str]]) -> list[Report]:
@@ -284,8 +292,15 @@ def backward_reports(name: str, dtype: str = "bf16", modalities: int = 2) -> dic
         BLOCK=constant(block),
     )
     per_row = scale | dict(PER_ROW=constant(True), factor="*fp32", IN_PLACE=constant(False))
-    cases = {"scale": (scale_kernel, scale), "scale per row": (scale_kernel, per_row), "modulate": (modulate_kernel, modulate)}
-    return {name: inspect(target, *compile_kernel(kernel, arguments, target, threads, None)) for name, (kernel, arguments) in cases.items()}
+    cases = {
+        "scale": (scale_kernel, scale),
+        "scale per row": (scale_kernel, per_row),
+        "modulate": (modulate_kernel, modulate),
+    }
+    return {
+        name: inspect(target, *compile_kernel(kernel, arguments, target, threads, None))
+        for name, (kernel, arguments) in cases.items()
+    }
 
 
 def per_logit(case: Case, value: int) -> float:
@@ -309,7 +324,11 @@ def predict(case: Case, found: Report, device: Device, rows: int) -> float:
 
 def cases(classes: Sequence[int]) -> list[Case]:
     """Every kind of plan (several rows, one row, streamed; aligned and odd), plain and with what costs registers."""
-    plain = [Case(c, d) for c in classes for d in ("fp32", "bf16")] + [Case(1000, "fp16"), Case(5, "fp64"), Case(5000, "fp64")]
+    plain = [Case(c, d) for c in classes for d in ("fp32", "bf16")] + [
+        Case(1000, "fp16"),
+        Case(5, "fp64"),
+        Case(5000, "fp64"),
+    ]
     chosen = [c for c in classes if c in (6, 1000, 8192, 32000, 32001)] or list(classes)
     heavy = [
         case
@@ -333,7 +352,14 @@ def line(case: Case, found: Report, device: str | None) -> str:
     time = ""
     if device and case.dtype != "fp64":
         rows = round(2e8 / (case.classes * (case.modalities + 1) * ITEMSIZE[case.dtype]))
-        floor = rows * case.classes * (case.modalities + 1) * ITEMSIZE[case.dtype] * (1 + case.grad) / DEVICES[device].dram
+        floor = (
+            rows
+            * case.classes
+            * (case.modalities + 1)
+            * ITEMSIZE[case.dtype]
+            * (1 + case.grad)
+            / DEVICES[device].dram
+        )
         time = f"{predict(case, found, DEVICES[device], rows) * 1e6:.0f} ({floor * 1e6:.0f})"
     return (
         f"| {case.classes} | {case.dtype} | {case.options} M={case.modalities} | {tile} | {plan.threads} | {found.registers} | "
@@ -343,24 +369,36 @@ def line(case: Case, found: Report, device: str | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--classes", nargs="+", type=int, default=list(CLASSES))
-    parser.add_argument("--every", action="store_true", help="one class count for each plan that the rule can pick, instead")
+    parser.add_argument(
+        "--every", action="store_true", help="one class count for each plan that the rule can pick, instead"
+    )
     arguments = parser.parse_args()
-    print(f"Triton {version}. ld16/st16: bytes of logits and gradients per thread and tile in 16-byte accesses.")
-    print("ex2, instr: per logit (float64 has no such loop to count). Time: predicted for 200 MB of logits.\n")
+    print(
+        f"Triton {version}. ld16/st16: bytes of logits and gradients per thread and tile in 16-byte accesses."
+    )
+    print(
+        "ex2, instr: per logit (float64 has no such loop to count). Time: predicted for 200 MB of logits.\n"
+    )
     wanted = every_plan() if arguments.every else cases(arguments.classes)
     for name in arguments.targets:
         device = {"sm_80": "A100", "sm_90": "H200"}.get(name)
         print(f"### {name}\n")
-        print(f"| C | dtype | with | tile | threads | regs | spills | smem | ld16 | st16 | ex2 | instr | {device or ''} us (floor) |")
+        print(
+            f"| C | dtype | with | tile | threads | regs | spills | smem | ld16 | st16 | ex2 | instr | {device or ''} us (floor) |"
+        )
         print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
         for case, found in zip(wanted, reports([(case, name) for case in wanted]), strict=True):
             print(line(case, found, device))
         print("\n| kernel | regs | spills | smem | ld16 | st16 |\n|---|---|---|---|---|---|")
         for kernel, found in backward_reports(name).items():
-            print(f"| {kernel} | {found.registers} | {found.spills} | {found.shared} | {found.loads16} | {found.stores16} |")
+            print(
+                f"| {kernel} | {found.registers} | {found.spills} | {found.shared} | {found.loads16} | {found.stores16} |"
+            )
         print(flush=True)
 
 

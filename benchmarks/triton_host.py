@@ -18,9 +18,9 @@ import triton
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 
-from arl_fast.kernels import triton as implementation
-from arl_fast.kernels.triton_launch import launch_options
-from arl_fast.options import Options
+from arl_fast._core.options import Options
+from arl_fast.implementations.triton import host as implementation
+from arl_fast.implementations.triton.launch import launch_options
 
 from .linear import timed
 
@@ -76,7 +76,16 @@ def recorded(name: str, step: Callable[[], Any]) -> tuple[Any, tuple[Any, ...]]:
     return launcher, seen[0]
 
 
-def own_launch(kernel: Any, _: Any, grid: Any, threads: int, registers: int | None, depends: Any, arguments: Any, constants: Any) -> Any:
+def own_launch(
+    kernel: Any,
+    _: Any,
+    grid: Any,
+    threads: int,
+    registers: int | None,
+    depends: Any,
+    arguments: Any,
+    constants: Any,
+) -> Any:
     """The same launch as Triton's users write it."""
     options = launch_options(threads, registers)
     return lambda: kernel[grid](*arguments, *constants, **options)
@@ -93,7 +102,9 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
     leaf = torch.randn(64, 6, requires_grad=True)
 
     steps = {
-        "forward": lambda: implementation._launch_forward(logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True),
+        "forward": lambda: implementation._launch_forward(
+            logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True
+        ),
         "scale": lambda: implementation.scale(logits, one, None, torch.float32, False),
         "modulate": lambda: implementation.modulate_backward(features, link),
     }
@@ -113,7 +124,9 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
             call()
     found = medians(calls, rounds, loops)
     ratios = {name: seconds / found["torch CE"] for name, seconds in found.items()}
-    print(f"Triton {triton.__version__}, torch {torch.__version__}; over one torch CE ({found['torch CE'] * 1e6:.0f} us of CPU time)")
+    print(
+        f"Triton {triton.__version__}, torch {torch.__version__}; over one torch CE ({found['torch CE'] * 1e6:.0f} us of CPU time)"
+    )
     for name, ratio in ratios.items():
         print(f"{ratio:6.2f}  {name}")
     return ratios

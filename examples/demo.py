@@ -22,7 +22,14 @@ BUDGET = Budget(epochs=50, batch=24, rates=(0.05,))
 
 def net(modalities: list[str]) -> Net:
     """One small MLP per half."""
-    return Net({m: nn.Sequential(nn.Linear(32, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()) for m in modalities}, WIDTH, 10)
+    return Net(
+        {
+            m: nn.Sequential(nn.Linear(32, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
+            for m in modalities
+        },
+        WIDTH,
+        10,
+    )
 
 
 def split(seed: int) -> Split:
@@ -42,7 +49,9 @@ def main() -> None:
     torch.set_num_threads(1)  # the models are too small to be worth a second thread
     start = time.perf_counter()
     results = climb(net, split, HALVES, BUDGET, options.seeds)
-    print(f"\nHandwritten digits, {PER_CLASS} training samples per class, {BUDGET.epochs} epochs, {options.seeds} seeds\n")
+    print(
+        f"\nHandwritten digits, {PER_CLASS} training samples per class, {BUDGET.epochs} epochs, {options.seeds} seeds\n"
+    )
     print(table(results.accuracy, HALVES))
     picture(results, HALVES, options.out)
     print(f"Picture: {options.out}   ({time.perf_counter() - start:.0f} s)")

@@ -93,7 +93,10 @@ def train(model: Net, options: dict, data: Split, budget: Budget, rate: float, s
 def evaluate(model: Net, x: dict[str, Tensor], y: Tensor) -> dict[str, float]:
     model.eval()
     out = model(x)
-    return {name: 100 * (logits.argmax(1) == y).float().mean().item() for name, logits in {"fused": out.fused, **out.unimodal}.items()}
+    return {
+        name: 100 * (logits.argmax(1) == y).float().mean().item()
+        for name, logits in {"fused": out.fused, **out.unimodal}.items()
+    }
 
 
 class Results(NamedTuple):
@@ -104,7 +107,13 @@ class Results(NamedTuple):
     rates: dict[str, float]
 
 
-def climb(net: Callable[[list[str]], Net], split: Callable[[int], Split], modalities: list[str], budget: Budget, seeds: int) -> Results:
+def climb(
+    net: Callable[[list[str]], Net],
+    split: Callable[[int], Split],
+    modalities: list[str],
+    budget: Budget,
+    seeds: int,
+) -> Results:
     """Train every method of the ladder on every seed, with a progress bar."""
     methods = ladder(modalities)
     runs: dict[str, dict[float, list[Run]]] = {name: {rate: [] for rate in budget.rates} for name in methods}
@@ -116,9 +125,15 @@ def climb(net: Callable[[list[str]], Net], split: Callable[[int], Split], modali
                     torch.manual_seed(seed)
                     runs[name][rate].append(train(net(used), options, data, budget, rate, seed))
                     bar.update()
-    rates = {name: max(by_rate, key=lambda rate, r=by_rate: sum(run.validation for run in r[rate])) for name, by_rate in runs.items()}
+    rates = {
+        name: max(by_rate, key=lambda rate, r=by_rate: sum(run.validation for run in r[rate]))
+        for name, by_rate in runs.items()
+    }
     best = {name: by_rate[rates[name]] for name, by_rate in runs.items()}
-    accuracy = {name: {m: torch.tensor([run.test[m] for run in chosen]) for m in chosen[0].test} for name, chosen in best.items()}
+    accuracy = {
+        name: {m: torch.tensor([run.test[m] for run in chosen]) for m in chosen[0].test}
+        for name, chosen in best.items()
+    }
     return Results(accuracy, {name: [run.history for run in chosen] for name, chosen in best.items()}, rates)
 
 
@@ -128,16 +143,28 @@ def table(accuracy: dict[str, dict[str, Tensor]], modalities: list[str]) -> str:
     titles = ["together", "minus joint", *(f"{m} alone" for m in modalities)]
     lines = [f"{'test accuracy, %':<22}" + "".join(f"{title:>17}" for title in titles)]
     for name, branches in accuracy.items():
-        cells = {m: f"{a.mean():.1f} ± {a.std():.1f}" if seeds > 1 else f"{a.item():.1f}" for m, a in branches.items()}
+        cells = {
+            m: f"{a.mean():.1f} ± {a.std():.1f}" if seeds > 1 else f"{a.item():.1f}"
+            for m, a in branches.items()
+        }
         if len(branches) == 2:  # a single modality: its branch is the whole model
             together = difference = ""
         else:
             delta = branches["fused"] - accuracy[JOINT]["fused"]
-            difference = f"{delta.mean():+.1f} ± {delta.std() / seeds**0.5:.1f}" if seeds > 1 else f"{delta.item():+.1f}"
+            difference = (
+                f"{delta.mean():+.1f} ± {delta.std() / seeds**0.5:.1f}"
+                if seeds > 1
+                else f"{delta.item():+.1f}"
+            )
             together, difference = cells["fused"], "" if name == JOINT else difference
-        lines.append(f"{name:<22}" + "".join(f"{c:>17}" for c in [together, difference, *(cells.get(m, "") for m in modalities)]))
+        lines.append(
+            f"{name:<22}"
+            + "".join(f"{c:>17}" for c in [together, difference, *(cells.get(m, "") for m in modalities)])
+        )
     if seeds > 1:
-        lines.append("\nMean ± standard deviation over seeds; the difference to joint training is paired, ± its standard error.")
+        lines.append(
+            "\nMean ± standard deviation over seeds; the difference to joint training is paired, ± its standard error."
+        )
     return "\n".join(lines)
 
 
@@ -149,7 +176,9 @@ def picture(results: Results, modalities: list[str], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     with plots.style():
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=[1.35, 1, 1], layout="constrained")
+        figure, (left, middle, right) = plt.subplots(
+            1, 3, figsize=(12, 3.8), width_ratios=[1.35, 1, 1], layout="constrained"
+        )
         plots.accuracies(results.accuracy, ax=left)
         left.set_title("Test accuracy, every seed")
         first, second = modalities
@@ -164,7 +193,9 @@ def picture(results: Results, modalities: list[str], out: Path) -> None:
 
 def arguments(description: str | None, seeds: int, out: str) -> argparse.ArgumentParser:
     """The command line that the examples share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=positive, default=seeds, help=f"number of seeds (default {seeds})")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"where the picture goes (default {out})")
     return parser

@@ -1,4 +1,4 @@
-"""The method in float64, written from the formulas of docs/method.md with Python loops: truth, independent of the package.
+"""The method in float64, from the formulas of docs/method.md, with Python loops: truth, not from the package.
 
 Gradients of the logits come from autograd through these formulas, the coefficients from plain Python numbers.
 """
@@ -37,7 +37,9 @@ def arl(
     warming: bool = False,
     upstream: Tensor | float = 1.0,
 ) -> Truth:
-    """Loss, gradients (times ``upstream``) and statistics for logits [B, C] or [B, C, d1, ...], the fused branch first."""
+    """Loss, gradients (times ``upstream``) and statistics for logits [B, C] or [B, C, d1, ...], the fused
+    branch first.
+    """
     leaves = [x.detach().double().clone().requires_grad_() for x in logits]
     rows = [x.movedim(1, -1).reshape(-1, x.shape[1]) for x in leaves]
     n, classes = rows[0].shape
@@ -74,7 +76,9 @@ def arl(
             ce = torch.zeros((), dtype=torch.float64)
             for c in range(classes):
                 coefficient = (
-                    float(w[c] * smoothed[c]) if soft else float((1 - label_smoothing) * t[i][c] * w[c] + label_smoothing / classes * w[c])
+                    float(w[c] * smoothed[c])
+                    if soft
+                    else float((1 - label_smoothing) * t[i][c] * w[c] + label_smoothing / classes * w[c])
                 )
                 if coefficient:
                     ce = ce - coefficient * logp[c]
@@ -84,7 +88,9 @@ def arl(
             p = values.exp()
             # tolerate a certain prediction: 0 log 0 = 0
             stats["entropy"] += -sum(float(p[c] * values[c]) for c in range(classes) if p[c] > 0)
-            stats["dependence"] += float((t[i] * p).sum()) if dependence == "confidence" else float(x[i].detach().abs().sum())
+            stats["dependence"] += (
+                float((t[i] * p).sum()) if dependence == "confidence" else float(x[i].detach().abs().sum())
+            )
             stats["correct"] += float(int(x[i].argmax()) == int(t[i].argmax()))
         total = torch.stack(per_row).sum() if per_row else torch.zeros((), dtype=torch.float64)
         branch_losses.append((total, norm))

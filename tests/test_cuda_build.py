@@ -82,7 +82,17 @@ def compile_source(source: Path, architecture: str) -> list[Kernel]:
     report = cubin.with_suffix(".txt")
     if not report.exists():
         partial = folder / f"{cubin.stem}.{os.getpid()}"
-        command = [NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Werror", "all-warnings", "-Xptxas", "-v"]
+        command = [
+            NVCC,
+            "-std=c++17",
+            "-O3",
+            f"-arch={architecture}",
+            "-cubin",
+            "-Werror",
+            "all-warnings",
+            "-Xptxas",
+            "-v",
+        ]
         done = subprocess.run([*command, "-o", str(partial), str(source)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         partial.rename(cubin)
@@ -91,11 +101,15 @@ def compile_source(source: Path, architecture: str) -> list[Kernel]:
     pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
     for name, stores, loads, registers, rest in re.findall(pattern, report.read_text(), re.S):
         shared = re.search(r"(\d+) bytes smem", rest)
-        kernels[name] = Kernel(name, int(stores) + int(loads), int(registers), int(shared[1]) if shared else 0)
+        kernels[name] = Kernel(
+            name, int(stores) + int(loads), int(registers), int(shared[1]) if shared else 0
+        )
     tool = disassembler()
     if tool:
         current = None
-        for line in subprocess.run([tool, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout.splitlines():
+        for line in subprocess.run(
+            [tool, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout.splitlines():
             if "Function : " in line:
                 current = kernels.get(line.split("Function : ")[1].strip())
             found = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", line)
@@ -107,7 +121,11 @@ def compile_source(source: Path, architecture: str) -> list[Kernel]:
 @functools.cache
 def kernels(architecture: str) -> list[Kernel]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [k for found in pool.map(lambda source: compile_source(source, architecture), SOURCES) for k in found]
+        return [
+            k
+            for found in pool.map(lambda source: compile_source(source, architecture), SOURCES)
+            for k in found
+        ]
 
 
 def forward_kernels(architecture: str) -> list[Kernel]:
@@ -117,7 +135,9 @@ def forward_kernels(architecture: str) -> list[Kernel]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_registers_and_shared_memory(architecture):
     found = kernels(architecture)
-    assert len(forward_kernels(architecture)) == 4 * 4 + 3  # small and block, plain and dense; warp for all but float64
+    assert (
+        len(forward_kernels(architecture)) == 4 * 4 + 3
+    )  # small and block, plain and dense; warp for all but float64
     for k in found:
         assert k.spills == 0, k
         assert k.shared <= STATIC_SHARED, k
@@ -154,4 +174,6 @@ def test_machine_code(architecture):
 
 
 def test_there_is_one_report_per_source():
-    assert {"forward_f64", "forward_f32", "forward_bf16", "forward_f16", "forward", "backward"} == {path.stem for path in SOURCES}
+    assert {"forward_f64", "forward_f32", "forward_bf16", "forward_f16", "forward", "backward"} == {
+        path.stem for path in SOURCES
+    }

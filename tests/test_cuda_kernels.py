@@ -14,10 +14,11 @@ if build.unavailable():
 
 from emulation import guarded, module
 
-from arl_fast import reference
-from arl_fast.options import Options
-from arl_fast.rules import finish
-from arl_fast.stats import unpack, unpack_sums
+from arl_fast._core import dtypes
+from arl_fast._core.options import Options
+from arl_fast._core.rules import finish
+from arl_fast._core.stats import unpack, unpack_sums
+from arl_fast.implementations import reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 3e-6}
@@ -38,7 +39,13 @@ def device():
 
 def options(**given):
     defaults = dict(
-        rule="share", dependence="confidence", entropy_floor=None, gain="residual", ignore_index=-100, label_smoothing=0.0, reduction="mean"
+        rule="share",
+        dependence="confidence",
+        entropy_floor=None,
+        gain="residual",
+        ignore_index=-100,
+        label_smoothing=0.0,
+        reduction="mean",
     )
     return Options(**{**defaults, **given})
 
@@ -46,7 +53,7 @@ def options(**given):
 def make(rows, classes, dtype=torch.float32, branches=3, kind="hard"):
     logits = [(2 * torch.randn(rows, classes, dtype=torch.float64)).to(dtype) for _ in range(branches)]
     if kind == "soft":
-        return logits, torch.softmax(torch.randn(rows, classes), 1).to(reference.compute_dtype(dtype))
+        return logits, torch.softmax(torch.randn(rows, classes), 1).to(dtypes.compute_dtype(dtype))
     target = torch.randint(0, classes, (rows,))
     target[4::5] = -100
     return logits, target
@@ -71,7 +78,7 @@ def compare(logits, target, chosen=None, mask=None, weight=None, norm=None, sche
     torch.testing.assert_close(loss.double(), want_loss, rtol=exact, atol=exact)
     torch.testing.assert_close(packed.double(), want_packed, rtol=exact, atol=exact)
     for got, want in zip(grads, want_grads, strict=True):
-        assert got.dtype == reference.grad_dtype(dtype)
+        assert got.dtype == dtypes.grad_dtype(dtype)
         assert relative(got, want) < TOLERANCE[dtype]
     return loss, packed, grads
 
@@ -115,12 +122,15 @@ def test_every_family(dtype, rows, classes, family, threads):
     compare(logits, target.int(), options(label_smoothing=0.1, dependence="logit_l1", reduction="sum"))
 
 
-@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 6), (torch.bfloat16, 300), (torch.float64, 700), (torch.float16, 5000)])
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(torch.float32, 6), (torch.bfloat16, 300), (torch.float64, 700), (torch.float16, 5000)],
+)
 @pytest.mark.parametrize("kind", ["soft", "weighted", "soft weighted"])
 def test_dense_targets(dtype, classes, kind):
     """Class probabilities, and class weights under label smoothing, in every family."""
     logits, target = make(11, classes, dtype, kind=kind.split()[0])
-    weight = torch.rand(classes, dtype=reference.compute_dtype(dtype)) + 0.1 if "weighted" in kind else None
+    weight = torch.rand(classes, dtype=dtypes.compute_dtype(dtype)) + 0.1 if "weighted" in kind else None
     mask = torch.rand(11, 2) > 0.3
     for reduction in ("mean", "none"):
         compare(logits, target, options(label_smoothing=0.1, reduction=reduction), mask=mask, weight=weight)
@@ -152,22 +162,31 @@ def test_rows_beyond_the_registers(dtype, classes, shared, vectors):
 def test_no_access_out_of_range(dtype, classes, monkeypatch):
     """Every buffer ends at a forbidden page, then starts after one; rows that are misaligned in every way."""
     logits, target = make(7, classes, dtype)
-    weight = torch.rand(classes, dtype=reference.compute_dtype(dtype))
+    weight = torch.rand(classes, dtype=dtypes.compute_dtype(dtype))
     mask = torch.rand(7, 2) > 0.3
     for at_start in (False, True):
-        monkeypatch.setattr(module, "allocate", lambda shape, dtype, a=at_start: guarded.empty(shape, dtype, a or dtype == torch.uint8))
+        monkeypatch.setattr(
+            module,
+            "allocate",
+            lambda shape, dtype, a=at_start: guarded.empty(shape, dtype, a or dtype == torch.uint8),
+        )
         inputs = [guarded.copy(x, at_start) for x in logits]
         given = [guarded.copy(x, at_start) for x in (target, mask, weight)]
         _, _, grads = compare(inputs, given[0], mask=given[1], weight=given[2])
         upstream = guarded.copy(torch.rand(7, dtype=weight.dtype), at_start)
         scaled = module.scale(grads, upstream, guarded.copy(weight[:3], at_start), dtype, True)
         for m, (g, s) in enumerate(zip(grads, scaled, strict=True)):
-            torch.testing.assert_close(s, (g.to(weight.dtype) * (upstream * weight[m])[:, None]).to(dtype), rtol=0, atol=0)
+            torch.testing.assert_close(
+                s, (g.to(weight.dtype) * (upstream * weight[m])[:, None]).to(dtype), rtol=0, atol=0
+            )
         for g, s in zip(grads, module.modulate_backward(grads, given[2][:3]), strict=True):
             assert g.shape == s.shape
 
 
-@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 7), (torch.float32, 600), (torch.bfloat16, 2500), (torch.float16, 2500)])
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(torch.float32, 7), (torch.float32, 600), (torch.bfloat16, 2500), (torch.float16, 2500)],
+)
 @pytest.mark.parametrize("gap", [0, 1, 3])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_strides(dtype, classes, gap, offset):
@@ -310,11 +329,16 @@ def test_scale_leaves_early():
 @pytest.mark.parametrize("shape", [(1, 1), (9, 1), (5, 3), (3, 700), (1, 12000)])
 @pytest.mark.parametrize("upstream", ["scalar", "row", "strided", "expanded"])
 def test_scale(dtype, shape, upstream):
-    compute = reference.compute_dtype(dtype)
-    grads = [torch.randn(shape, dtype=torch.float64).to(reference.grad_dtype(dtype)) for _ in range(3)]
+    compute = dtypes.compute_dtype(dtype)
+    grads = [torch.randn(shape, dtype=torch.float64).to(dtypes.grad_dtype(dtype)) for _ in range(3)]
     factor = torch.rand(3, dtype=compute)
     up = torch.randn(shape[0], 2, dtype=compute)
-    up = {"scalar": up[0, 0], "row": up[:, 0].clone(), "strided": up[:, 1], "expanded": up[:1, 0].expand(shape[0])}[upstream]
+    up = {
+        "scalar": up[0, 0],
+        "row": up[:, 0].clone(),
+        "strided": up[:, 1],
+        "expanded": up[:1, 0].expand(shape[0]),
+    }[upstream]
     want = reference.scale(grads, up, factor, dtype, True)
     for keep in (True, False):
         copies = [g.clone() for g in grads]
@@ -326,13 +350,18 @@ def test_scale(dtype, shape, upstream):
 def test_modulate_backward():
     """Any mix of dtypes, sizes (0 too), alignments and missing gradients."""
     for link_dtype in (torch.float32, torch.float64):
-        grads = [torch.randn(n, dtype=torch.float64).to(d) for n, d in zip([3000, 1, 0, 17, 260, 33], DTYPES[-3:] * 2, strict=True)]
+        grads = [
+            torch.randn(n, dtype=torch.float64).to(d)
+            for n, d in zip([3000, 1, 0, 17, 260, 33], DTYPES[-3:] * 2, strict=True)
+        ]
         grads[4] = grads[4][1:]
         if link_dtype == torch.float64:
             grads.append(torch.randn(5000, dtype=torch.float64))
         grads.insert(2, None)
         link = torch.randn(len(grads), dtype=link_dtype)
-        for got, want in zip(module.modulate_backward(grads, link), reference.modulate_backward(grads, link), strict=True):
+        for got, want in zip(
+            module.modulate_backward(grads, link), reference.modulate_backward(grads, link), strict=True
+        ):
             assert (got is None) == (want is None)
             assert got is None or torch.equal(got, want)
 
@@ -346,7 +375,9 @@ def test_finish(dtype, modalities):
     _, packed, _ = reference.forward(logits, target, None, None, None, SCHEDULE, chosen, False)
     sums = unpack_sums(packed) * 2
     for schedule in (SCHEDULE, torch.tensor([2.0, 3.0, 1.0], dtype=dtype)):
-        for got, want in zip(module.finish(sums, schedule, chosen), finish(sums, schedule, chosen), strict=True):
+        for got, want in zip(
+            module.finish(sums, schedule, chosen), finish(sums, schedule, chosen), strict=True
+        ):
             torch.testing.assert_close(got, want)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arl_fast import arl_loss, dispatch, modulate
-from arl_fast.options import Options
+from arl_fast import arl_loss, modulate
+from arl_fast._core.options import Options
+from arl_fast.implementations import dispatch
 
 native, REASON = dispatch.load("native", "cpu")
 pytestmark = pytest.mark.skipif(native is None, reason=REASON)
@@ -27,23 +28,33 @@ def forward_arguments(dtype, reduction="mean", grad=True, schedule=False, soft=F
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "variant", [{}, {"reduction": "none"}, {"grad": False}, {"schedule": True}, {"soft": True}], ids=lambda v: str(v) or "default"
+    "variant",
+    [{}, {"reduction": "none"}, {"grad": False}, {"schedule": True}, {"soft": True}],
+    ids=lambda v: str(v) or "default",
 )
 def test_opcheck_forward(dtype, variant):
-    torch.library.opcheck(torch.ops.arl_fast.forward.default, forward_arguments(dtype, **variant), test_utils=CHECKS)
+    torch.library.opcheck(
+        torch.ops.arl_fast.forward.default, forward_arguments(dtype, **variant), test_utils=CHECKS
+    )
 
 
-@pytest.mark.parametrize("upstream", [torch.tensor(1.0), torch.tensor(0.5), torch.rand(7)], ids=["one", "half", "rows"])
+@pytest.mark.parametrize(
+    "upstream", [torch.tensor(1.0), torch.tensor(0.5), torch.rand(7)], ids=["one", "half", "rows"]
+)
 @pytest.mark.parametrize("factor", [None, torch.tensor([1.0, 2.0, 0.5])], ids=["plain", "factor"])
 def test_opcheck_scale(upstream, factor):
     grads = [torch.randn(7, 5) for _ in range(3)]
     for dtype in (torch.float32, torch.float16):
-        torch.library.opcheck(torch.ops.arl_fast.scale.default, (grads, upstream, factor, dtype), test_utils=CHECKS)
+        torch.library.opcheck(
+            torch.ops.arl_fast.scale.default, (grads, upstream, factor, dtype), test_utils=CHECKS
+        )
 
 
 def test_opcheck_modulate_backward():
     grads = [torch.randn(7, 5), torch.randn(7, 3, 2, dtype=torch.bfloat16)]
-    torch.library.opcheck(torch.ops.arl_fast.modulate_backward.default, (grads, torch.rand(3), [0, 2]), test_utils=CHECKS)
+    torch.library.opcheck(
+        torch.ops.arl_fast.modulate_backward.default, (grads, torch.rand(3), [0, 2]), test_utils=CHECKS
+    )
 
 
 def test_ops_never_alias_their_inputs():

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it stands, and the files it points to exist."""
+"""Python blocks of the pages named in RUNS run as they stand, and what any page links to exists."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text())
 
 
-RUNNABLE = [(page, i) for page in (ROOT / "README.md", ROOT / "docs" / "method.md") for i in range(len(blocks(page)))]
+RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("method", "extend"))]
+RUNNABLE = [(page, i) for page in RUNS for i in range(len(blocks(page)))]
 
 
 def test_readme_has_blocks():

@@ -10,13 +10,15 @@ import pytest
 import test_contract
 import torch
 
-from arl_fast import arl_loss, dispatch, reference
-from arl_fast.kernels import triton_rule
-from arl_fast.options import Options
+from arl_fast import arl_loss
+from arl_fast._core import dtypes
+from arl_fast._core.options import Options
+from arl_fast.implementations import dispatch, reference
+from arl_fast.implementations.triton import plan as triton_rule
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-from arl_fast.kernels import triton as implementation
+from arl_fast.implementations.triton import host as implementation
 
 pytestmark = pytest.mark.contract
 OPTIONS = Options("share", "confidence", None, "residual", -100, 0.0, "mean")
@@ -136,7 +138,9 @@ def test_many_rows_are_counted_together(many_rows, monkeypatch, poisoned, batch)
 def test_programs_share_the_counting(many_rows, monkeypatch):
     """As if other programs had already counted the first two pieces: they are not counted again, and their sums are used."""
     logits, target = test_contract.make(batch=32)
-    loss, packed, grads = reference.forward(logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True)
+    loss, packed, grads = reference.forward(
+        logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True
+    )
     programs = triton_rule.programs(32, 3, triton_rule.plan(5, 4, False), 4)
     work = torch.full([triton_rule.workspace(3, programs)], torch.nan)
     state = torch.tensor([0, 2, 2], dtype=torch.int32)
@@ -175,7 +179,9 @@ def test_nan_logits_and_a_class_out_of_range_poison_their_row_only(streamed):
     assert grads[0].isfinite().all()
     target[1] = 7
     logits = [x.nan_to_num() for x in logits]
-    loss, _, grads = implementation._launch_forward(logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True)
+    loss, _, grads = implementation._launch_forward(
+        logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True
+    )
     assert loss.isnan()
     for g in grads:
         assert g.isnan().all(1).tolist() == [False, True, False, False]
@@ -197,7 +203,7 @@ def test_counters_are_zero_again(many_rows, monkeypatch, batch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [False, True])
 def test_scale(dtype, rows):
-    grads = [torch.randn(33, 150, dtype=reference.grad_dtype(dtype)) for _ in range(3)]
+    grads = [torch.randn(33, 150, dtype=dtypes.grad_dtype(dtype)) for _ in range(3)]
     upstream = torch.randn(33) if rows else torch.tensor(0.3)
     for factor in (None, torch.tensor([0.5, 2.0, 3.0])):
         want = reference.scale(grads, upstream, factor, dtype, True)
@@ -221,7 +227,12 @@ def test_scale_by_one_hands_the_gradients_out():
 
 def test_modulate_backward_takes_sizes_dtypes_gaps_and_strides():
     link = torch.tensor([0.5, -0.25, 1.0, 2.0])
-    grads = [torch.randn(3, 1400), None, torch.randn(5, 2, dtype=torch.bfloat16).t(), torch.ones(()).expand(4, 4)]
+    grads = [
+        torch.randn(3, 1400),
+        None,
+        torch.randn(5, 2, dtype=torch.bfloat16).t(),
+        torch.ones(()).expand(4, 4),
+    ]
     got = implementation.modulate_backward(grads, link)
     want = reference.modulate_backward(grads, link)
     assert got[1] is None
@@ -240,7 +251,9 @@ def test_ops():
     schedule = torch.tensor([1.0, 8.0, 0.0])
     arguments = (logits, target, None, None, torch.ones(3), schedule, 1.0, 0.0, False, *options, "mean", True)
     torch.library.opcheck(ops.triton_forward.default, arguments)
-    torch.library.opcheck(ops.triton_scale.default, (logits, torch.tensor(0.5), torch.ones(3), torch.bfloat16))
+    torch.library.opcheck(
+        ops.triton_scale.default, (logits, torch.tensor(0.5), torch.ones(3), torch.bfloat16)
+    )
     torch.library.opcheck(ops.triton_modulate.default, (logits, [2, 0, 1], torch.rand(3)))
 
 

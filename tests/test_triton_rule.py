@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from arl_fast.kernels import triton_rule as rule
+from arl_fast.implementations.triton import plan as rule
 
-CLASSES = [*range(1, 200), 309, 511, 512, 513, 1000, 1023, 1024, 1025, 2048, 4096, 8191, 8192, 8193, 32000, 32001, 151936]
+CLASSES = [
+    *range(1, 200),
+    309,
+    511,
+    512,
+    513,
+    1000,
+    1023,
+    1024,
+    1025,
+    2048,
+    4096,
+    8191,
+    8192,
+    8193,
+    32000,
+    32001,
+    151936,
+]
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 static = pytest.importorskip("static_report")
-from arl_fast.options import Options  # noqa: E402
+from arl_fast._core.options import Options  # noqa: E402
 
 OPTIONS = Options("share", "confidence", None, "residual", -100, 0.0, "mean")
 
@@ -36,7 +36,11 @@ if triton.__version__.startswith("3.6."):
     KNOWN_SPILLS |= {("sm_80", static.Case(8193)): 60, ("sm_80", static.Case(8196)): 8}
 if triton.__version__.startswith("3.8."):
     KNOWN_SPILLS |= {("sm_80", static.Case(8193, "fp16")): 348}
-    heavy = [static.Case(classes, dtype, **static.EVERYTHING) for classes in (66, 130) for dtype in ("fp32", "bf16", "fp16")]
+    heavy = [
+        static.Case(classes, dtype, **static.EVERYTHING)
+        for classes in (66, 130)
+        for dtype in ("fp32", "bf16", "fp16")
+    ]
     KNOWN_SPILLS |= {("sm_100", case): 28 for case in heavy}
 
 
@@ -56,7 +60,10 @@ def wrong(case, name, found):
     if case.classes * size % 16 == 0:
         loads = passes * held * (size + (max(4, size) if case.soft else 0))
         stores = held * grad_size if case.grad else 0
-        for what, count, all_of_it in (("16-byte loads", found.loads16, loads), ("16-byte stores", found.stores16, stores)):
+        for what, count, all_of_it in (
+            ("16-byte loads", found.loads16, loads),
+            ("16-byte stores", found.stores16, stores),
+        ):
             if nvidia:
                 checks[what] = count == all_of_it
             elif plan.online:  # AMD's compiler unrolls loops,
@@ -79,7 +86,11 @@ def test_every_plan_keeps_its_budget(name):
     cases = static.every_plan() + MORE
     assert len({case.plan for case in cases}) > 100
     found = static.reports([(case, name) for case in cases])
-    broken = [(case, what, report) for case, report in zip(cases, found, strict=True) if (what := wrong(case, name, report))]
+    broken = [
+        (case, what, report)
+        for case, report in zip(cases, found, strict=True)
+        if (what := wrong(case, name, report))
+    ]
     assert not broken, "\n".join(map(str, broken))
 
 
@@ -98,7 +109,9 @@ def test_programs_that_wait_look_again(name):
     """The loop in which programs wait for others' counts loads anew each time, with acquire: else it might never end."""
     case, target = static.Case(1000), static.TARGETS[name]
     registers = case.plan.registers
-    kernel, _ = static.compile_kernel(static.forward_kernel, static.forward_arguments(case), target, case.plan.threads, registers)
+    kernel, _ = static.compile_kernel(
+        static.forward_kernel, static.forward_arguments(case), target, case.plan.threads, registers
+    )
     if target.backend == "cuda":
         loops = static.innermost_loops(kernel.asm["ptx"], ".acquire.")
         assert len(loops) == 1
@@ -109,13 +122,17 @@ def test_programs_that_wait_look_again(name):
     labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".LBB")}
     (load,) = [i for i, line in enumerate(lines) if re.match(r"global_load_dword .*offset:8 sc1", line)]
     assert any(line.startswith("buffer_inv sc1") for line in lines[load : load + 5])
-    jumps = [(i, labels[line.split()[1]]) for i, line in enumerate(lines) if re.match(r"s_c?branch\w* \.LBB", line)]
+    jumps = [
+        (i, labels[line.split()[1]]) for i, line in enumerate(lines) if re.match(r"s_c?branch\w* \.LBB", line)
+    ]
     assert any(back <= load < i < load + 20 for i, back in jumps)
 
 
 def test_prediction_is_at_least_the_floor():
     case = static.Case(1000, "bf16")
-    found = static.Report(registers=64, spills=0, shared=0, loads16=32, stores16=32, exponentials=17, instructions=400)
+    found = static.Report(
+        registers=64, spills=0, shared=0, loads16=32, stores16=32, exponentials=17, instructions=400
+    )
     device = static.DEVICES["H200"]
     assert static.predict(case, found, device, 10**5) > 2 * 3e8 * 2 / device.dram
 
@@ -130,7 +147,9 @@ class Bound:
         from triton.compiler import make_backend
         from triton.runtime.jit import create_function_from_signature
 
-        self.bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(static.TARGETS["sm_90"]))
+        self.bind = create_function_from_signature(
+            kernel.signature, kernel.params, make_backend(static.TARGETS["sm_90"])
+        )
         self.compiled, self.reused = [], 0
 
     def __getitem__(self, grid):
@@ -159,8 +178,8 @@ class Variant:
 @pytest.fixture
 def bound(monkeypatch):
     """The Triton implementation's launchers by name, with their kernels bound and not run."""
-    from arl_fast.kernels import triton as implementation
-    from arl_fast.kernels.triton_launch import Launcher
+    from arl_fast.implementations.triton import host as implementation
+    from arl_fast.implementations.triton.launch import Launcher
 
     found = {}
     for name in ("run_forward", "run_scale", "run_modulate"):
@@ -173,16 +192,20 @@ def bound(monkeypatch):
 def test_another_batch_size_compiles_nothing(bound):
     import torch
 
-    from arl_fast.kernels import triton as implementation
+    from arl_fast.implementations.triton import host as implementation
 
     for batch in (1, 2, 16, 63, 64, 4097, 20000):
         logits = [torch.randn(batch, 28) for _ in range(3)]
         for schedule in ((1.0, 8.0, True), (2, 16, False)):
-            implementation._launch_forward(logits, torch.zeros(batch).long(), None, None, None, schedule, OPTIONS, True)
+            implementation._launch_forward(
+                logits, torch.zeros(batch).long(), None, None, None, schedule, OPTIONS, True
+            )
         implementation.scale(logits, torch.ones(()), None, torch.float32, False)
         implementation.modulate_backward([torch.randn(batch, 100), torch.randn(batch, 51)], torch.zeros(2))
     assert {name: len(kernel.compiled) for name, kernel in bound.items()} == dict.fromkeys(bound, 1)
-    assert {name: kernel.reused for name, kernel in bound.items()} == dict(run_forward=13, run_scale=6, run_modulate=6)
+    assert {name: kernel.reused for name, kernel in bound.items()} == dict(
+        run_forward=13, run_scale=6, run_modulate=6
+    )
 
 
 def shifted(x):
@@ -197,22 +220,34 @@ def test_the_launcher_never_takes_a_variant_for_other_arguments(bound):
     """Calls that differ in one thing each, twice: the second time everything is found, and what is found fits (see Variant)."""
     import torch
 
-    from arl_fast.kernels import triton as implementation
+    from arl_fast.implementations.triton import host as implementation
 
-    def forward(dtype=torch.float32, classes=28, change=lambda x: x, schedule=(1.0, 8.0, False), grad=True, **given):
+    def forward(
+        dtype=torch.float32, classes=28, change=lambda x: x, schedule=(1.0, 8.0, False), grad=True, **given
+    ):
         logits = [change(torch.zeros(6, classes, dtype=dtype)) for _ in range(3)]
-        tensors = [given.pop(name, default) for name, default in (("target", torch.zeros(6).long()), ("mask", None), ("weight", None))]
+        tensors = [
+            given.pop(name, default)
+            for name, default in (("target", torch.zeros(6).long()), ("mask", None), ("weight", None))
+        ]
         norm = given.pop("norm", None)
         implementation._launch_forward(logits, *tensors, norm, schedule, OPTIONS._replace(**given), grad)
 
     def scale(dtype=torch.float32, wanted=None, upstream=None, factor=None, keep=True, change=lambda x: x):
         grads = [change(torch.zeros(6, 28, dtype=dtype)) for _ in range(3)]
-        implementation.scale(grads, torch.ones(()) if upstream is None else upstream, factor, wanted or dtype, keep)
+        implementation.scale(
+            grads, torch.ones(()) if upstream is None else upstream, factor, wanted or dtype, keep
+        )
 
     def modulate(*grads, link=None):
         implementation.modulate_backward(grads, torch.zeros(len(grads)) if link is None else link)
 
-    mask, weight, soft, z = torch.ones(6, 2, dtype=torch.bool), torch.ones(28), torch.ones(6, 28), torch.zeros(6, 4)
+    mask, weight, soft, z = (
+        torch.ones(6, 2, dtype=torch.bool),
+        torch.ones(28),
+        torch.ones(6, 28),
+        torch.zeros(6, 4),
+    )
     double = torch.tensor([1.0, 8.0, 0.0], dtype=torch.float64)
     calls = [
         *[lambda t=t: forward(t) for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)],
@@ -261,7 +296,9 @@ def test_the_launcher_never_takes_a_variant_for_other_arguments(bound):
     for call in calls:
         call()
     compiled = {name: len(kernel.compiled) for name, kernel in bound.items()}
-    assert all(len(set(kernel.compiled)) == len(kernel.compiled) for kernel in bound.values())  # nothing twice
+    assert all(
+        len(set(kernel.compiled)) == len(kernel.compiled) for kernel in bound.values()
+    )  # nothing twice
     for call in calls:
         call()
     assert compiled == {name: len(kernel.compiled) for name, kernel in bound.items()}
@@ -269,7 +306,11 @@ def test_the_launcher_never_takes_a_variant_for_other_arguments(bound):
 
 def test_host_benchmark_runs():
     """In a process of its own: it puts a driver that does nothing in the place of Triton's."""
-    command = [sys.executable, "-c", "from benchmarks import triton_host; triton_host.main(rounds=2, loops=2)"]
+    command = [
+        sys.executable,
+        "-c",
+        "from benchmarks import triton_host; triton_host.main(rounds=2, loops=2)",
+    ]
     run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     for kernel in ("forward", "scale", "modulate"):

@@ -1,4 +1,4 @@
-"""Adapters for training loops that call a loss with something else than (output, target). Each imports its library lazily.
+"""Adapters for training loops that call a loss with something else than (output, target).
 
 Lightning, timm and plain loops need none: see examples/.
 """

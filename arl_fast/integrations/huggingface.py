@@ -32,7 +32,9 @@ def compute_loss_func(criterion: ARLLoss) -> Callable[..., Tensor]:
         ValueError: the criterion has another reduction.
     """
     if criterion.options.reduction != "sum":
-        raise ValueError(f"criterion: got reduction={criterion.options.reduction!r}, expected 'sum', which the Trainer's count divides")
+        raise ValueError(
+            f"criterion: got reduction={criterion.options.reduction!r}, expected 'sum', which the Trainer's count divides"
+        )
 
     def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if isinstance(outputs, dict):

@@ -17,7 +17,18 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("c++")
 # A fiber is left and entered with longjmp, which fortified C libraries take for an error.
-FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fPIC",
+    "-shared",
+    "-U_FORTIFY_SOURCE",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
 
 
 def unavailable() -> str | None:
@@ -47,7 +58,15 @@ def _library() -> ctypes.CDLL:
     built = folder / f"{content.hexdigest()[:16]}.so"
     if not built.exists():
         partial = folder / f"{built.stem}.{os.getpid()}"
-        command = [COMPILER, *FLAGS, "-include", str(HERE / "cuda_emulation.h"), "-o", str(partial), str(HERE / "emulation.cpp")]
+        command = [
+            COMPILER,
+            *FLAGS,
+            "-include",
+            str(HERE / "cuda_emulation.h"),
+            "-o",
+            str(partial),
+            str(HERE / "emulation.cpp"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"the emulation does not compile:\n{done.stderr}")

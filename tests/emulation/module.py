@@ -9,9 +9,9 @@ from ctypes import POINTER, Structure, byref, c_bool, c_double, c_int, c_int64, 
 import torch
 from torch import Tensor
 
-from arl_fast import reference, rules
-from arl_fast.options import DEPENDENCES, GAINS, REDUCTIONS, RULES, Options
-from arl_fast.stats import packed_length
+from arl_fast._core import dtypes, rules
+from arl_fast._core.options import DEPENDENCES, GAINS, REDUCTIONS, RULES, Options
+from arl_fast._core.stats import packed_length
 
 from . import build
 
@@ -141,7 +141,9 @@ class Plan(Structure):
 def library() -> ctypes.CDLL:
     lib = build.library()
     if not hasattr(lib, "checked"):
-        for which, mirror in enumerate((ForwardArgs, ScaleArgs, ModulateArgs, FinishArgs, Shape, Device, Plan)):
+        for which, mirror in enumerate(
+            (ForwardArgs, ScaleArgs, ModulateArgs, FinishArgs, Shape, Device, Plan)
+        ):
             assert lib.size_of(which) == ctypes.sizeof(mirror), mirror.__name__
         lib.emulated_workspace_bytes.restype = lib.launches.restype = lib.memsets.restype = c_int64
         lib.emulated_workspace_bytes.argtypes = [POINTER(ForwardArgs)]
@@ -190,12 +192,14 @@ def _schedule(args: ForwardArgs | FinishArgs, schedule: rules.Schedule) -> None:
 def forward(logits, target, mask, weight, norm, schedule, options, grad, check=True):
     first = logits[0]
     rows, classes = first.shape
-    dtype = reference.compute_dtype(first.dtype)
+    dtype = dtypes.compute_dtype(first.dtype)
     logits = [x if x.stride(1) == 1 or classes == 1 else x.contiguous() for x in logits]
-    args = ForwardArgs(dtype=DTYPES[first.dtype], branches=len(logits), rows=rows, classes=classes, options=_options(options))
+    args = ForwardArgs(
+        dtype=DTYPES[first.dtype], branches=len(logits), rows=rows, classes=classes, options=_options(options)
+    )
     args.logits = _pointers(logits)
     args.row_stride = (c_int64 * MAX_BRANCHES)(*(x.stride(0) for x in logits))
-    grads = [allocate((rows, classes), dtype=reference.grad_dtype(first.dtype)) for _ in logits] if grad else []
+    grads = [allocate((rows, classes), dtype=dtypes.grad_dtype(first.dtype)) for _ in logits] if grad else []
     args.grads = _pointers(grads)
     if target.is_floating_point():
         target = target.to(dtype)
@@ -203,11 +207,15 @@ def forward(logits, target, mask, weight, norm, schedule, options, grad, check=T
         args.target_kind = 2
     else:
         if check:
-            reference.check_targets(target, classes, options.ignore_index)
+            check_class_range(target, classes, options.ignore_index)
         args.target_kind = TARGETS[target.dtype]
     args.target, args.target_stride = target.data_ptr(), target.stride(0)
     if mask is not None:
-        args.mask, args.mask_row_stride, args.mask_column_stride = mask.data_ptr(), mask.stride(0), mask.stride(1)
+        args.mask, args.mask_row_stride, args.mask_column_stride = (
+            mask.data_ptr(),
+            mask.stride(0),
+            mask.stride(1),
+        )
     if weight is not None:
         weight = weight.contiguous()
         args.weight = weight.data_ptr()
@@ -228,7 +236,9 @@ def forward(logits, target, mask, weight, norm, schedule, options, grad, check=T
 
 
 def scale(grads, upstream, factor, dtype, keep):
-    args = ScaleArgs(dtype=DTYPES[dtype], branches=len(grads), rows=grads[0].shape[0], classes=grads[0].shape[1])
+    args = ScaleArgs(
+        dtype=DTYPES[dtype], branches=len(grads), rows=grads[0].shape[0], classes=grads[0].shape[1]
+    )
     out = [allocate(g.shape, dtype=dtype) for g in grads] if keep or dtype != grads[0].dtype else grads
     args.grads, args.out = _pointers(grads), _pointers(out)
     args.upstream, args.per_row = upstream.data_ptr(), upstream.dim() == 1
@@ -255,7 +265,9 @@ def modulate_backward(grads, link):
 
 def finish(sums: Tensor, schedule: rules.Schedule, options: Options) -> tuple[Tensor, Tensor]:
     modalities = sums.shape[1] - 1
-    args = FinishArgs(dtype=DTYPES[sums.dtype], modalities=modalities, sums=sums.data_ptr(), options=_options(options))
+    args = FinishArgs(
+        dtype=DTYPES[sums.dtype], modalities=modalities, sums=sums.data_ptr(), options=_options(options)
+    )
     _schedule(args, schedule)
     loss, packed = allocate((), dtype=sums.dtype), allocate((packed_length(modalities),), dtype=sums.dtype)
     args.loss, args.packed = loss.data_ptr(), packed.data_ptr()

@@ -1,6 +1,6 @@
 """Device code of the last program: partial sums -> the loss, the shares, the coefficients and the gains.
 
-The same steps as arl_fast/rules.py, which is the reference; vectors run over the branches, the fused one first.
+The same steps as arl_fast/_core/rules.py, which is the reference; vectors run over the branches, the fused one first.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TINY_SHARE = tl.constexpr(1e-12)  # as rules.TINY_SHARE
-HUGE_RATIO = tl.constexpr(1e30)  # as rules.HUGE_RATIO
+TINY_SHARE = tl.constexpr(1e-12)  # as spec.TINY_SHARE
+HUGE_RATIO = tl.constexpr(1e30)  # as spec.HUGE_RATIO
 SMALLEST = tl.constexpr(1.1754943508222875e-38)  # keeps 0 / 0 of a batch without modalities away
 
 
@@ -109,9 +109,13 @@ def finish(
     else:
         share = at_least(share, FLOOR if FLOOR > TINY_SHARE else TINY_SHARE)
     q = tl.where(present, 1.0 / share, 0.0)
-    q = tl.where(present, q / at_least(tl.sum(q, 0), SMALLEST), 0.0)  # an absent modality's share is 0, also beside a NaN
+    q = tl.where(
+        present, q / at_least(tl.sum(q, 0), SMALLEST), 0.0
+    )  # an absent modality's share is 0, also beside a NaN
     total = tl.sum(dependence, 0)
-    d = tl.where(present, tl.where(total <= 0, 1.0 / here_or_one, dependence / tl.where(total <= 0, 1.0, total)), 0.0)
+    d = tl.where(
+        present, tl.where(total <= 0, 1.0 / here_or_one, dependence / tl.where(total <= 0, 1.0, total)), 0.0
+    )
 
     # Coefficients: a softmax over the modalities present.
     if RULE == "share":

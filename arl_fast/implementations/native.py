@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference, rules
-from ..options import DEPENDENCES, GAINS, REDUCTIONS, RULES, Options
-from ..reference import compute_dtype, grad_dtype
-from ..stats import packed_length
+from .._core import rules
+from .._core._torch import current_stream
+from .._core.branches import BranchLogits, Targets
+from .._core.dtypes import compute_dtype, grad_dtype
+from .._core.options import Options, Schedule
+from .._core.spec import DEPENDENCES, GAINS, REDUCTIONS, RULES
+from .._core.stats import packed_length
+from . import reference
 
 MAX_BRANCHES = {"cpu": 64, "cuda": 16}  # kMaxBranches in csrc/cpu/loss.h and csrc/cuda/launch.h
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -44,9 +48,56 @@ else:
 # bias_mode, chunk, budget, features, weights, bias, target, mask, weight, gamma, temperature, warming) -> (loss, packed), and
 # fast_modulate([z_1, ...]) -> ([z_1, ...], link). All return None for the general path, functional.py or linear.py, to serve
 # or diagnose the call.
-fast_loss = getattr(_C, "fast_loss", None)
-fast_linear_loss = getattr(_C, "fast_linear_loss", None)
 fast_modulate = getattr(_C, "fast_modulate", None)
+
+
+def fast_loss(options: Options, branches: BranchLogits, targets: Targets, schedule: Schedule) -> Any:
+    """Interim."""
+    fused, unimodal, link = branches
+    target, mask, weight, _ = targets
+    return _C.fast_loss(
+        options,
+        fused,
+        unimodal,
+        target,
+        link,
+        mask,
+        weight,
+        schedule.gamma,
+        schedule.temperature,
+        schedule.warming,
+    )
+
+
+def fast_linear_loss(options: Options, head: Any, targets: Targets, schedule: Schedule, budget: int) -> Any:
+    """Interim."""
+    features, weights, bias, fusion, bias_mode, chunk = head
+    target, mask, weight, _ = targets
+    return _C.fast_linear_loss(
+        options,
+        fusion,
+        bias_mode,
+        chunk,
+        budget,
+        features,
+        weights,
+        bias,
+        target,
+        mask,
+        weight,
+        schedule.gamma,
+        schedule.temperature,
+        schedule.warming,
+    )
+
+
+def _interim(schedule: Schedule, like: Tensor) -> tuple[Tensor | None, float, float, bool]:
+    """Interim: one tensor [3], or three numbers."""
+    if not schedule.tensors:
+        return None, schedule.gamma, schedule.temperature, schedule.warming
+    values = (schedule.gamma, schedule.temperature, schedule.warming)
+    dtype = compute_dtype(like.dtype)
+    return torch.stack([torch.as_tensor(v, dtype=dtype).to(like.device) for v in values]), 0.0, 0.0, False
 
 
 def unavailable(device: str) -> str | None:
@@ -89,33 +140,30 @@ def _native_options(options: Options) -> Any:
 
 
 def forward(
-    logits: Sequence[Tensor],
-    target: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    norm: Tensor | None,
-    schedule: rules.Schedule,
-    options: Options,
-    grad: bool,
+    logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As reference.forward."""
-    if len(logits) > MAX_BRANCHES[logits[0].device.type] or logits[0].dtype not in _DTYPES:
-        return reference.forward(logits, target, mask, weight, norm, schedule, options, grad)
-    tensor = schedule if isinstance(schedule, Tensor) else None
-    gamma, temperature, warming = (0.0, 0.0, False) if isinstance(schedule, Tensor) else schedule
+    per_modality = isinstance(schedule.gamma, tuple) or (
+        isinstance(schedule.gamma, Tensor) and schedule.gamma.dim()
+    )
+    if len(logits) > MAX_BRANCHES[logits[0].device.type] or logits[0].dtype not in _DTYPES or per_modality:
+        return reference.forward(logits, targets, schedule, options, grad)
+    numbers = _interim(schedule, logits[0])
     if torch.compiler.is_compiling():
         loss, packed, grads = torch.ops.arl_fast.forward(
-            logits, target, mask, weight, norm, tensor, gamma, temperature, warming, *_numbers.__wrapped__(options), grad
+            logits, *targets, *numbers, *_numbers.__wrapped__(options), grad
         )
     else:
-        arguments = (logits, target, mask, weight, norm, tensor, gamma, temperature, warming, _native_options(options), grad)
+        arguments = (logits, *targets, *numbers, _native_options(options), grad)
         loss, packed, grads = _cuda_forward(*arguments) if logits[0].is_cuda else _C.forward(*arguments)
     if not isinstance(options.rule, str):
         packed = rules.apply_rule(packed, schedule, options)
     return loss, packed, grads
 
 
-def scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool) -> Sequence[Tensor]:
+def scale(
+    grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool
+) -> Sequence[Tensor]:
     """As reference.scale; without ``keep`` the result may be ``grads`` themselves, scaled in place."""
     if len(grads) > MAX_BRANCHES[grads[0].device.type]:
         return reference.scale(grads, upstream, factor, dtype, keep)
@@ -142,7 +190,7 @@ def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[
 
 def _stream(x: Tensor) -> int:
     """The current stream of the tensor's device, as the address that the launchers take."""
-    return torch._C._cuda_getCurrentRawStream(x.device.index)
+    return current_stream(x.device.index)
 
 
 _tickets: dict[tuple[int, int], Tensor] = {}
@@ -173,7 +221,9 @@ def _register_cuda() -> None:
         *inputs, grad = arguments
         return _cuda_forward(logits, *inputs[:-7], _C.Options(*inputs[-7:]), grad)
 
-    def scale_op(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    def scale_op(
+        grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype
+    ) -> list[Tensor]:
         return _C.cuda_scale(grads, upstream, factor, dtype, False, _stream(upstream))
 
     def modulate_op(grads: Sequence[Tensor], link: Tensor, modality: Sequence[int]) -> list[Tensor]:

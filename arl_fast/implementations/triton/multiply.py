@@ -5,11 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_forward import select
+from .forward import select
 
 
 @triton.jit
-def multiply_tile(source, result, index, factor, upstream, size, PER_ROW: tl.constexpr, C: tl.constexpr, keep):
+def multiply_tile(
+    source, result, index, factor, upstream, size, PER_ROW: tl.constexpr, C: tl.constexpr, keep
+):
     """result = source * factor (* upstream of the row), computed in the factor's dtype and rounded once."""
     if keep is None:
         value = tl.load(source + index).to(factor.dtype)
@@ -30,7 +32,9 @@ def multiply_tile(source, result, index, factor, upstream, size, PER_ROW: tl.con
 
 
 @triton.jit
-def multiply(source, result, factor, upstream, size, PER_ROW: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+def multiply(
+    source, result, factor, upstream, size, PER_ROW: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+):
     """Tiles in turn. Only the last is masked: a mask of unknown size would make every access narrow."""
     size = size + tl.zeros((), tl.int64)
     programs = tl.num_programs(0)

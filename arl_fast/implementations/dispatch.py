@@ -1,6 +1,7 @@
 """Which implementation serves a tensor, and why.
 
-Chosen per tensor: the first available of the device's list. ``ARL_FAST_IMPL=reference|native|triton`` overrides.
+Chosen per tensor: the first available of the device's list. ``ARL_FAST_IMPL=reference|native|triton``
+    overrides.
 """
 
 from __future__ import annotations
@@ -9,21 +10,25 @@ import functools
 import importlib
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._core._torch import constant_for_compiler
+from .._core.options import Options, Schedule
 from . import reference
-from .options import Options
 
-IMPLEMENTATIONS = {"reference": "arl_fast.reference", "native": "arl_fast.kernels.native", "triton": "arl_fast.kernels.triton"}
+# Where each lies, below this folder. A new implementation needs a line here and a place in PREFERENCE.
+MODULES = {"reference": ".reference", "native": ".native", "triton": ".triton.host"}
 # Fastest first; docs/performance.md has the measurements behind the order.
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 
-override: str | None = os.environ.get("ARL_FAST_IMPL") or None
+# What ARL_FAST_IMPL asks for: a name of MODULES, or None for the first that is available. Tests put an object
+# of the contract here.
+override: Any = os.environ.get("ARL_FAST_IMPL") or None
 if override == "auto":
     override = None
-
 
 _loaded: dict[str, ModuleType] = {"reference": reference}
 
@@ -31,12 +36,12 @@ _loaded: dict[str, ModuleType] = {"reference": reference}
 @functools.cache
 def load(name: str, device: str) -> tuple[ModuleType | None, str]:
     """The implementation's module, or None and the reason why it cannot serve this type of device."""
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"ARL_FAST_IMPL: got {name!r}, expected one of {', '.join(IMPLEMENTATIONS)} or auto")
+    if name not in MODULES:
+        raise ValueError(f"ARL_FAST_IMPL: got {name!r}, expected one of {', '.join(MODULES)} or auto")
     if name == "reference":
         return reference, "plain torch runs everywhere"
     try:
-        module = importlib.import_module(IMPLEMENTATIONS[name])
+        module = importlib.import_module(MODULES[name], __package__)
     except ImportError as error:
         return None, str(error)
     _loaded[name] = module
@@ -61,35 +66,30 @@ def choose(device: str, name: str | None = None) -> tuple[str, str]:
     raise AssertionError("the reference is always available")
 
 
+@constant_for_compiler
 def _name(device: str, name: str | None) -> str:
     return choose(device, name)[0]
 
 
-# torch.compile must not trace imports and caches: for it the choice is a constant. This is what
-# torch.compiler.assume_constant_result sets; calling that would import torch._dynamo with the package.
-_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def for_tensor(x: Tensor) -> ModuleType:
+def for_tensor(x: Tensor) -> Any:
     """The implementation for tensors like ``x``."""
-    return _loaded[_name(x.device.type, override)]
+    if override is None or isinstance(override, str):
+        return _loaded[_name(x.device.type, override)]
+    return override
 
 
-def for_loss(fused: Tensor, options: Options, gamma: float | Tensor) -> ModuleType:
-    """The implementation for a loss over logits like ``fused``."""
-    # A plain cross-entropy, the baseline of every comparison, is torch's own to the last bit.
-    if options.rule == "none" and not isinstance(gamma, Tensor) and gamma == 0:
-        return reference
-    return for_tensor(fused)
+def for_loss(logits: Tensor, options: Options, schedule: Schedule) -> Any:
+    """The implementation for a loss over tensors like ``logits``."""
+    return reference if reference.is_plain(options, schedule) else for_tensor(logits)
 
 
 @functools.cache
-def _native_steps(name: str | None) -> ModuleType | None:
+def _native_steps(name: Any) -> ModuleType | None:
     return load("native", "cpu")[0] if name in (None, "native") else None
 
 
 def native_steps() -> ModuleType | None:
-    """The module whose ``fast_loss`` and ``fast_modulate`` serve usual eager steps on a CPU in one call, or None."""
+    """The module whose ``fast_...`` functions serve usual eager steps on a CPU in one call, or None."""
     return None if torch.compiler.is_compiling() else _native_steps(override)
 
 

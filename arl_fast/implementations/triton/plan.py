@@ -77,7 +77,9 @@ def plan(classes: int, itemsize: int, heavy: bool) -> Plan:
     aligned = vector(classes, itemsize)
     online = classes > (LARGEST_ROW_F64 if double else LARGEST_ROW)
     per_thread = PER_THREAD_F64 if double else PER_THREAD
-    narrow = aligned * itemsize < 16 and not double  # accesses of less than 16 bytes, each with an address of its own
+    narrow = (
+        aligned * itemsize < 16 and not double
+    )  # accesses of less than 16 bytes, each with an address of its own
     if online:
         lanes, threads = aligned, 256
         steps, owners = (per_thread // 4 if narrow else per_thread) // lanes, threads

@@ -14,18 +14,25 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import rules
-from ..options import Options
-from ..reference import check_targets, compute_dtype, grad_dtype
-from ..stats import packed_length
-from . import triton_ops, triton_rule
-from .triton_forward import forward_kernel
-from .triton_launch import INTERPRETED, Launcher, kind, kinds, multiprocessors, workspaces
-from .triton_multiply import modulate_kernel, scale_kernel
+from ..._core import rules
+from ..._core.branches import Targets
+from ..._core.checks import check_class_range
+from ..._core.dtypes import compute_dtype, grad_dtype
+from ..._core.options import Options, Schedule
+from ..._core.stats import packed_length
+from .. import ops, reference
+from . import plan as triton_rule
+from .forward import forward_kernel
+from .launch import INTERPRETED, Launcher, kind, kinds, multiprocessors, workspaces
+from .multiply import modulate_kernel, scale_kernel
 
 MINIMUM = (3, 6)
 
-run_forward, run_scale, run_modulate = Launcher(forward_kernel), Launcher(scale_kernel), Launcher(modulate_kernel)
+run_forward, run_scale, run_modulate = (
+    Launcher(forward_kernel),
+    Launcher(scale_kernel),
+    Launcher(modulate_kernel),
+)
 
 
 def unavailable(device: str) -> str | None:
@@ -34,7 +41,11 @@ def unavailable(device: str) -> str | None:
     if version < MINIMUM:
         return f"Triton {triton.__version__} is older than {MINIMUM[0]}.{MINIMUM[1]}"
     if device == "cpu":
-        return None if INTERPRETED else "Triton serves a CPU only in its interpreter (TRITON_INTERPRET=1), for tests"
+        return (
+            None
+            if INTERPRETED
+            else "Triton serves a CPU only in its interpreter (TRITON_INTERPRET=1), for tests"
+        )
     if device != "cuda":
         return f"Triton's kernels are written for cuda devices, got {device}"
     if not torch.cuda.is_available():
@@ -62,16 +73,19 @@ def _addressable(rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
     return rows, rows[0].shape[1]  # not stride(0): meaningless where there is one row
 
 
-def _schedule(schedule: rules.Schedule) -> tuple[Tensor | None, float, float, int]:
-    if isinstance(schedule, Tensor):
-        return schedule, 1.0, 0.0, 0
-    return None, float(schedule[0]), float(schedule[1]), int(schedule[2])
+def _schedule(schedule: Schedule, like: Tensor) -> tuple[Tensor | None, float, float, int]:
+    """Interim: one tensor [3], or three numbers."""
+    if not schedule.tensors:
+        return None, float(schedule.gamma), float(schedule.temperature), int(schedule.warming)
+    values = (schedule.gamma, schedule.temperature, schedule.warming)
+    dtype = compute_dtype(like.dtype)
+    return torch.stack([torch.as_tensor(v, dtype=dtype).to(like.device) for v in values]), 1.0, 0.0, 0
 
 
 @functools.lru_cache(maxsize=256)
 def _constants(
     classes: int, stride: int, branches: int, soft: bool, dtype: torch.dtype, options: Options
-) -> tuple[triton_rule.Plan, tuple[Any, ...]]:
+) -> tuple[plan.Plan, tuple[Any, ...]]:
     """The plan and the forward kernel's constants."""
     heavy = triton_rule.heavy(soft, options.label_smoothing, options.dependence)
     plan = triton_rule.plan(classes, dtype.itemsize, heavy)
@@ -99,17 +113,14 @@ def _constants(
 
 def _launch_forward(
     logits: Sequence[Tensor],
-    target: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    norm: Tensor | None,
-    schedule: rules.Schedule,
+    targets: Targets,
+    numbers: tuple[Tensor | None, float, float, int],
     options: Options,
     grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """All but a callable rule, which needs plain torch: "constant" runs in its place."""
-    if not isinstance(options.rule, str):
-        options = options._replace(rule="constant")
+    options = options.for_kernels
+    target, mask, weight, norm = targets
     x0 = logits[0]
     device, dtype = x0.device, compute_dtype(x0.dtype)
     rows, classes = x0.shape
@@ -119,51 +130,79 @@ def _launch_forward(
     target = target.contiguous()
     mask = None if mask is None else mask.contiguous()
     weight = None if weight is None else weight.contiguous()
-    on_device, gamma, temperature, warming = _schedule(schedule)
+    on_device, gamma, temperature, warming = numbers
 
     plan, constants = _constants(classes, stride, branches, soft, x0.dtype, options)
     programs = triton_rule.programs(rows, branches, plan, multiprocessors(device.index))
     loss = torch.empty((), dtype=dtype, device=device)
     packed = torch.empty(packed_length(branches - 1), dtype=dtype, device=device)
-    per_row = torch.empty((branches, rows), dtype=dtype, device=device) if options.reduction == "none" else None
-    grads = tuple([torch.empty((rows, classes), dtype=grad_dtype(x0.dtype), device=device) for _ in logits]) if grad else None
+    per_row = (
+        torch.empty((branches, rows), dtype=dtype, device=device) if options.reduction == "none" else None
+    )
+    grads = (
+        tuple([torch.empty((rows, classes), dtype=grad_dtype(x0.dtype), device=device) for _ in logits])
+        if grad
+        else None
+    )
     state, work = workspaces.take(device, dtype, triton_rule.workspace(branches, programs))
     run_forward(
         device,
         (programs, branches, 1),
         plan.threads,
         plan.registers,
-        (kinds(inputs), grad, kind(target), kind(mask), kind(weight), kind(norm), kind(on_device), rows >> 31),
-        (inputs, grads, target, mask, weight, norm, on_device, per_row, work, state, loss, packed, rows, gamma, temperature, warming),
+        (
+            kinds(inputs),
+            grad,
+            kind(target),
+            kind(mask),
+            kind(weight),
+            kind(norm),
+            kind(on_device),
+            rows >> 31,
+        ),
+        (
+            inputs,
+            grads,
+            target,
+            mask,
+            weight,
+            norm,
+            on_device,
+            per_row,
+            work,
+            state,
+            loss,
+            packed,
+            rows,
+            gamma,
+            temperature,
+            warming,
+        ),
         constants,
     )
     if per_row is not None:  # Eq. 22 by row
-        loss = per_row[0] + rules.unpack_schedule(schedule)[0] * per_row[1:].sum(0)
+        if on_device is not None:
+            gamma = torch.where(on_device[2] != 0, 1.0, on_device[0])
+        loss = per_row[0] + (1.0 if warming else gamma) * per_row[1:].sum(0)
     return loss, packed, list(grads or ())
 
 
 def forward(
-    logits: Sequence[Tensor],
-    target: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    norm: Tensor | None,
-    schedule: rules.Schedule,
-    options: Options,
-    grad: bool,
+    logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As reference.forward, in one launch."""
-    compiling = torch.compiler.is_compiling()
-    if compiling:
-        on_device, gamma, temperature, warming = _schedule(schedule)
-        rule = options.rule if isinstance(options.rule, str) else "constant"
+    if isinstance(schedule.gamma, tuple) or (isinstance(schedule.gamma, Tensor) and schedule.gamma.dim()):
+        return reference.forward(logits, targets, schedule, options, grad)
+    numbers = _schedule(schedule, logits[0])
+    if torch.compiler.is_compiling():
         loss, packed, grads = torch.ops.arl_fast.triton_forward(
-            list(logits), target, mask, weight, norm, on_device, gamma, temperature, bool(warming), rule, *options[1:], grad
+            list(logits), *targets, *numbers[:3], bool(numbers[3]), *options.for_kernels, grad
         )
     else:
+        target = targets.target
         if target.device.type == "cpu" and not target.is_floating_point():
-            check_targets(target, logits[0].shape[1], options.ignore_index)
-        loss, packed, grads = _launch_forward(logits, target, mask, weight, norm, schedule, options, grad)
+            check_class_range(target, logits[0].shape[1], options.ignore_index)
+        loss, packed, grads = _launch_forward(logits, targets, numbers, options, grad)
     if not isinstance(options.rule, str):
         packed = rules.apply_rule(packed, schedule, options)
     return loss, packed, grads
@@ -172,7 +211,9 @@ def forward(
 # backward
 
 
-def _launch_scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, in_place: bool) -> list[Tensor]:
+def _launch_scale(
+    grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, in_place: bool
+) -> list[Tensor]:
     first = grads[0]
     upstream = upstream.contiguous()
     results = list(grads) if in_place else [torch.empty_like(g, dtype=dtype) for g in grads]
@@ -191,7 +232,9 @@ def _launch_scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | No
     return results
 
 
-def scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool) -> Sequence[Tensor]:
+def scale(
+    grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool
+) -> Sequence[Tensor]:
     """As reference.scale: one launch, in place unless the graph is kept or the dtype changes."""
     if torch.compiler.is_compiling():
         return torch.ops.arl_fast.triton_scale(list(grads), upstream, factor, dtype)
@@ -255,17 +298,19 @@ def _forward_op(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     *options, grad = rest
-    numbers = (gamma, temperature, warming)
-    return _launch_forward(logits, target, mask, weight, norm, numbers if schedule is None else schedule, Options(*options), grad)
+    targets = Targets(target, mask, weight, norm)
+    return _launch_forward(logits, targets, (schedule, gamma, temperature, warming), Options(*options), grad)
 
 
-def _scale_op(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+def _scale_op(
+    grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
     return _launch_scale(grads, upstream, factor, dtype, in_place=False)
 
 
-triton_ops.register("triton_forward", _forward_op, triton_ops.fake_forward)
-triton_ops.register("triton_scale", _scale_op, triton_ops.fake_scale)
-triton_ops.register("triton_modulate", _launch_modulate, triton_ops.fake_modulate)
+ops.register("triton_forward", _forward_op, ops.fake_forward)
+ops.register("triton_scale", _scale_op, ops.fake_scale)
+ops.register("triton_modulate", _launch_modulate, ops.fake_modulate)
 
 
 def warm_up(
@@ -274,7 +319,7 @@ def warm_up(
     options: Options,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    schedule: rules.Schedule = (1.0, 8.0, False),
+    schedule: Schedule = Schedule(1.0, 8.0),  # noqa: B008, a tuple
     features: Sequence[Tensor] = (),
 ) -> None:
     """Compile and allocate everything that a training step on tensors like these needs, for example before a capture.
@@ -286,12 +331,15 @@ def warm_up(
         options: of the loss.
         features: what ``modulate`` is given, if it is used.
     """
-    forward(logits, target, mask, weight, None, schedule, options, False)
-    loss, _, grads = forward(logits, target, mask, weight, None, schedule, options, True)
+    targets = Targets(target, mask, weight)
+    forward(logits, targets, schedule, options, False)
+    loss, _, grads = forward(logits, targets, schedule, options, True)
     upstream = torch.ones_like(loss)
     scale(grads, upstream, None, logits[0].dtype, True)
     scale(grads, upstream, None, logits[0].dtype, False)
     if features:
         double = any(z.dtype == torch.float64 for z in features)
-        link = torch.zeros(len(features), dtype=torch.float64 if double else torch.float32, device=features[0].device)
+        link = torch.zeros(
+            len(features), dtype=torch.float64 if double else torch.float32, device=features[0].device
+        )
         modulate_backward(features, link)

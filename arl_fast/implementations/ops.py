@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import compute_dtype, grad_dtype
-from ..stats import packed_length
+from .._core.dtypes import compute_dtype, grad_dtype
+from .._core.stats import packed_length
 
 library = torch.library.Library("arl_fast", "FRAGMENT")
 library.define(
@@ -32,10 +32,16 @@ def fake_forward(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Ten
     dtype = compute_dtype(first.dtype)
     loss = first.new_empty(first.shape[:1] if reduction == "none" else (), dtype=dtype)
     packed = first.new_empty(packed_length(len(logits) - 1), dtype=dtype)
-    return loss, packed, [first.new_empty(first.shape, dtype=grad_dtype(first.dtype)) for _ in logits] if grad else []
+    return (
+        loss,
+        packed,
+        [first.new_empty(first.shape, dtype=grad_dtype(first.dtype)) for _ in logits] if grad else [],
+    )
 
 
-def fake_scale(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+def fake_scale(
+    grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
     return [torch.empty_like(g, dtype=dtype) for g in grads]
 
 

@@ -1,7 +1,7 @@
 """The forward kernel: losses, statistics, coefficients and gradients of all branches in one launch.
 
 Grid (programs, M+1): a program belongs to one branch and takes its tiles in turn, so that it keeps six sums and counts
-the valid rows once. Rows of up to triton_rule.LARGEST_ROW classes are held in registers, longer ones are streamed.
+the valid rows once. Rows of up to plan.LARGEST_ROW classes are held in registers, longer ones are streamed.
 
 With z_c = x_c - max x and e_c = exp z_c a row needs, besides its maximum, s = sum e and sz = sum e z; then
 log p_c = z_c - log s and H = log s - sz / s, without a second pass and without cancellation under large offsets.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_finish import at_least, finish
+from .finish import at_least, finish
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # a maximum before the first logit: finite, so that differences never are NaN
@@ -31,7 +31,9 @@ def select(pointers, branch, BRANCHES: tl.constexpr):
 
 
 @triton.jit
-def is_valid(target, mask, row, inside, branch, BRANCHES: tl.constexpr, IGNORE: tl.constexpr, SOFT: tl.constexpr):
+def is_valid(
+    target, mask, row, inside, branch, BRANCHES: tl.constexpr, IGNORE: tl.constexpr, SOFT: tl.constexpr
+):
     """Which rows take part in a branch, and their class indices (0 for soft targets)."""
     valid = inside
     y = tl.zeros_like(row)
@@ -111,11 +113,23 @@ def count_together(
     while tl.atomic_add(state + 2, 0, sem="acquire", scope="gpu") < chunks:
         pass
     part = tl.arange(0, CHUNKS)
-    return tl.sum(tl.load(parts + branch * CHUNKS + part, mask=part < chunks, other=0.0, cache_modifier=".cg"), 0)
+    return tl.sum(
+        tl.load(parts + branch * CHUNKS + part, mask=part < chunks, other=0.0, cache_modifier=".cg"), 0
+    )
 
 
 @triton.jit
-def weights_of(target, weight, base, cols, keep, T: tl.constexpr, C: tl.constexpr, SMOOTHING: tl.constexpr, SOFT: tl.constexpr):
+def weights_of(
+    target,
+    weight,
+    base,
+    cols,
+    keep,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SOFT: tl.constexpr,
+):
     """(t, u): soft target probabilities, and the class's weight in sum u log p; 0 where ``keep`` is false.
 
     For class indices u is what the smoothing spreads, to be multiplied by SMOOTHING / C; t is unused.
@@ -138,7 +152,9 @@ OWNERS_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split
 
 
 @triton.jit
-def tile_columns(STEPS: tl.constexpr, STEP: tl.constexpr, OWNERS: tl.constexpr, OWNER: tl.constexpr, LANES: tl.constexpr):
+def tile_columns(
+    STEPS: tl.constexpr, STEP: tl.constexpr, OWNERS: tl.constexpr, OWNER: tl.constexpr, LANES: tl.constexpr
+):
     """Columns of a tile whose steps and owners are STEP and OWNER columns apart.
 
     The last step comes first: steps of one column that ascend would be dealt out to neighbouring threads, to be read as one.
@@ -238,7 +254,17 @@ def stream_row(
     first_t = tl.min(tl.where(top_t == tl.max(top_t, 0), first_t, C), 0)
     sz = tl.sum(fade * (sz + shift * s), 0)
     uz = tl.sum(uz + shift * u_sum, 0)
-    return row_top, tl.sum(fade * s, 0), sz, first, tl.sum(u_sum, 0), uz, tl.sum(fade * te, 0), first_t, tl.sum(l1, 0)
+    return (
+        row_top,
+        tl.sum(fade * s, 0),
+        sz,
+        first,
+        tl.sum(u_sum, 0),
+        uz,
+        tl.sum(fade * te, 0),
+        first_t,
+        tl.sum(l1, 0),
+    )
 
 
 @triton.jit(do_not_specialize=["rows", "gamma", "temperature", "warming"])
@@ -304,10 +330,27 @@ def forward_kernel(
             elif SOFT and mask is None:  # all rows are valid
                 divisor = rows.to(T)
             elif rows <= ALONE:
-                divisor = count_rows(target, mask, weight, branch, 0, rows, T, C, BRANCHES, IGNORE, SOFT, BLOCK)
+                divisor = count_rows(
+                    target, mask, weight, branch, 0, rows, T, C, BRANCHES, IGNORE, SOFT, BLOCK
+                )
             else:
                 parts = work + BRANCHES * 6 * programs
-                divisor = count_together(target, mask, weight, parts, state, branch, rows, T, C, BRANCHES, IGNORE, SOFT, BLOCK, CHUNKS)
+                divisor = count_together(
+                    target,
+                    mask,
+                    weight,
+                    parts,
+                    state,
+                    branch,
+                    rows,
+                    T,
+                    C,
+                    BRANCHES,
+                    IGNORE,
+                    SOFT,
+                    BLOCK,
+                    CHUNKS,
+                )
             scale = scale / divisor
 
     zero = tl.zeros([ROWS], T)
@@ -330,7 +373,20 @@ def forward_kernel(
             base = (tile + tl.zeros((), tl.int64)).to(tl.int64)
             row_valid = tl.sum(valid.to(tl.int32), 0) > 0
             top, s, sz, first, u_sum, uz, te, first_t, l1 = stream_row(
-                x, target, weight, base * STRIDE, base * C, row_valid, T, C, STEPS, OWNERS, LANES, SMOOTHING, SOFT, NEEDS_L1
+                x,
+                target,
+                weight,
+                base * STRIDE,
+                base * C,
+                row_valid,
+                T,
+                C,
+                STEPS,
+                OWNERS,
+                LANES,
+                SMOOTHING,
+                SOFT,
+                NEEDS_L1,
             )
         else:
             cols = tile_columns(STEPS, LANES, OWNERS, 0, LANES)
@@ -397,14 +453,18 @@ def forward_kernel(
             pull = tl.where(valid, pull * scale / s, 0.0)
             G: tl.constexpr = g.dtype.element_ty
             if ONLINE:
-                top = tl.where(row_valid, top, 0.0)  # rows that are not valid read as zeros: keep their e finite
+                top = tl.where(
+                    row_valid, top, 0.0
+                )  # rows that are not valid read as zeros: keep their e finite
                 pull_row = tl.sum(pull, 0)
                 push_row = tl.sum(push, 0)
                 for start in range(0, C, STEPS * OWNERS * LANES):
                     cols = start + tile_columns(STEPS, OWNERS * LANES, OWNERS, LANES, LANES)
                     keep = cols < C
                     read = keep & row_valid
-                    raw = tl.load(x + base * STRIDE + cols, mask=read, other=0.0, eviction_policy="evict_first").to(T)
+                    raw = tl.load(
+                        x + base * STRIDE + cols, mask=read, other=0.0, eviction_policy="evict_first"
+                    ).to(T)
                     d = tl.exp2((raw - top) * LOG2E) * pull_row
                     if USES_U:
                         _, u = weights_of(target, weight, base * C, cols, read, T, C, SMOOTHING, SOFT)
@@ -435,5 +495,20 @@ def forward_kernel(
     tl.debug_barrier()
     arrived = tl.atomic_add(state, 1, sem="acq_rel", scope="gpu")
     if arrived == programs * BRANCHES - 1:
-        finish(work, loss, packed, programs, gamma_t, temperature_t, warming_t, BRANCHES, REDUCTION, RULE, GAIN, FLOOR)
-        tl.store(state + tl.arange(0, 4), 0, mask=tl.arange(0, 4) < 3)  # nobody waits any more: all have arrived
+        finish(
+            work,
+            loss,
+            packed,
+            programs,
+            gamma_t,
+            temperature_t,
+            warming_t,
+            BRANCHES,
+            REDUCTION,
+            RULE,
+            GAIN,
+            FLOOR,
+        )
+        tl.store(
+            state + tl.arange(0, 4), 0, mask=tl.arange(0, 4) < 3
+        )  # nobody waits any more: all have arrived

@@ -11,7 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .triton_forward import forward_kernel
+from ..._core._torch import current_device, current_stream
+from .forward import forward_kernel
 
 INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
 
@@ -88,7 +89,7 @@ _nothing = contextlib.nullcontext()
 
 def _on(device: torch.device) -> Any:
     """Make the tensors' device the current one; costs nothing where it is."""
-    if device.type == "cpu" or torch._C._cuda_getDevice() == device.index:
+    if device.type == "cpu" or current_device() == device.index:
         return _nothing
     return torch.cuda.device(device)
 
@@ -117,7 +118,7 @@ class Workspaces:
         with _on(device):  # whose current stream it is that may be capturing
             if torch.cuda.is_current_stream_capturing():
                 return _new_workspace(device, dtype, size)
-        key = (device.index, torch._C._cuda_getCurrentRawStream(device.index), dtype)
+        key = (device.index, current_stream(device.index), dtype)
         workspace = self.streams.get(key)
         if workspace is None or workspace.work.shape[0] < size:
             workspace = self.streams[key] = _new_workspace(device, dtype, size)
@@ -125,7 +126,9 @@ class Workspaces:
 
 
 def _new_workspace(device: torch.device, dtype: torch.dtype, size: int) -> Workspace:
-    return Workspace(torch.zeros(3, dtype=torch.int32, device=device), torch.empty(size, dtype=dtype, device=device))
+    return Workspace(
+        torch.zeros(3, dtype=torch.int32, device=device), torch.empty(size, dtype=dtype, device=device)
+    )
 
 
 workspaces = Workspaces()
