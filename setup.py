@@ -1,11 +1,13 @@
 """Builds arl_fast._C, the native kernels. Everything else about the package is in pyproject.toml.
 
-ARL_FAST_BUILD=auto  CPU kernels, and CUDA kernels if torch has CUDA and nvcc is there; what cannot be built is left out (default)
+ARL_FAST_BUILD=auto  CPU kernels, and CUDA kernels if torch has CUDA and nvcc is there; what cannot
+                     be built is left out (default)
 ARL_FAST_BUILD=cpu   CPU kernels, or an error
 ARL_FAST_BUILD=cuda  CPU and CUDA kernels, or an error
 ARL_FAST_BUILD=none  Python only: plain torch on a CPU, Triton on a GPU
 
-Whether a GPU is present is never asked: a build machine needs none. TORCH_CUDA_ARCH_LIST chooses the architectures.
+Whether a GPU is present is never asked: a build machine needs none. TORCH_CUDA_ARCH_LIST chooses the
+architectures.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def no_cpu_build() -> str | None:
     try:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError as error:
-        return f"torch cannot be imported ({error}); install it first and use pip install --no-build-isolation"
+        return (
+            f"torch cannot be imported ({error}); install it first and use pip install --no-build-isolation"
+        )
     if sys.platform == "win32":
         return "the kernels need GCC or Clang"
     compiler = os.environ.get("CXX", "c++").split()[0]
@@ -89,12 +93,14 @@ def nvcc_release(nvcc: Path) -> tuple[int, int]:
 
 def cuda_library_folders(nvcc: Path) -> list[str]:
     """Where nvcc's own toolkit has libcudart: CUDA_HOME may hold no more than a wrapper of nvcc."""
-    text = subprocess.run([str(nvcc), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
+    text = subprocess.run(
+        [str(nvcc), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    ).stderr
     return re.findall(r'"-L([^"]+)"', text)
 
 
 def cuda_architectures(release: tuple[int, int]) -> str:
-    """The architectures of TORCH_CUDA_ARCH_LIST when it is unset: from sm_80 to the newest this nvcc knows."""
+    """TORCH_CUDA_ARCH_LIST where it is unset: from sm_80 to the newest that this nvcc knows."""
     return "8.0;9.0;10.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
 
 
@@ -121,7 +127,7 @@ def extension(cuda: bool) -> dict:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures(release))
 
     class Build(BuildExtension):
-        """Compiles the row kernels once per instruction set, with flags of their own, before the extension."""
+        """Compiles the row kernels per instruction set, with flags of their own, before the extension."""
 
         def build_extensions(self) -> None:
             if is_x86():
@@ -132,7 +138,9 @@ def extension(cuda: bool) -> dict:
 
         def compile_rows(self, isa: str) -> list[str]:
             flags = [*KERNEL_FLAGS, *X86_ISAS[isa]]
-            return self.compiler.compile([f"csrc/cpu/isa_{isa}.cpp"], output_dir=self.build_temp, extra_postargs=flags)
+            return self.compiler.compile(
+                [f"csrc/cpu/isa_{isa}.cpp"], output_dir=self.build_temp, extra_postargs=flags
+            )
 
     kind = CUDAExtension if cuda else CppExtension
     native = kind(
@@ -140,19 +148,28 @@ def extension(cuda: bool) -> dict:
         sources(cuda),
         define_macros=macros,
         library_dirs=cuda_library_folders(nvcc) if cuda else [],
-        extra_compile_args={"cxx": [*TORCH_FLAGS, "-fno-math-errno", "-O3"], "nvcc": ["-O3", "-lineinfo", "--extended-lambda"]},
-        depends=[str(path.relative_to(ROOT)) for pattern in ("*.h", "*.inc", "*.cuh") for path in (ROOT / "csrc").rglob(pattern)],
+        extra_compile_args={
+            "cxx": [*TORCH_FLAGS, "-fno-math-errno", "-O3"],
+            "nvcc": ["-O3", "-lineinfo", "--extended-lambda"],
+        },
+        depends=[
+            str(path.relative_to(ROOT))
+            for pattern in ("*.h", "*.inc", "*.cuh")
+            for path in (ROOT / "csrc").rglob(pattern)
+        ],
     )
-    return {"ext_modules": [native], "cmdclass": {"build_ext": Build}, **version_for_torch()}
+    return {"ext_modules": [native], "cmdclass": {"build_ext": Build}, "version": version(for_torch=True)}
 
 
-def version_for_torch() -> dict:
-    """A wheel with the extension says which torch it is for, as in 0.1.0+torch2.13: with another one its extension is not loaded."""
-    import torch
+def version(for_torch: bool = False) -> str:
+    """The package's version; that of a wheel with the extension names its torch, as in 0.1.0+torch2.13."""
+    text = (ROOT / "arl_fast" / "__init__.py").read_text()
+    found = re.search(r'^__version__ = "(.*)"$', text, re.MULTILINE)[1]
+    if for_torch and not {"bdist_wheel", "dist_info"}.isdisjoint(sys.argv):
+        import torch
 
-    if "bdist_wheel" not in sys.argv and "dist_info" not in sys.argv:
-        return {}
-    return {"options": {"egg_info": {"tag_build": "+torch" + ".".join(torch.__version__.split(".")[:2])}}}
+        found += "+torch" + ".".join(torch.__version__.split(".")[:2])
+    return found
 
 
 def arguments() -> dict:
@@ -175,4 +192,4 @@ def arguments() -> dict:
     return extension(cuda=reason is None)
 
 
-setup(**arguments())
+setup(**{"version": version(), **arguments()})

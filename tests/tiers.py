@@ -1,4 +1,4 @@
-"""Which tests are slow, and how pytest's workers (pytest-xdist) share the tests and the cores. CONTRIBUTING.md has the tiers."""
+"""Which tests are slow, and how pytest-xdist's workers share tests and cores (tiers: CONTRIBUTING.md)."""
 
 from __future__ import annotations
 

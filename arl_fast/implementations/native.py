@@ -39,7 +39,8 @@ except ImportError as error:
 else:
     _here = ".".join(torch.__version__.split(".")[:2])
     if getattr(_C, "torch", _here) != _here:  # its calls into torch's libraries would go wrong, in any way
-        _C, _absent = None, f"arl_fast._C was built for torch {_C.torch}, this is torch {_here}; build it again"
+        _absent = f"arl_fast._C was built for torch {_C.torch}, this is torch {_here}; build it again"
+        _C = None
     elif getattr(_C, "interface", 0) != INTERFACE:
         _C, _absent = None, "arl_fast._C was built from another version of the sources; build it again"
 
