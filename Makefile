@@ -1,6 +1,6 @@
-# make demo | test | lint | docs | bench: each sets up .venv first, on a machine with nothing but Python 3.11 to 3.13.
+# make demo | test | lint | docs | bench: each sets up .venv first. Only Python 3.11 to 3.13 is needed.
 #
-# TORCH pins torch; without it pip may take a newer build and gigabytes of CUDA libraries with it. Any requirement works:
+# TORCH pins torch: pip might take a newer one, and gigabytes of CUDA libraries. Any requirement works:
 #   make venv TORCH="torch==2.13.0 --index-url URL"     a certain build of torch (CPU, CUDA, ROCm)
 # PYTHON chooses the interpreter that makes .venv.
 
@@ -33,9 +33,10 @@ help:
 
 venv: $(STAMP)
 
-# What the demo needs. Again whenever the dependencies or the native sources change. The extension is built if there is a compiler.
+# What the demo needs; again when dependencies or native sources change.
 $(DEMO): pyproject.toml $(NATIVE)
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found; name one:" >&2; \
+	  echo "make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c '$(SUPPORTED)' || { echo "$(VENV) has an unsupported Python: remove it" >&2; exit 1; }
 	@date +%s > $(VENV)/.began
