@@ -79,6 +79,7 @@ def wrong(case, name, found):
     return [what for what, fine in checks.items() if not fine]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(static.TARGETS))
 def test_every_plan_keeps_its_budget(name):
     """Each plan that the rule can pick, for each dtype, with the plain loss and with all sums that a row may need."""
