@@ -7,6 +7,7 @@ from ._autograd.link import modulate
 from ._core.branches import BranchLogits
 from ._core.spec import BranchStats
 from .diagnose import diagnose
+from .fusion import FusionWeights
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
 from .history import History
 from .linear import linear_arl_loss
@@ -20,6 +21,7 @@ __all__ = [
     "BranchLogits",
     "BranchStats",
     "ConcatHead",
+    "FusionWeights",
     "GatedHead",
     "History",
     "SharedHead",

@@ -103,7 +103,7 @@ def accuracies(accuracy: Mapping[str, Mapping[str, Tensor]], ax: Any = None) -> 
     for name, c in colour.items():  # the legend, in a fixed order
         ax.plot([], [], color=c, linewidth=2.5, label="all together" if name == "fused" else f"{name} alone")
     for row, branches in enumerate(accuracy.values()):
-        shown = [m for m in branches if m != "fused" or len(branches) > 2]
+        shown = [m for m in branches if m != "fused" or len(branches) != 2]
         for m in shown:
             values = torch.as_tensor(branches[m])
             y = torch.full_like(values, row)
