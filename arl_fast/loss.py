@@ -1,9 +1,9 @@
-"""The loss: ``ARLLoss`` as a module, with the presets of the paper and of its release, and ``arl_loss`` as a function."""
+"""The loss: ``ARLLoss`` as a module, with presets, and ``arl_loss`` as a function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from ._core.options import (
 from ._core.spec import BranchStats
 from ._core.stats import unpack
 
+if TYPE_CHECKING:
+    from .history import History
+
 
 @with_options
 def arl_loss(
@@ -42,25 +45,33 @@ def arl_loss(
     implementation: Any = None,
     **options: Unpack[LossOptions],
 ) -> tuple[Tensor, BranchStats]:
-    """L = CE(fused, y) + sum_m gamma_m CE(unimodal_m, y) (Eq. 22), its statistics, and the gains of the encoders.
+    """L = CE(fused, y) + sum_m gamma_m CE(unimodal_m, y) (Eq. 22), its statistics, and the encoders' gains.
 
     Args:
         fused: [B, C] or [B, C, d1, ...] logits of the whole model, float16 to float64. Read only.
-        unimodal: logits of the same shape, dtype and device from the same head, one per modality; dict or sequence.
+        unimodal: logits of the same shape, dtype and device from the same head, one per modality; dict or
+            sequence.
         target: class indices [B, d1, ...] (int64, int32) or class probabilities of the logits' shape.
-        link: the second result of ``modulate``; while gradients are recorded required by every rule but "none".
+        link: the second result of ``modulate``; while gradients are recorded required by every rule but
+            "none".
         gamma: weight of the unimodal losses: a number >= 0, one per modality, or a tensor [] or [M].
-        temperature: T of the rule, a number or a 0-d tensor. 0 gives uniform coefficients, below 0 reverses the rule.
-        rule: "share", "paper" (two modalities), "constant", "none", or a callable from BranchStats to coefficients [M].
+        temperature: T of the rule, a number or a 0-d tensor. 0 gives uniform coefficients, below 0 reverses
+            the rule.
+        rule: "share", "paper" (two modalities), "constant", "none", or a callable from BranchStats to
+            coefficients [M].
         weight: [C] class weights, as in ``torch.nn.functional.cross_entropy``.
         mask: [B, M] bool, False where a modality is absent: those rows leave its loss and its statistics.
         warming: True, or a 0-d bool tensor, while the warm-up lasts: gamma = 1 and all gains 1.
         sync_stats: True, or a process group: statistics and mean over all processes (torch.distributed).
-        implementation: one that fulfils docs/architecture.md; None: the one that ``python -m arl_fast`` names.
-        dependence: "confidence", the mean true-class probability, or "logit_l1", the mean sum of absolute logits.
-        entropy_floor: smallest entropy share before the inversion, in [0, 1]; None: 0.6 / number of modalities.
+        implementation: one that fulfils docs/architecture.md; None: the one that ``python -m arl_fast``
+            names.
+        dependence: "confidence", the mean true-class probability, or "logit_l1", the mean sum of absolute
+            logits.
+        entropy_floor: smallest entropy share before the inversion, in [0, 1]; None: 0.6 / number of
+            modalities.
         gain: "residual" 1 + a_m (Eq. 19), "mean_one" M a_m, or "plain" a_m.
-        ignore_index, label_smoothing, reduction: as in ``torch.nn.functional.cross_entropy``, for each branch.
+        ignore_index, label_smoothing, reduction: as in ``torch.nn.functional.cross_entropy``, for each
+            branch.
 
     Returns:
         loss: 0-d, or [B, d1, ...] for reduction "none"; float32 (float64 for float64 logits).
@@ -81,7 +92,8 @@ def arl_loss(
     return loss, unpack(packed)
 
 
-# gamma and T of the paper's experiments; no floor, Eq. 18. Its three-modality data set needs a rule that takes three.
+# gamma and T of the paper's experiments; no floor, Eq. 18. Its three-modality data set needs a rule that
+# takes three.
 _PAPER: dict[str, dict[str, Any]] = {
     "crema-d": dict(gamma=4.0, temperature=8.0, rule="paper"),
     "ave": dict(gamma=4.0, temperature=4.0, rule="paper"),
@@ -89,7 +101,8 @@ _PAPER: dict[str, dict[str, Any]] = {
     "mosi": dict(gamma=4.0, temperature=4.0, rule="share"),
     "ucf101": dict(gamma=4.0, temperature=4.0, rule="paper"),
 }
-# --gamma and --T of the release's scripts; T is inert there, since the coefficients stay at their initial 0.5.
+# --gamma and --T of the release's scripts; T is inert there, since the coefficients stay at their initial
+# 0.5.
 _RELEASE: dict[str, dict[str, Any]] = {
     "crema-d": dict(gamma=4.0, temperature=8.0),
     "ave": dict(gamma=5.0, temperature=4.0),
@@ -105,20 +118,20 @@ class ARLLoss(nn.Module):
         gamma: weight of the unimodal losses (Eq. 22): a number >= 0, one per modality, or a tensor [] or [M].
         temperature: T of the rule, a number or a 0-d tensor.
         rule: "share", "paper", "constant", "none", or a callable from BranchStats to coefficients [M].
-        warmup: number of calls in training mode, with gradients, before gamma and the gains take effect (until then
-            gamma = 1 and gain = 1). The counter, the buffer ``steps``, is in the state_dict.
+        warmup: number of calls in training mode, with gradients, before gamma and the gains take effect
+            (until then gamma = 1 and gain = 1). The counter, the buffer ``steps``, is in the state_dict.
         weight: [C] class weights; moves with the module and is in the state_dict.
         sync_stats: True, or a process group, for statistics and means over all processes.
         dependence, entropy_floor, gain, ignore_index, label_smoothing, reduction: as for ``arl_loss``.
 
     Shape:
-        output: BranchLogits, a tuple (fused, unimodal[, link]) or a dict {"fused": ..., name: ..., "link": ...}, with
-            logits [B, C] or [B, C, d1, ...].
+        output: BranchLogits, a tuple (fused, unimodal[, link]) or a dict {"fused": ..., name: ..., "link":
+            ...}, with logits [B, C] or [B, C, d1, ...].
         target: class indices [B, d1, ...] or probabilities of the logits' shape.
         mask: [B, M] bool, False where a modality is absent; optional.
 
-    ``stats`` holds the BranchStats of the last call (None before the first), ``modalities`` the names in its unimodal
-    logits (None for a sequence). Errors are those of ``arl_loss``.
+    ``stats`` holds the BranchStats of the last call (None before the first), ``modalities`` the names in its
+    unimodal logits (None for a sequence). Errors are those of ``arl_loss``.
     """
 
     steps: Tensor
@@ -152,10 +165,11 @@ class ARLLoss(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._packed: Tensor | None = None
         self.modalities: tuple[str, ...] | None = None
+        self.history: History | None = None
 
     @classmethod
     def paper(cls, dataset: str, **changes: Any) -> ARLLoss:
-        """The settings that the paper names for "crema-d", "ave", "ks", "mosi" or "ucf101"; ``changes`` override them.
+        """The paper's settings for "crema-d", "ave", "ks", "mosi" or "ucf101"; ``changes`` override them.
 
         Eq. 18 is defined for two modalities. For the three of "mosi" the share rule takes its place.
         """
@@ -163,7 +177,7 @@ class ARLLoss(nn.Module):
 
     @classmethod
     def release(cls, dataset: str, **changes: Any) -> ARLLoss:
-        """What the authors' scripts for "crema-d", "ave" or "ks" would do if they ran; ``changes`` override it.
+        """What the release's scripts for "crema-d", "ave" or "ks" would do if they ran, with ``changes``.
 
         The release warms up during its epochs 0 to 5: pass ``warmup=6 * len(loader)``. See docs/errata.md.
         """
@@ -178,8 +192,33 @@ class ARLLoss(nn.Module):
 
     @property
     def stats(self) -> BranchStats | None:
-        """BranchStats of the last call: detached device tensors. Reading their values is what synchronises."""
+        """BranchStats of the last call: detached tensors on the device. Reading their values synchronises."""
         return None if self._packed is None else unpack(self._packed)
+
+    def metrics(self, prefix: str = "arl/") -> dict[str, Tensor]:
+        """The last call's statistics by name, as "arl/gain/audio": detached 0-d tensors on the device."""
+        from .history import metrics
+
+        return metrics(self.stats, self.modalities, prefix)
+
+    def track(self, history: History | None = None, **options: Any) -> History:
+        """Let a History collect every call from now on: training calls as steps, others as held-out batches.
+
+        Args:
+            history: None makes one, with ``options``.
+        """
+        if history is None:
+            from .history import History
+
+            history = History(**options)
+        elif options:
+            raise ValueError(f"track: got a history and {sorted(options)}, which are options of a new one")
+        self.history = history
+        return history
+
+    def untrack(self) -> None:
+        """End what ``track`` began."""
+        self.history = None
 
     def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
         branches = as_branch_logits(output)
@@ -201,10 +240,10 @@ class ARLLoss(nn.Module):
         bias_mode: str = "full",
         chunk: int | None = None,
     ) -> Tensor:
-        """The loss behind a linear head, without its logits: ``linear_arl_loss`` with this criterion's settings.
+        """The loss behind a linear head, without its logits: ``linear_arl_loss`` with these settings.
 
-        The matrices stay in the user's head. ``ConcatHead``, ``SumHead`` and ``SharedHead`` call this with their own:
-        ``head.loss(features, target, criterion)``.
+        The matrices stay in the user's head. ``ConcatHead``, ``SumHead`` and ``SharedHead`` call this with
+        their own: ``head.loss(features, target, criterion)``.
 
         Args:
             features, weights, bias, target, mask, fusion, bias_mode, chunk: as for ``linear_arl_loss``.
@@ -226,9 +265,11 @@ class ARLLoss(nn.Module):
         object.__setattr__(self, "modalities", tuple(modalities) if isinstance(modalities, dict) else None)
         if self.warmup and self.training and torch.is_grad_enabled():
             self.steps.add_(1)  # after the loss has read it
+        if self.history is not None:
+            self.history.observe(self)
 
     def _schedule(self, like: Tensor) -> Schedule:
-        """This step's numbers. The warm-up is counted on the device: neither a host read nor a recompilation."""
+        """This step's numbers. The warm-up is counted on the device: no host read and no recompilation."""
         if not self.warmup:
             return Schedule(self.gamma, self.temperature)
         if (

@@ -37,8 +37,9 @@ def sharded_arl_loss(
 ) -> tuple[Tensor, BranchStats]:
     """``arl_loss`` for logits of which every process of a group holds some of the classes.
 
-    All processes give the same batch and get the same loss and statistics, those of the unsharded loss. Each gets the
-    exact gradient of its shard, to be averaged with nobody. There is one all-gather of about 8 (M+1) B numbers and no
+    All processes give the same batch and get the same loss and statistics, those of the unsharded loss. Each
+    gets the exact gradient of its shard, to be averaged with nobody. There is one all-gather of about 9 (M+1)
+    B numbers and no
     other traffic: the logits never leave their process. Plain torch on any device.
 
     Everything with a dimension of classes is sharded in the same way, everything else is as in ``arl_loss``.
@@ -46,19 +47,22 @@ def sharded_arl_loss(
     Args:
         fused: [B, C_r] or [B, C_r, d1, ...] logits of this process's classes.
         unimodal: logits of the same shape, one per modality, dict or sequence.
-        target: class numbers [B, d1, ...] among all classes (int64, int32), or probabilities of the shard's classes.
+        target: class numbers [B, d1, ...] among all classes (int64, int32), or probabilities of the shard's
+            classes.
         link: the second result of ``modulate``. Features enter a sharded head through ``copy_to_shards``.
-        group: True for all processes, a ProcessGroup or a DeviceMesh of one dimension: who holds the classes, in the
-            order of the ranks.
+        group: True for all processes, a ProcessGroup or a DeviceMesh of one dimension: who holds the classes,
+            in the order of the ranks.
         offset: number of this process's first class; None: all shards are of one size, rank * C_r.
         weight: [C_r] class weights of this process's classes.
-        sync_stats: True or a group: the processes among which the *batch* is divided, not this loss's ``group``.
-        gamma, temperature, rule, mask, warming, dependence, entropy_floor, gain, ignore_index, label_smoothing,
+        sync_stats: True or a group: the processes among which the *batch* is divided, not this loss's
+        ``group``. gamma, temperature, rule, mask, warming, dependence, entropy_floor, gain, ignore_index,
+        label_smoothing,
             reduction: as for ``arl_loss``.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
-        ValueError: the shards leave gaps or overlap (on a GPU, and when compiled: the loss is NaN); else as ``arl_loss``.
+        ValueError: the shards leave gaps or overlap (on a GPU, and when compiled: the loss is NaN); else as
+            ``arl_loss``.
     """
     shards = resolve_group(group, "group")
     if offset is None:
@@ -98,7 +102,8 @@ def copy_to_shards(x: Tensor, group: Any = True) -> Tensor:
     """Where a tensor that all processes hold alike enters a layer of which each holds a part.
 
     Forward is the identity; backward adds up the gradients. A sharded head is
-    ``torch.nn.functional.linear(copy_to_shards(z, group), weight_shard, bias_shard)``, with z from ``modulate``.
+    ``torch.nn.functional.linear(copy_to_shards(z, group), weight_shard, bias_shard)``, with z from
+    ``modulate``.
 
     Args:
         x: a tensor, the same on all processes of the group.

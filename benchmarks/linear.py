@@ -1,11 +1,11 @@
-"""Linear heads: time and peak memory of features -> gradients, for ``linear_arl_loss`` and what it competes with.
+"""Linear heads: time and peak memory of features -> gradients, ``linear_arl_loss`` and its rivals.
 
     python -m benchmarks.linear --device cpu --rows rows.jsonl      measure, one row per shape and contender
-    python -m benchmarks.linear --page                              its tables in docs/performance.md, from benchmarks/results
 
-A step starts at two modalities' features [B, 512] and ends at the gradients of features, weight and bias, upstream 1.
-Contenders take turns in rotated order, each checked against float64 truth before it is timed. On a CPU one thread runs and
-the time is the process's CPU time, which other load on the machine hardly changes.
+A step starts at two modalities' features [B, 512] and ends at the gradients of features, weight and bias,
+upstream 1. Contenders take turns in rotated order, each checked against float64 truth before it is timed. On
+a CPU one thread runs and the time is the process's CPU time, which other load on the machine hardly changes.
+`python -m benchmarks.plot` writes the tables of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _module(weight: Tensor, bias: Tensor) -> arl_fast.ConcatHead:
 
 
 def release(z: list[Tensor], weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    """The release's head: one product of the concatenated features per branch, the others at zero. No gains."""
+    """The release's head: a product of the concatenated features per branch, others at zero. No gains."""
     zero = torch.zeros_like(z[0])
     logits = [F.linear(torch.cat(pair, 1), weight, bias) for pair in (z, [z[0], zero], [zero, z[1]])]
     eager = contenders.eager_stacked if 3 * logits[0].numel() <= 1 << 17 else contenders.eager_split
@@ -107,7 +107,9 @@ def make(batch: int, classes: int, device: str) -> tuple[list[Tensor], Tensor, T
 def expected(
     z: list[Tensor], weight: Tensor, bias: Tensor, target: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """In float64, some rows at a time: gradients of z, weight and bias for the ARL loss without gains; the gains; and for CE alone."""
+    """In float64, some rows at a time: gradients of z, weight and bias for the ARL loss without gains; the
+    gains; and for CE alone.
+    """
     leaves = [x.detach().double().requires_grad_() for x in (*z, weight, bias)]
     batch = len(target)
     sums = [[torch.zeros_like(x) for x in leaves] for _ in range(2)]
@@ -240,7 +242,9 @@ def measure(
 
 
 def table(found: list[rows.Row], kind: str) -> str:
-    """Time relative to head + arl_loss on a CPU, in microseconds on a GPU; peak memory beyond the inputs in MiB."""
+    """Time relative to head + arl_loss on a CPU, in microseconds on a GPU; peak memory beyond the inputs in
+    MiB.
+    """
     chosen = tables.select(found, experiment="linear", kind=kind)
     order = [OURS, HEAD, RELEASE, TORCH, CHUNKED]
     names = [n for n in order if any(r["contender"] == n for r in chosen)]
@@ -277,15 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shapes", help="as 64x6,1024x309 instead of all")
     parser.add_argument("--seconds", type=float, default=4.0, help="per contender and shape")
     parser.add_argument("--tiny", action="store_true", help="one small shape, to see that everything runs")
-    parser.add_argument("--page", action="store_true", help="only write the tables of docs/performance.md")
     options = parser.parse_args(arguments)
-    if options.page:
-        from .plot import RESULTS, fill
-
-        found = [row for file in sorted(RESULTS.glob("*.jsonl")) for row in rows.read(file)]
-        page = ROOT / "docs" / "performance.md"
-        page.write_text(fill(page.read_text(), generated(found)))
-        return
     torch.set_num_threads(1)
     shapes = [tuple(map(int, s.split("x"))) for s in options.shapes.split(",")] if options.shapes else SHAPES
     if not options.shapes and options.device == "cpu":

@@ -19,7 +19,7 @@ WHATS = ("both", "forward", "backward")
 
 
 class Step:
-    """One contender on one case: forward without gradients, backward alone, or both, on the same tensors every time.
+    """One contender on one case: forward without gradients, backward alone, or both, on the same tensors.
 
     Gradients are asked of the logits and, as in a training step, of the link. The upstream gradient is 1.
     """
@@ -53,7 +53,9 @@ class Step:
         return self.backward(self.record())
 
     def gate(self) -> dict[str, float]:
-        """Relative errors against float64 truth; raises truth.Rejected. Runs the contender for the first time."""
+        """Relative errors against float64 truth; raises truth.Rejected. Runs the contender for the first
+        time.
+        """
         c, device = self.contender, self.target.device
         loss, outcome = c.loss(self.leaves, self.target, self.link)
         stats = statistics(outcome)
@@ -88,8 +90,8 @@ def host_samples(
 ) -> list[float]:
     """Seconds per call, one sample per round of ``loops`` calls, after a round that does not count.
 
-    ``pedantic`` is that of pytest-benchmark. The clock stops before the device has finished. For "backward" the graphs
-    are built outside the clock.
+    ``pedantic`` is that of pytest-benchmark. The clock stops before the device has finished. For "backward"
+    the graphs are built outside the clock.
     """
     results: list[Any] = [None] * loops
 
@@ -130,8 +132,9 @@ def cold_samples(step: Step, device: str, rounds: int, timer: Callable[[], float
 class DeviceTimer:
     """The GPU's own time of one call.
 
-    A step that never waits for the device is captured in a CUDA graph, whose replays have no gaps for the host in them.
-    Any other step runs between two events behind a sleeping kernel; if it waits, the gaps are its own.
+    A step that never waits for the device is captured in a CUDA graph, whose replays have no gaps for the
+    host in them. Any other step runs between two events behind a sleeping kernel; if it waits, the gaps are
+    its own.
     """
 
     def __init__(self, call: Callable[[], Any], bytes_per_call: int, syncs: int) -> None:
@@ -166,7 +169,9 @@ class DeviceTimer:
         return graph
 
     def samples(self, cache: str, rounds: int) -> list[float]:
-        """Seconds per call: "warm" back to back on the same tensors, "cold" with the L2 cache flushed before each."""
+        """Seconds per call: "warm" back to back on the same tensors, "cold" with the L2 cache flushed before
+        each.
+        """
         repeat = self.repeat if cache == "warm" else 1
         run = self.graphs[repeat].replay if self.graphs else self.call
         per_sample = repeat if self.graphs else 1
@@ -216,8 +221,8 @@ def count_launches(call: Callable[[], Any]) -> int:
 def count_on_cpu(call: Callable[[], Any]) -> dict[str, int]:
     """Of one call: its torch operations, and the most memory it holds at a time.
 
-    Operations are the outermost ones and graph nodes; a fused or compiled one counts once. Memory is what comes on top
-    of what existed before; results count, inputs do not.
+    Operations are the outermost ones and graph nodes; a fused or compiled one counts once. Memory is what
+    comes on top of what existed before; results count, inputs do not.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         keep = call()

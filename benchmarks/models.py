@@ -1,4 +1,6 @@
-"""Models of the end-to-end steps: ResNet-18 encoders for spectrograms and frames, and MLP encoders for features."""
+"""Models of the end-to-end steps: ResNet-18 encoders for spectrograms and frames, and MLP encoders for
+features.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class _Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """[B, channels, h, w], or [B, channels, frames, h, w] with the features averaged over frames -> [B, 8 width]."""
+    """[B, channels, h, w], or [B, channels, frames, h, w] with the features averaged over frames -> [B, 8
+    width].
+    """
 
     def __init__(self, channels: int, width: int = 64) -> None:
         super().__init__()
@@ -66,7 +70,9 @@ class Encoders(nn.Module):
 
 
 def resnets(batch: int, device: str, small: bool = False) -> tuple[Encoders, list[Tensor], int]:
-    """CREMA-D's inputs: a spectrogram 257 x 188 and one frame 224 x 224. ``small`` shrinks everything for a smoke test."""
+    """CREMA-D's inputs: a spectrogram 257 x 188 and one frame 224 x 224. ``small`` shrinks everything for a
+    smoke test.
+    """
     width, spectrogram, frame = (8, (33, 24), (32, 32)) if small else (64, (257, 188), (224, 224))
     inputs = [
         torch.randn(batch, 1, *spectrogram, device=device),

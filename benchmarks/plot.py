@@ -1,7 +1,7 @@
-"""``python -m benchmarks.plot``: the plots in docs/ and the tables between the markers of docs/performance.md.
+"""``python -m benchmarks.plot``: the plots in docs/ and the tables of docs/performance.md.
 
-Everything comes from the rows in benchmarks/results. Plots have no background and mid-tone colours, so that they read
-on light and dark pages; of a CPU they show ratios, of a GPU times.
+Everything comes from the rows in benchmarks/results. Plots have no background and mid-tone colours, so that
+they read on light and dark pages; of a CPU they show ratios, of a GPU times.
 
     python -m benchmarks.plot --rows FILE --out FOLDER    plots of one file of rows, and no page
 """

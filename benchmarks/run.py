@@ -3,8 +3,9 @@
     python benchmarks/run.py                         all phases on the CPU, and on the GPU if there is one
     python benchmarks/run.py --device cuda --phases micro,step --out rows.jsonl
 
-Rows go to benchmarks/results/<device>.jsonl, which replaces that device's last run once this one is complete; what got
-slower since is named. ``python -m benchmarks.plot`` makes the plots and the tables of docs/performance.md from there.
+Rows go to benchmarks/results/<device>.jsonl, which replaces that device's last run once this one is complete;
+what got slower since is named. ``python -m benchmarks.plot`` makes the plots and the tables of
+docs/performance.md from there.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """Properties of one compiled kernel; widths are bytes per thread and tile, counted over 16-byte accesses alone."""
+    """Properties of one compiled kernel; widths are bytes per thread and tile, in 16-byte accesses alone."""
 
     registers: int
     spills: int
@@ -191,7 +191,7 @@ def forward_arguments(case: Case) -> dict[str, Any]:
 
 
 def innermost_loops(ptx: str, marker: str) -> list[list[str]]:
-    """Instructions of the loops that contain ``marker`` and no smaller loop that does; all of the kernel if none does."""
+    """Instructions of the innermost loops that contain ``marker``; all of the kernel if none does."""
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\$L\w+):", line))}
     spans = []
@@ -262,7 +262,7 @@ EVERYTHING = dict(soft=True, mask=True, smoothing=0.1, dependence="logit_l1")  #
 
 
 def every_plan(largest: int = 40_000) -> list[Case]:
-    """One case for each plan that the rule can pick, with the widths of its accesses, for each dtype: plain, and all sums."""
+    """One case for each plan that can be picked, access width and dtype: the plain loss, and all sums."""
     found = []
     for dtype, size in ITEMSIZE.items():
         for options in ({}, EVERYTHING):
@@ -322,7 +322,7 @@ def per_logit(case: Case, value: int) -> float:
 
 
 def predict(case: Case, found: Report, device: Device, rows: int) -> float:
-    """Seconds of the forward launch for ``rows`` rows of each branch, by the model of the module's docstring."""
+    """Seconds of the forward launch for ``rows`` rows of each branch, by the model above."""
     logits = rows * case.classes * (case.modalities + 1)
     size = ITEMSIZE[case.dtype]
     passes = 1 + case.grad
@@ -333,7 +333,7 @@ def predict(case: Case, found: Report, device: Device, rows: int) -> float:
 
 
 def cases(classes: Sequence[int]) -> list[Case]:
-    """Every kind of plan (several rows, one row, streamed; aligned and odd), plain and with what costs registers."""
+    """Every kind of plan (several rows, one row, streamed; aligned, odd), plain and with all sums."""
     plain = [Case(c, d) for c in classes for d in ("fp32", "bf16")] + [
         Case(1000, "fp16"),
         Case(5, "fp64"),
@@ -372,8 +372,9 @@ def line(case: Case, found: Report, device: str | None) -> str:
         )
         time = f"{predict(case, found, DEVICES[device], rows) * 1e6:.0f} ({floor * 1e6:.0f})"
     return (
-        f"| {case.classes} | {case.dtype} | {case.label} M={case.modalities} | {tile} | {plan.threads} | {found.registers} | "
-        f"{found.spills} | {found.shared} | {found.loads16} | {found.stores16} | {per_logit(case, found.exponentials):.2f} | "
+        f"| {case.classes} | {case.dtype} | {case.label} M={case.modalities} | {tile} | {plan.threads} | "
+        f"{found.registers} | {found.spills} | {found.shared} | {found.loads16} | {found.stores16} | "
+        f"{per_logit(case, found.exponentials):.2f} | "
         f"{per_logit(case, found.instructions):.1f} | {time} |"
     )
 
@@ -399,7 +400,8 @@ def main() -> None:
         device = {"sm_80": "A100", "sm_90": "H200"}.get(name)
         print(f"### {name}\n")
         print(
-            f"| C | dtype | with | tile | threads | regs | spills | smem | ld16 | st16 | ex2 | instr | {device or ''} us (floor) |"
+            "| C | dtype | with | tile | threads | regs | spills | smem | ld16 | st16 | ex2 | instr | "
+            f"{device or ''} us (floor) |"
         )
         print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
         for case, found in zip(wanted, reports([(case, name) for case in wanted]), strict=True):
@@ -407,7 +409,8 @@ def main() -> None:
         print("\n| kernel | regs | spills | smem | ld16 | st16 |\n|---|---|---|---|---|---|")
         for kernel, found in backward_reports(name).items():
             print(
-                f"| {kernel} | {found.registers} | {found.spills} | {found.shared} | {found.loads16} | {found.stores16} |"
+                f"| {kernel} | {found.registers} | {found.spills} | {found.shared} | "
+                f"{found.loads16} | {found.stores16} |"
             )
         print(flush=True)
 

@@ -1,9 +1,10 @@
 """What ARL adds to a whole training step: ``python -m benchmarks.step --device cuda --rows FILE``.
 
-One set of encoders and one input per model. The ways of training differ only in head, loss and gain: plain joint
-cross-entropy; the release's way; arl_fast. Each has its own copy of the parameters and its SGD. Their steps take turns,
-a few at a time, in an order that is rotated; the overhead is the median over the turns of the ratio to the joint step
-of the same turn. On a GPU the clock stops after the device has finished the turn's steps.
+One set of encoders and one input per model. The ways of training differ only in head, loss and gain: plain
+joint cross-entropy; the release's way; arl_fast. Each has its own copy of the parameters and its SGD. Their
+steps take turns, a few at a time, in an order that is rotated; the overhead is the median over the turns of
+the ratio to the joint step of the same turn. On a GPU the clock stops after the device has finished the
+turn's steps.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def measure(
     seconds: float,
     threads: int,
 ) -> list[rows.Row]:
-    """Time the three ways in turns for about ``seconds``; one row each, with ``added_percent`` over the joint step."""
+    """Time the three ways in turns for about ``seconds``; one row each, with ``added_percent`` over the joint
+    step.
+    """
     batch = inputs[0].shape[0]
     target = torch.randint(0, CLASSES, (batch,), device=device)
     steps = {way: training_step(way, encoders, inputs, target, size) for way in WAYS}
@@ -168,7 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
             for row in measured:
                 percent = row["added_percent"]
                 print(
-                    f"{model:10} {row['contender']:10} adds {percent['median']:+.1f} % [{percent['q1']:+.1f}, {percent['q3']:+.1f}]"
+                    f"{model:10} {row['contender']:10} adds {percent['median']:+.1f} % "
+                    f"[{percent['q1']:+.1f}, {percent['q3']:+.1f}]"
                 )
             if options.rows:
                 rows.append(options.rows, measured)

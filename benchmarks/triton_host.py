@@ -122,7 +122,8 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
     found = medians(calls, rounds, loops)
     ratios = {name: seconds / found["torch CE"] for name, seconds in found.items()}
     print(
-        f"Triton {triton.__version__}, torch {torch.__version__}; over one torch CE ({found['torch CE'] * 1e6:.0f} us of CPU time)"
+        f"Triton {triton.__version__}, torch {torch.__version__}; "
+        f"over one torch CE ({found['torch CE'] * 1e6:.0f} us of CPU time)"
     )
     for name, ratio in ratios.items():
         print(f"{ratio:6.2f}  {name}")

@@ -1,5 +1,6 @@
 // The Python module arl_fast._C. Importing it also registers the kernels of ops.cpp with torch.
 #include <torch/csrc/utils/pybind.h>
+#include <torch/headeronly/version.h>
 
 #include "cpu/forward.h"
 #include "cpu/memory.h"
@@ -52,6 +53,7 @@ PyMethodDef fast_methods[] = {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of arl_fast; arl_fast/implementations/native.py is their interface.";
   module.attr("spec") = arl::spec();
+  module.attr("torch") = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);
   module.def("forward", &forward);
   module.def("scale", &scale);
   module.def("modulate_backward", &modulate_backward);

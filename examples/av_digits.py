@@ -5,7 +5,7 @@
 FOLDER holds fsdd/recordings/DIGIT_SPEAKER_INDEX.wav and mnist/t10k-images-idx3-ubyte, mnist/t10k-labels-idx1-ubyte (also
 with .gz). A recording is paired with an image of the same digit. Of the six speakers three are for training, one for
 validation and two for testing, and so for the images: no speaker and no image is in two of them. Each method has the
-learning rate that is best for it on the validation data. --noise adds noise to the images, in units of their standard
+learning rate that is best for it on the validation data, and fusion weights come from there too. --noise adds noise to the images, in units of their standard
 deviation, so that one modality becomes much weaker than the other.
 """
 
@@ -17,7 +17,7 @@ import wave
 from pathlib import Path
 
 import torch
-from ladder import Budget, Net, Split, arguments, climb, picture, table
+from ladder import Budget, Net, Split, arguments, climb, picture, table, write_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -134,6 +134,8 @@ def main() -> None:
     print(f"{options.seeds} seeds\n")
     print(table(results.accuracy, MODALITIES))
     picture(results, MODALITIES, options.out)
+    if options.rows:
+        write_rows(results, options.rows, example="av_digits", noise=options.noise)
     print(f"Picture: {options.out}   ({time.perf_counter() - start:.0f} s)")
 
 

@@ -1,4 +1,6 @@
-"""What test_distributed.py runs inside its processes: one function per check, called on every process of a gloo group."""
+"""What test_distributed.py runs inside its processes: one function per check, called on every process of a
+gloo group.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,7 @@ def same(a, b, dtype) -> None:
         close(x, y, dtype)
 
 
-# Statistics of all processes ------------------------------------------------------------------------------------------
+# ---- statistics of all processes
 
 
 def check_ddp_equals_one_process_on_the_joined_batch(rank, world):
@@ -203,7 +205,9 @@ def check_sum_and_none_stay_local(rank, world):
 
 
 def check_sum_with_a_normaliser_is_the_joined_batch(rank, world):
-    """The recipe of HF's Trainer: sum over the share, divided by the number of rows of all, times the processes."""
+    """The recipe of HF's Trainer: sum over the share, divided by the number of rows of all, times the
+    processes.
+    """
     dtype = torch.float64
     x, target = batch(world * world, dtype)
     share = shares(world)[rank]
@@ -241,7 +245,9 @@ def check_callable_rule_sees_the_joined_statistics_once(rank, world):
 
 
 def check_linear_loss(rank, world):
-    """Head and loss in one, in chunks: the joined batch's gradients and statistics as well, with a share without a valid row too."""
+    """Head and loss in one, in chunks: the joined batch's gradients and statistics as well, with a share
+    without a valid row too.
+    """
     dtype = torch.float64
     x, target = batch(world * world, dtype)
     share = shares(world)[rank]
@@ -263,7 +269,7 @@ def check_linear_loss(rank, world):
 
 
 def check_compiled(rank, world):
-    """The all-reduce is in the graph: fullgraph, forward and backward, no recompilation through the warm-up."""
+    """The all-reduce is in the graph: fullgraph, both passes, no recompilation through the warm-up."""
     x, target = batch(world * world)
     share = shares(world)[rank]
     own, labels = {name: z[share] for name, z in x.items()}, target[share]
@@ -351,7 +357,7 @@ def check_dtensor_logits_raise(rank, world):
     raises(TypeError, "features['a']: got a DTensor", lambda: arl_fast.modulate({"a": whole}))
 
 
-# Classes over processes -----------------------------------------------------------------------------------------------
+# ---- classes over processes
 
 
 def bounds(rank: int, world: int, classes: int, uneven: bool) -> slice:
@@ -393,7 +399,10 @@ def compare_sharded(rank, world, logits, target, uneven=False, tolerance=None, *
     torch.testing.assert_close(got_loss, loss, **close)
     for field in stats._fields:
         torch.testing.assert_close(
-            getattr(got_stats, field), getattr(stats, field), **close, msg=lambda m: f"{field}: {m}"
+            getattr(got_stats, field),
+            getattr(stats, field),
+            **close,
+            msg=lambda m, field=field: f"{field}: {m}",
         )
     torch.testing.assert_close(got[0], expected[0], **close)
     for a, b in zip(got[1:], expected[1:], strict=True):
@@ -480,6 +489,32 @@ def check_sharded_extreme_logits(rank, world):
         )
 
 
+def check_sharded_float32_extremes(rank, world):
+    """Relative error of float32 gradients against float64, each row by itself, as arl_loss has it; and no row
+    at all.
+    """
+    classes = 16
+    target = torch.randint(0, classes, (6,))
+    own = bounds(rank, world, classes, False)
+    noise = [torch.randn(6, classes) for _ in range(3)]
+    certain = [x.scatter_add(1, target[:, None], torch.full((6, 1), 14.0)) for x in noise]
+    cases = {"offset": [x + 1e4 for x in noise], "certain": certain}
+    for name, logits in cases.items():
+        wide = [x.double().requires_grad_() for x in logits]
+        loss, _ = arl_loss(wide[0], wide[1:], target, reduction="sum", rule="none")
+        truth = torch.autograd.grad(loss, wide)
+        mine = [x[:, own].clone().requires_grad_() for x in logits]
+        loss, _ = sharded_arl_loss(mine[0], mine[1:], target, reduction="sum", rule="none")
+        for got, want in zip(torch.autograd.grad(loss, mine), truth, strict=True):
+            error = (got.double() - want[:, own]).norm(dim=1) / want.norm(dim=1)
+            assert float(error.max()) < 2e-6, (name, error)
+    empty = [x[:0, own].requires_grad_() for x in noise]
+    loss, stats = sharded_arl_loss(empty[0], empty[1:], target[:0], rule="none")
+    assert loss.isnan()
+    assert stats.count.tolist() == [0, 0, 0]
+    assert all(g.shape == x.shape for g, x in zip(torch.autograd.grad(loss, empty), empty, strict=True))
+
+
 def check_sharded_errors(rank, world):
     logits = [torch.randn(3, 4) for _ in range(3)]
     target = torch.tensor([0, 1, 4 * world])
@@ -494,7 +529,9 @@ def check_sharded_errors(rank, world):
 
 
 def check_sharded_head_trains_as_the_unsharded(rank, world):
-    """Column-parallel head: encoders alike on all processes get the gradients of the unsharded model, gains included."""
+    """Column-parallel head: encoders alike on all processes get the gradients of the unsharded model, gains
+    included.
+    """
     dtype, classes = torch.float64, 4 * world
     own = bounds(rank, world, classes, False)
     x = {name: torch.randn(6, 8, dtype=dtype) for name in ("a", "v")}

@@ -1,6 +1,7 @@
-"""Fixtures that move tests to a GPU: the implementations that serve it, tensors made there, truth computed on the CPU.
+"""Fixtures that move tests to a GPU: tensors are made there, truth is computed on the CPU.
 
-Importing this skips the module without a GPU. ARL_TEST_DEVICE=cpu runs what can run on a CPU, to see that the tests are sound.
+Importing this skips the module without a GPU. ARL_TEST_DEVICE=cpu runs what can run on a CPU, to see that the
+tests are sound.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The method in float64, written from the formulas of docs/method.md with Python loops: truth, independent of the package.
+"""The method in float64, from the formulas of docs/method.md, with Python loops: truth, not from the package.
 
 Gradients of the logits come from autograd through these formulas, the coefficients from plain Python numbers.
 """
@@ -37,7 +37,9 @@ def arl(
     warming: bool = False,
     upstream: Tensor | float = 1.0,
 ) -> Truth:
-    """Loss, gradients (times ``upstream``) and statistics for logits [B, C] or [B, C, d1, ...], the fused branch first."""
+    """Loss, gradients (times ``upstream``) and statistics for logits [B, C] or [B, C, d1, ...], the fused
+    branch first.
+    """
     leaves = [x.detach().double().clone().requires_grad_() for x in logits]
     rows = [x.movedim(1, -1).reshape(-1, x.shape[1]) for x in leaves]
     n, classes = rows[0].shape

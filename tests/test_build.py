@@ -1,4 +1,6 @@
-"""Building: a Python install without the native kernels that works and says why they are absent, and flags of the user."""
+"""Building: a Python install without the native kernels that works and says why they are absent, and flags of
+the user.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +66,17 @@ def test_without_a_compiler(checkout):
     assert "ARL_FAST_BUILD=cpu, but there is no C++ compiler" in done.stderr
 
 
+def test_an_extension_for_another_torch_is_not_used():
+    code = """
+import runpy, sys, types
+sys.modules["arl_fast._C"] = types.SimpleNamespace(torch="1.0")
+runpy.run_module("arl_fast", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "cpu: reference" in done.stdout, done.stderr
+    assert "arl_fast._C was built for torch 1.0, this is torch" in done.stdout
+
+
 def test_a_wrong_mode_is_named(checkout):
     done = build(checkout, ARL_FAST_BUILD="gpu")
     assert done.returncode != 0
@@ -76,7 +89,9 @@ def test_the_note_stays_out_of_version_control():
 
 @pytest.mark.parametrize("name", ["isa_baseline", "isa_avx2"])
 def test_a_users_flags_do_not_change_the_width_of_vectors(name):
-    """CXXFLAGS=-march=native reaches every copy of the row kernels, on a CPU with AVX-512 the narrower ones, too."""
+    """CXXFLAGS=-march=native reaches every copy of the row kernels, on a CPU with AVX-512 the narrower ones,
+    too.
+    """
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("no g++, or no x86-64")

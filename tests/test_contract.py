@@ -141,7 +141,9 @@ def test_nan_in_one_modality_shows_everywhere(implementation):
     ids=str,
 )
 def test_cross_entropy_options(implementation, poisoned, reduction, soft, options):
-    """Each branch follows torch.nn.functional.cross_entropy, with a mask and a non-trivial upstream gradient on top."""
+    """Each branch follows torch.nn.functional.cross_entropy, with a mask and a non-trivial upstream gradient
+    on top.
+    """
     logits, target = make(batch=9)
     options = dict(options)
     if options.pop("weight", False):
@@ -443,7 +445,9 @@ def test_logits_are_read_only(implementation):
 
 
 def test_backward_twice(implementation):
-    """With retain_graph the second backward is as right as the first, whatever was done with the first one's result."""
+    """With retain_graph the second backward is as right as the first, whatever was done with the first one's
+    result.
+    """
     logits, target = make()
     leaves = [x.requires_grad_() for x in logits]
     for scale in (1.0, 0.5):
@@ -486,7 +490,9 @@ def test_gradient_for_some_branches_only(implementation):
 
 @pytest.mark.parametrize("gain", ["residual", "mean_one", "plain"])
 def test_gains_on_encoders_and_one_on_the_head(implementation, gain):
-    """Equation 19 end to end: features times the stated gain, the head's own parameters as if there were none."""
+    """Equation 19 end to end: features times the stated gain, the head's own parameters as if there were
+    none.
+    """
     head = arl_fast.ConcatHead({"audio": 4, "visual": 3}, 5)
     target = torch.randint(0, 5, (6,))
     criterion = ARLLoss(gain=gain, gamma=1.5)

@@ -1,4 +1,6 @@
-"""Several processes on one machine (gloo): each check of distributed_checks.py runs on every process of its group."""
+"""Several processes on one machine (gloo): each check of distributed_checks.py runs on every process of its
+group.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +30,7 @@ PAIR = ["check_compiled_ddp", "check_fsdp2", "check_meshes_and_groups", "check_d
 SHARDED = [
     "check_sharded_equals_unsharded",
     "check_sharded_extreme_logits",
+    "check_sharded_float32_extremes",
     "check_sharded_errors",
     "check_sharded_head_trains_as_the_unsharded",
 ]

@@ -96,7 +96,9 @@ def test_hf_trainer(example):
 
 
 def test_hf_accumulation_equals_one_batch(example):
-    """Two micro-batches of 16, divided by the 32 items in both, are the gradients of one batch of 32 (constant rule)."""
+    """Two micro-batches of 16, divided by the 32 items in both, are the gradients of one batch of 32
+    (constant rule).
+    """
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     hf_trainer = example("hf_trainer")
@@ -122,7 +124,9 @@ def test_hf_accumulation_equals_one_batch(example):
 
 
 def test_hf_adapter():
-    """Sum over the micro-batch divided by the Trainer's count; the count has no influence on the coefficients."""
+    """Sum over the micro-batch divided by the Trainer's count; the count has no influence on the
+    coefficients.
+    """
     criterion = arl_fast.ARLLoss(reduction="sum")
     loss = compute_loss_func(criterion)
     head = arl_fast.ConcatHead({"audio": 4, "visual": 4}, 3)

@@ -1,4 +1,6 @@
-"""What only a GPU can get wrong: launch plans, waiting, graphs, streams, launches, memory, sizes. Skipped without one."""
+"""What only a GPU can get wrong: launch plans, waiting, graphs, streams, launches, memory, sizes. Skipped
+without one.
+"""
 # ruff: noqa: F811, the fixtures of gpu.py are parameters here
 
 from __future__ import annotations
@@ -158,7 +160,7 @@ def test_captured_in_a_graph_and_replayed(implementation, name):
 
 @gpu_only
 def test_other_streams(implementation):
-    """On a stream of its own, and on two at once without a wait between: no workspace is shared by mistake."""
+    """On a stream of its own, and on two at once without a wait between: no workspace is shared."""
     cases = [branches(512, 309, seed=s) for s in range(2)] + [branches(64, 32000, seed=9)]
     cases += [branches(60_000, 19, seed=s) for s in range(2)]  # whose programs wait for each other
     want = [run(*case) for case in cases]
@@ -204,7 +206,7 @@ def test_compiled_in_one_graph(implementation, dynamic):
 @gpu_only
 @pytest.mark.parametrize(("batch", "classes"), [(64, 6), (64, 309), (2048, 1000), (20_000, 6)])
 def test_launches(kernels, batch, classes):
-    """Forward is one launch, backward for an upstream gradient of 1 at most two, torch's own fill of it included.
+    """Forward is one launch, backward for an upstream gradient of 1 at most two, torch's own fill included.
 
     The native kernels count more than 8192 rows in a launch before.
     """

@@ -145,7 +145,9 @@ def test_the_papers_rule_depends_on_the_order():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_plain_cross_entropy_bit_for_bit(weighted, smoothing, dtype, reduction, kind):
-    """gamma = 0 and rule "none" is the baseline of every comparison: torch's own cross-entropy, value and gradient."""
+    """gamma = 0 and rule "none" is the baseline of every comparison: torch's own cross-entropy, value and
+    gradient.
+    """
     x, other = torch.randn(50, 9, dtype=dtype, requires_grad=True), torch.randn(50, 9, dtype=dtype)
     target = torch.randint(0, 9, (50,))
     target[::7] = -100
@@ -174,7 +176,9 @@ def test_plain_cross_entropy_bit_for_bit(weighted, smoothing, dtype, reduction, 
 )
 @pytest.mark.parametrize("block", [1, 12, 40])
 def test_blocks_of_the_reference_do_not_matter(monkeypatch, soft, options, block):
-    """Rows are worked on in blocks of a size that fits the machine: no statistic and no gradient may depend on it."""
+    """Rows are worked on in blocks of a size that fits the machine: no statistic and no gradient may depend
+    on it.
+    """
     logits, target = [3 * torch.randn(11, 4) for _ in range(3)], torch.randint(0, 4, (11,))
     target[3] = -100
     if soft:
@@ -204,7 +208,9 @@ def test_blocks_of_the_reference_do_not_matter(monkeypatch, soft, options, block
 def test_where_the_reference_cannot_raise_a_wrong_class_is_nan(
     monkeypatch, rule, smoothing, reduction, weight
 ):
-    """As on a GPU, where looking would stall: that row's loss and gradients are NaN in the branches where it is valid."""
+    """As on a GPU, where looking would stall: that row's loss and gradients are NaN in the branches where it
+    is valid.
+    """
     logits, target = [torch.randn(6, 4, dtype=torch.float64) for _ in range(3)], torch.randint(0, 4, (6,))
     target[1], target[4] = 4, -100
     mask = torch.ones(6, 2, dtype=torch.bool)

@@ -1,4 +1,6 @@
-"""Linear head and loss in one: equal to head + arl_loss whatever the chunks, and never more than a chunk of logits."""
+"""Linear head and loss in one: equal to head + arl_loss whatever the chunks, and never more than a chunk of
+logits.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +180,9 @@ def test_empty_batch(implementation, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", HEADS)
 def test_gradcheck(kind, reduction, chunk):
-    """Numerical derivatives of the loss; a gain is not part of the loss, so with one the gradients divided by it."""
+    """Numerical derivatives of the loss; a gain is not part of the loss, so with one the gradients divided by
+    it.
+    """
     head, features, target = make(kind, batch=5)
     weights, bias = head.weights_and_bias()
     leaves = [*features, *head.parameters()]
@@ -590,7 +594,7 @@ def _process(rank: int, store: str, out: str) -> None:
 
 @needs_gloo
 def test_statistics_of_two_processes(tmp_path):
-    """Unequal shares, one of them in chunks: averaged over the processes, the gradients of the joined batch."""
+    """Unequal shares, one in chunks: averaged over the processes, the gradients of the joined batch."""
     spawn(_process, (str(tmp_path / "store"), str(tmp_path)), 2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
@@ -622,7 +626,7 @@ def test_refuses_what_it_cannot_differentiate():
         torch.func.grad(lambda z: head.loss([z, features[1]], target)[0])(features[0])
 
 
-# ---- the usual step on a CPU, one call and one node (csrc/eager/linear.cpp) ------------------------------------------------
+# ---- the usual step on a CPU, one call and one node (csrc/eager/linear.cpp)
 
 native, REASON = dispatch.load("native", "cpu")
 NODE = "ARLLinearLossBackward"
@@ -724,7 +728,9 @@ WIDE = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fusion", ["concat", "sum", "shared"])
 def test_one_call_at_any_size_and_stride(served, poisoned, fusion, dtype, shape, layout):
-    """Against float64: the error of the products is that of the dtype, whatever the memory of features and weights."""
+    """Against float64: the error of the products is that of the dtype, whatever the memory of features and
+    weights.
+    """
     batch, classes, dims = WIDE[shape]
     if fusion == "shared":
         dims = [dims[0]] * 2
@@ -843,7 +849,9 @@ def test_modes_are_not_bypassed(served):
 
 
 def test_one_call_checks_what_was_saved(served):
-    """As autograd does: features where the weights, weights where the features need a gradient, must not change meanwhile."""
+    """As autograd does: features where the weights, weights where the features need a gradient, must not
+    change meanwhile.
+    """
     for frozen, changed, fails in (
         ((), "features", True),
         ((), "weight", True),
@@ -935,7 +943,9 @@ def test_one_call_in_evaluation_keeps_nothing(served):
 
 
 def test_memory_of_one_call_is_that_of_the_logits(served):
-    """Logits and gradients share a buffer, which a profiler sees; in backward the gradients of features and weights come on top."""
+    """Logits and gradients share a buffer, which a profiler sees; in backward the gradients of features and
+    weights come on top.
+    """
     from benchmarks.linear import profiled
 
     head = ConcatHead([512, 512], 3000)

@@ -1,4 +1,6 @@
-"""Autocast in float16 with a loss scaler, and in bfloat16; fused and unimodal logits of either type; statistics in float32."""
+"""Autocast in float16 with a loss scaler, and in bfloat16; fused and unimodal logits of either type;
+statistics in float32.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def batch(rows=16):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_loss_and_statistics(implementation, dtype):
-    """The head's logits are of the autocast type, loss and statistics float32; gradients close to those of float32."""
+    """The head's logits are of the autocast type, loss and statistics float32; gradients close to those of
+    float32.
+    """
     model, criterion = Model(), ARLLoss()
     x, target = batch()
     with torch.autocast("cpu", dtype):
@@ -53,7 +57,9 @@ def test_logits_loss_and_statistics(implementation, dtype):
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**8, 2.0**16])
 def test_loss_scale_does_not_touch_the_gains(implementation, scale):
-    """The same statistics, and the same gradients after unscaling, whatever GradScaler multiplies the loss with."""
+    """The same statistics, and the same gradients after unscaling, whatever GradScaler multiplies the loss
+    with.
+    """
     model, criterion = Model(), ARLLoss()
     x, target = batch()
     results = []
@@ -72,7 +78,9 @@ def test_loss_scale_does_not_touch_the_gains(implementation, scale):
 
 
 def test_loss_scale_saves_small_float16_gradients(implementation):
-    """Gradients below float16's range: lost without a scale, as ever, and exact with one, since it is applied before rounding."""
+    """Gradients below float16's range: lost without a scale, as ever, and exact with one, since it is applied
+    before rounding.
+    """
     # rows of 4096: a mean gradient of about 1e-4 / 4096 is far below 6e-8, float16's smallest number
     logits = [torch.randn(4096, 5).half().requires_grad_() for _ in range(3)]
     target = torch.randint(0, 5, (4096,))

@@ -28,7 +28,9 @@ def batch(rows):
 
 
 def same_steps(compiled, plain, sizes, recompiles_at=()):
-    """Compiled and eager training side by side: loss, gradients, statistics and counter, and no recompilation after the first step."""
+    """Compiled and eager training side by side: loss, gradients, statistics and counter, and no recompilation
+    after the first step.
+    """
     (model, criterion, step), (other, eager) = compiled, plain
     for i, rows in enumerate(sizes):
         a, v, target = batch(rows)

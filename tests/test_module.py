@@ -13,6 +13,7 @@ import torch
 
 import arl_fast
 from arl_fast import ARLLoss, BranchLogits, BranchStats, ConcatHead
+from arl_fast._core.options import Schedule
 from arl_fast.implementations import dispatch, reference
 
 
@@ -47,7 +48,7 @@ def test_outputs_of_every_form_give_the_same():
 
 
 def test_warmup_lives_in_the_state_dict():
-    """gamma = 1 and gain = 1 before `warmup` steps have passed; evaluation does not count; a restart goes on."""
+    """gamma = 1 and gain = 1 during the warm-up; evaluation does not count; a restart goes on."""
     head, z, target = example()
     criterion = ARLLoss(gamma=3.0, warmup=2)
 
@@ -108,7 +109,7 @@ def test_release_preset_is_a_constant_one_and_a_half():
 def test_reference_is_selectable():
     head, z, target = example()
     out = head(z)
-    loss, stats = reference.arl_loss(*out[:2], target, out.link, temperature=4.0)
+    loss, stats = arl_fast.reference.arl_loss(*out[:2], target, out.link, temperature=4.0)
     want, want_stats = arl_fast.arl_loss(*out[:2], target, out.link, temperature=4.0)
     torch.testing.assert_close(loss, want)
     for got, expected in zip(stats, want_stats, strict=True):
@@ -118,7 +119,7 @@ def test_reference_is_selectable():
 def test_plain_cross_entropy_goes_to_torch():
     x = torch.randn(2, 3)
     options = ARLLoss(rule="none").options
-    assert dispatch.for_loss(x, options, 0.0) is reference
+    assert dispatch.for_loss(x, options, Schedule(0.0, 8.0)) is reference
 
 
 def run_python(*arguments, **environment):
@@ -143,7 +144,8 @@ def test_command_line_names_implementation_and_reason():
 def test_import_is_light():
     """Nothing optional is imported before it is needed."""
     heavy = "triton numpy matplotlib transformers lightning torch._inductor torch._dynamo"
-    script = f"import torch, sys; before = set(sys.modules); import arl_fast; print(sorted(({set(heavy.split())} & set(sys.modules)) - before))"
+    script = "import torch, sys; before = set(sys.modules); import arl_fast; "
+    script += f"print(sorted(({set(heavy.split())} & set(sys.modules)) - before))"
     code, text = run_python("-c", script)
     assert code == 0
     assert text.strip() == "[]"

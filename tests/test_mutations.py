@@ -1,4 +1,4 @@
-"""The suite has teeth: each of these small defects in an implementation must make the contract's check fail."""
+"""Each of these small defects in an implementation must make the contract's check fail."""
 
 from __future__ import annotations
 

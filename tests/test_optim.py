@@ -82,7 +82,9 @@ def test_sgd_does_not():
 
 
 def test_update_gains_are_not_cancelled():
-    """With gains on the update the constant rule is AdamW with 1.5 times the encoders' learning rate, as it is for SGD."""
+    """With gains on the update the constant rule is AdamW with 1.5 times the encoders' learning rate, as it
+    is for SGD.
+    """
 
     def faster(groups):
         return torch.optim.AdamW(

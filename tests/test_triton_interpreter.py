@@ -136,7 +136,7 @@ def test_many_rows_are_counted_together(many_rows, monkeypatch, poisoned, batch)
 
 
 def test_programs_share_the_counting(many_rows, monkeypatch):
-    """As if other programs had already counted the first two pieces: they are not counted again, and their sums are used."""
+    """As if others had already counted the first two pieces: their counts are used."""
     logits, target = test_contract.make(batch=32)
     targets = Targets(target)
     loss, packed, grads = reference.forward(logits, targets, SCHEDULE, OPTIONS, True)
@@ -258,9 +258,30 @@ def test_ops():
         torch.library.opcheck(registered.triton_modulate_backward.default, (grads, [2, 0, 1], torch.rand(3)))
 
 
+def test_the_op_keeps_no_memory(monkeypatch):
+    """CUDA graph trees of torch.compile refuse an op that holds memory of their pool after it has run."""
+
+    def refuse(*arguments):
+        raise AssertionError("the op asked for a workspace that outlives it")
+
+    logits, target = test_contract.make()
+    want = reference.forward(logits, Targets(target), SCHEDULE, OPTIONS, True)
+    monkeypatch.setattr(implementation.workspaces, "take", refuse)
+    encoded = (*ops.encode_schedule(SCHEDULE), *ops.encode_options(OPTIONS))
+    got = torch.ops.arl_fast.triton_forward(logits, target, None, None, None, *encoded, True)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("floats", [(0.1, 0.2), (0.3, 0.0)])
+def test_options_of_an_op_are_those_that_were_given(floats):
+    given = Options(lambda stats: stats.entropy, "logit_l1", floats[0], "plain", 2**63 - 1, floats[1], "sum")
+    assert ops.decode_options(*ops.encode_options(given)) == given._replace(rule="constant")
+    assert ops.decode_options(*ops.encode_options(OPTIONS)) == OPTIONS
+
+
 @pytest.mark.parametrize(("reduction", "backend"), [("mean", "inductor"), ("none", "aot_eager")])
 def test_compiled_in_one_graph(reduction, backend):
-    """The whole step, features to loss, through the registered ops; a second batch size recompiles at most once more."""
+    """The whole step, features to loss, through the registered ops, for two batch sizes."""
     import arl_fast
 
     head = arl_fast.SharedHead([3, 3], 4)

@@ -1,4 +1,4 @@
-"""Budgets of the Triton kernels, read from what they compile to for GPUs that are not here (benchmarks/static_report.py)."""
+"""Budgets of the Triton kernels, read from what they compile to (benchmarks/static_report.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ static = pytest.importorskip("static_report")
 from arl_fast._core.branches import Targets  # noqa: E402
 from arl_fast._core.options import Options, Schedule  # noqa: E402
 
-OPTIONS = Options()
+OPTIONS, SCHEDULE = Options(), Schedule(1.0, 8.0)
 
 MORE = [  # what a plan does not tell
     static.Case(28, modalities=8, mask=True),
@@ -83,9 +83,10 @@ def wrong(case, name, found):
     return [what for what, fine in checks.items() if not fine]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(static.TARGETS))
 def test_every_plan_keeps_its_budget(name):
-    """Each plan that the rule can pick, for each dtype, with the plain loss and with all sums that a row may need."""
+    """Each plan that can be picked, for each dtype, with the plain loss and with all sums."""
     cases = static.every_plan() + MORE
     assert len({case.plan for case in cases}) > 100
     found = static.reports([(case, name) for case in cases])
@@ -109,7 +110,7 @@ def test_backward(name):
 
 @pytest.mark.parametrize("name", list(static.TARGETS))
 def test_programs_that_wait_look_again(name):
-    """The loop in which programs wait for others' counts loads anew each time, with acquire: else it might never end."""
+    """The loop in which programs wait for others loads anew each time, or it might never end."""
     case, target = static.Case(1000), static.TARGETS[name]
     registers = case.plan.registers
     kernel, _ = static.compile_kernel(
@@ -148,12 +149,12 @@ class Bound:
     just that.
     """
 
-    def __init__(self, kernel):
+    def __init__(self, kernel, target="sm_90"):
         from triton.compiler import make_backend
         from triton.runtime.jit import create_function_from_signature
 
         self.bind = create_function_from_signature(
-            kernel.signature, kernel.params, make_backend(static.TARGETS["sm_90"])
+            kernel.signature, kernel.params, make_backend(static.TARGETS[target])
         )
         self.compiled, self.reused = [], 0
 
@@ -222,14 +223,12 @@ def shifted(x):
 
 
 def test_the_launcher_never_takes_a_variant_for_other_arguments(bound):
-    """Calls that differ in one thing each, twice: the second time everything is found, and what is found fits (see Variant)."""
+    """Calls that differ in one thing each, twice: the second time a fitting variant is found (see Variant)."""
     import torch
 
     from arl_fast.implementations.triton import host as implementation
 
-    def forward(
-        dtype=torch.float32, classes=28, change=lambda x: x, schedule=Schedule(1.0, 8.0), grad=True, **given
-    ):
+    def forward(dtype=torch.float32, classes=28, change=lambda x: x, schedule=SCHEDULE, grad=True, **given):
         logits = [change(torch.zeros(6, classes, dtype=dtype)) for _ in range(3)]
         tensors = [
             given.pop(name, default)
@@ -314,6 +313,77 @@ def test_the_launcher_never_takes_a_variant_for_other_arguments(bound):
     for call in calls:
         call()
     assert compiled == {name: len(kernel.compiled) for name, kernel in bound.items()}
+
+
+def test_another_class_count_compiles_no_other_scale_kernel(bound):
+    import torch
+
+    from arl_fast.implementations.triton import host as implementation
+
+    for classes in (6, 28, 101):
+        grads = [torch.zeros(5, classes) for _ in range(3)]
+        implementation.scale(grads, torch.ones(()), None, torch.float32, False)
+    assert len(bound["run_scale"].compiled) == 1
+    for classes in (6, 28):  # of rows with upstream gradients of their own the class count is a divisor
+        grads = [torch.zeros(5, classes) for _ in range(3)]
+        implementation.scale(grads, torch.ones(5), None, torch.float32, False)
+    assert len(bound["run_scale"].compiled) == 3
+
+
+def test_schedule_tensors_are_passed_on_as_they_are(bound, monkeypatch):
+    """A step whose gamma, T and warm-up are tensors runs nothing but the kernel: no copy, no stack."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from arl_fast.implementations.triton import host as implementation
+
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.append(function)
+            return function(*arguments, **(keywords or {}))
+
+    workspace = implementation.new_workspace(torch.device("cpu"), torch.float32, 10_000)
+    logits, targets = [torch.zeros(6, 28) for _ in range(3)], Targets(torch.zeros(6).long())
+    for gamma in (torch.rand(()), torch.rand(2), (0.5, 2.0)):
+        schedule = Schedule(gamma, torch.ones(()), 5, torch.tensor(3))
+        with Recorder():
+            implementation._launch_forward(
+                logits, targets, schedule, OPTIONS, True, lambda *arguments: workspace
+            )
+    assert set(seen) == {torch.ops.aten.empty.memory_format}
+
+
+def test_on_rocm_a_large_tensor_gets_a_variant_of_its_own(monkeypatch):
+    """AMD's compiler uses 32-bit offsets where the memory of a tensor is smaller than 2 GB."""
+    import torch
+
+    from arl_fast.implementations.triton import host as implementation
+    from arl_fast.implementations.triton import launch
+
+    found = {}
+    for name in ("run_forward", "run_scale", "run_modulate"):
+        found[name] = Bound(getattr(implementation, name).kernel, "gfx942")
+        monkeypatch.setattr(implementation, name, launch.Launcher(found[name]))
+    monkeypatch.setattr(implementation, "multiprocessors", lambda index: 304)
+    monkeypatch.setattr(launch, "ROCM", True)
+    memory = torch.empty(2**31, dtype=torch.uint8).view(torch.float32)  # never touched
+
+    def run(x, weight):
+        logits = [x] * 3
+        targets = Targets(torch.zeros(6).long(), weight=weight)
+        implementation._launch_forward(logits, targets, Schedule(1.0, 8.0), OPTIONS, True)
+        implementation.scale(logits, torch.ones(()), None, torch.float32, False)
+        implementation.modulate_backward(logits[:2], torch.zeros(2))
+
+    small, large = torch.zeros(6 * 28), memory[: 6 * 28]
+    for x in (small, large) * 2:
+        for weight in (small, large):
+            run(x.view(6, 28), weight[:28])
+    assert {name: len(kernel.compiled) for name, kernel in found.items()} == dict(
+        run_forward=4, run_scale=2, run_modulate=2
+    )
 
 
 def test_host_benchmark_runs():

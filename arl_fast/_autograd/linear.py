@@ -1,21 +1,23 @@
 """The loss behind a linear head: features in, loss out, never more than a chunk of logits in memory.
 
-With a linear head the unimodal predictions are pieces of the fused one, so one product per modality and pass serves all
-M+1 branches. With z_m [N, D_m], W_m [C, D_m], own bias b_m [C] and g the gradients of the branches' logits:
+With a linear head the unimodal predictions are pieces of the fused one, so one product per modality and pass
+serves all M+1 branches. With z_m [N, D_m], W_m [C, D_m], own bias b_m [C] and g the gradients of the
+branches' logits:
 
-    x_m  = z_m W_m^T + b_m                  fused x_f = sum_m z_m W_m^T + b ("concat") or sum_m x_m ("sum", "shared")
-    t_m  = g_f + g_m                        what reaches modality m's product, from its own branch and the fused one
-    dz_m = gain_m t_m W_m                   dW_m = t_m^T z_m          db: column sums
+    x_m  = z_m W_m^T + b_m          fused x_f = sum_m z_m W_m^T + b ("concat") or sum_m x_m ("sum", "shared")
+    t_m  = g_f + g_m                what reaches modality m's product: its own branch and the fused one
+    dz_m = gain_m t_m W_m           dW_m = t_m^T z_m          db: column sums
 
-The rows go to the implementation that dispatch.py chose, in chunks of a memory budget; the products to torch's BLAS.
+The rows go to the implementation that dispatch.py chose, in chunks of a memory budget; the products to
+torch's BLAS.
 
-* One chunk: the logits' gradients [N, C] are kept, and backward makes the products. The usual eager step on a CPU is one
-  call of ``csrc/eager/linear.cpp``, with an autograd node of its own.
-* Several chunks: forward makes a chunk's logits, their gradients and the products at once and keeps the sums. Backward
-  multiplies these by the upstream gradient and the gains, which only the last chunk completes.
-* Several chunks where a product must not be made before the upstream gradient is known: one such gradient per row
-  (reduction "none"), float16, which needs the loss scale before it is rounded, or statistics of several processes.
-  Backward then computes each chunk's logits again: M more products, the same memory.
+* One chunk: the logits' gradients [N, C] are kept, and backward makes the products. The usual eager step on a
+  CPU is one call of ``csrc/eager/linear.cpp``, with an autograd node of its own.
+* Several chunks: forward makes a chunk's logits, their gradients and the products at once and keeps the sums.
+  Backward multiplies these by the upstream gradient and the gains, which only the last chunk completes.
+* Several chunks where a product must not be made before the upstream gradient is known: one such gradient per
+  row (reduction "none"), float16, which needs the loss scale before it is rounded, or statistics of several
+  processes. Backward then computes each chunk's logits again: M more products, the same memory.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from .products import BUDGET, GradientSums, Layout, chunk_rows, take, times
 def _divisor(
     targets: Targets, options: Options, dtype: torch.dtype, branches: int, group: Group | None
 ) -> Tensor:
-    """[M+1]: what "mean" divides the gradients of each branch by, over all rows (of all processes, per process)."""
+    """[M+1] what "mean" divides the gradients by, over all rows (of all processes, per process)."""
     target, mask, weight, _ = targets
     if target.is_floating_point():
         rows = torch.ones_like(target[:, 0], dtype=dtype)
@@ -64,7 +66,7 @@ def _targets_of(targets: Targets, part: slice | None) -> Targets:
 
 
 class _LinearARL(torch.autograd.Function):
-    """(features [N, D_m]..., weights..., biases...) -> loss, packed statistics and, if asked for, the logits."""
+    """(features [N, D_m]..., weights..., biases...) -> loss, packed statistics and, if wanted, logits."""
 
     @staticmethod
     def forward(
@@ -83,7 +85,8 @@ class _LinearARL(torch.autograd.Function):
         products_now = (
             grad and not one_chunk and options.reduction != "none" and layout.dtype != torch.float16
         )
-        # a part of the batch knows neither the statistics of all rows, which the rule wants, nor what "mean" divides by
+        # a part of the batch knows neither the statistics of all rows, which the rule wants, nor what "mean"
+        # divides by
         is_whole = one_chunk and group is None
         local_options = options if is_whole else options._replace(rule="constant")
         if grad and not is_whole and options.reduction == "mean":
@@ -157,32 +160,22 @@ def _scaled_sums(ctx: Any, upstream: Tensor, keep: bool) -> list[Tensor | None]:
 def _save_for_late(
     ctx: Any, step: Step, link: Tensor | None, grads: Sequence[Tensor], tensors: Sequence[Tensor]
 ) -> None:
-    """Everything from which _late_products makes the products: tensors by autograd's rules, the rest on ``ctx``."""
+    """Keep what _late_products needs: tensors by autograd's rules, the rest on ``ctx``."""
     schedule = step.schedule
-    counter = None if schedule.step is None else schedule.step.clone()  # the criterion goes on counting
-    numbers = [
-        value if isinstance(value, Tensor) else None for value in (schedule.gamma, schedule.temperature)
-    ]
-    ctx.step = step._replace(
-        targets=None,
-        schedule=Schedule(*(0.0 if isinstance(v, Tensor) else v for v in schedule[:2]), schedule.warmup),
-    )
-    ctx.kept = len(grads)
-    ctx.save_for_backward(link, counter, *numbers, *step.targets, *grads, *tensors)
+    if schedule.step is not None:
+        schedule = schedule._replace(step=schedule.step.clone())  # the criterion goes on counting
+    ctx.implementation, ctx.options, ctx.kept = step.implementation, step.options, len(grads)
+    ctx.numbers = [None if isinstance(value, Tensor) else value for value in schedule]
+    on_device = [value if isinstance(value, Tensor) else None for value in schedule]
+    ctx.save_for_backward(link, *on_device, *step.targets, *grads, *tensors)
 
 
 def _late_products(ctx: Any, upstream: Tensor, keep: bool) -> list[Tensor | None]:
-    """The products with the kept gradients of the logits or, where there are none, of logits that are computed again."""
-    layout, step = ctx.layout, ctx.step
-    implementation, schedule = step.implementation, step.schedule
-    link, counter, gamma, temperature, *rest = ctx.saved_tensors
-    schedule = Schedule(
-        schedule.gamma if gamma is None else gamma,
-        schedule.temperature if temperature is None else temperature,
-        schedule.warmup,
-        counter,
-    )
-    targets, rest = Targets(*rest[:4]), rest[4:]
+    """The products with the kept gradients of the logits, or with those of logits that are computed again."""
+    layout, implementation = ctx.layout, ctx.implementation
+    link, *rest = ctx.saved_tensors
+    on_device, targets, rest = rest[:4], Targets(*rest[4:8]), rest[8:]
+    schedule = Schedule(*(n if t is None else t for t, n in zip(on_device, ctx.numbers, strict=True)))
     kept, tensors = rest[: ctx.kept], rest[ctx.kept :]
     features, weights, biases = layout.split(tensors)
     weights = layout.by_modality(weights, [z.shape[1] for z in features])
@@ -193,7 +186,7 @@ def _late_products(ctx: Any, upstream: Tensor, keep: bool) -> list[Tensor | None
         if not kept:
             logits = layout.logits(z, weights, biases)
             _, _, grads = implementation.forward(
-                logits, _targets_of(targets, part), schedule, step.options, True
+                logits, _targets_of(targets, part), schedule, ctx.options, True
             )
             del logits
         u = take(upstream, part) if upstream.dim() else upstream
@@ -223,7 +216,7 @@ def linear_loss_and_packed(
     sync_stats: bool | Any = False,
     return_logits: bool = False,
 ) -> tuple[Tensor, Tensor, BranchLogits | None]:
-    """What every loss behind a linear head calls: the loss, the packed statistics and, if asked for, the logits."""
+    """What every loss behind a linear head calls: the loss, the packed statistics, the logits if wanted."""
     if sync_stats is False and not return_logits and (native := dispatch.native_steps()) is not None:
         # None where anything is unusual or wrong, or takes several chunks
         result = native.fast_linear_loss(options, head, targets, schedule, BUDGET["cpu"])
@@ -232,7 +225,7 @@ def linear_loss_and_packed(
     (z, w, b), ((like,), targets, schedule) = check_linear_loss(
         head, _product_dtype, targets, schedule, options
     )
-    group = None if sync_stats is False else resolve_group(sync_stats, "sync_stats")
+    group = None if sync_stats is False else resolve_group(sync_stats)
     batch, classes, *positions = like.shape
     chunk = head.chunk or chunk_rows(z[0].shape[:-1].numel(), classes, len(z), like.dtype, like.device.type)
     layout = Layout(head.fusion, head.bias_mode, len(z), len(w), like.dtype, chunk, return_logits)

@@ -16,8 +16,9 @@ from ..implementations import dispatch
 def recorded(tensors: Sequence[Tensor | None]) -> bool:
     """Whether autograd records what is computed from any of these.
 
-    A Function is applied only then. Elsewhere torch.compile calls ``forward`` itself, and drops its ``ctx`` where the
-    number of arguments happens to be that of the parameters, ``*varargs`` counted as one (torch 2.13).
+    A Function is applied only then. Elsewhere torch.compile calls ``forward`` itself, and drops its ``ctx``
+    where the number of arguments happens to be that of the parameters, ``*varargs`` counted as one (torch
+    2.13).
     """
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -29,13 +30,13 @@ def new_link(features: Sequence[Tensor]) -> Tensor:
 
 
 def for_link(link: Tensor, packed: Tensor) -> Tensor:
-    """gains - 1, as often as the link holds the modalities: DataParallel concatenates the links of its replicas."""
+    """gains - 1, repeated as the link is: DataParallel concatenates the links of its replicas."""
     gradient = link_gradient(packed)
     return gradient if link.shape == gradient.shape else gradient.repeat(link.shape[0] // gradient.shape[0])
 
 
 class _Modulate(torch.autograd.Function):
-    """Identity on the features. The gradient of the extra output, the link, is what scales theirs in backward."""
+    """Identity on the features. The gradient of an extra output, the link, scales theirs in backward."""
 
     @staticmethod
     def forward(ctx: Any, *features: Tensor) -> tuple[Tensor, ...]:
@@ -60,19 +61,21 @@ def modulate(
 ) -> tuple[dict[str, Tensor] | list[Tensor], Tensor]:
     """Mark the point at which the gradient of each modality's encoder is to be scaled.
 
-    The features come back unchanged. Give the link to the loss that is computed from them: in backward the gradient
-    that reaches modality m through its features is then multiplied by the gain of the same step (Eq. 19 of the paper).
-    A link that no loss uses is harmless.
+    The features come back unchanged. Give the link to the loss that is computed from them: in backward the
+    gradient that reaches modality m through its features is then multiplied by the gain of the same step (Eq.
+    19 of the paper). A link that no loss uses is harmless.
 
     Args:
-        features: one floating-point tensor of any shape per modality, all on one device; a dict by name or a sequence.
+        features: one floating-point tensor of any shape per modality, all on one device; a dict by name or a
+            sequence.
 
     Returns:
-        The features, in a dict or a list as they came, and the link, a zero vector [M] of float32 (float64 if any
-        feature is float64). Where several losses use one link, their gains minus one add up.
+        The features, in a dict or a list as they came, and the link, a zero vector [M] of float32 (float64 if
+        any feature is float64). Where several losses use one link, their gains minus one add up.
 
     Raises:
-        TypeError, ValueError: not a dict or sequence of floating-point tensors, none given, or several devices.
+        TypeError, ValueError: not a dict or sequence of floating-point tensors, none given, or several
+            devices.
     """
     named = checks.named_tensors("features", features)
     checks.refuse_transforms("modulate")

@@ -31,7 +31,7 @@ class Step(NamedTuple):
 def compute(
     step: Step, logits: Sequence[Tensor], grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor]]:
-    """The loss in its final shape, the packed statistics, the factor on the gradients and the gradients of the rows."""
+    """The loss in its final shape, the packed statistics, the gradients' factor, the rows' gradients."""
     implementation, options, schedule, targets, group = step
     local_options = options
     if (
@@ -52,7 +52,7 @@ def compute(
 
 
 class _ARLLoss(torch.autograd.Function):
-    """Loss and packed statistics. The gradients of the logits are written in forward and handed out in backward."""
+    """Loss and packed statistics. Forward writes the gradients of the logits, backward hands them out."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, link: Tensor | None, *logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,11 +84,12 @@ def keeps_graph() -> bool:
 
 
 def refuse_second_derivatives() -> None:
-    """For the backward of a loss whose gradients come from forward: under create_graph they would pass for constants."""
+    """Under create_graph, gradients that were computed in forward would pass for constants."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "arl_loss: got a backward with create_graph=True, but its gradients are computed in the forward pass and have no "
-            "derivatives of their own; use torch.nn.functional.cross_entropy on the branches where second derivatives are needed"
+            "arl_loss: got a backward with create_graph=True, but its gradients are computed in the forward "
+            "pass and have no derivatives of their own; use torch.nn.functional.cross_entropy on the "
+            "branches where second derivatives are needed"
         )
 
 
@@ -111,7 +112,7 @@ def loss_and_packed(
         if result is not None:  # None where anything is unusual or wrong
             return result
     logits, targets, schedule = check_loss(branches, targets, schedule, options)
-    group = None if sync_stats is False else resolve_group(sync_stats, "sync_stats")
+    group = None if sync_stats is False else resolve_group(sync_stats)
     if implementation is None:
         implementation = dispatch.for_loss(logits[0], options, schedule)
     step = Step(implementation, options, schedule, targets, group)

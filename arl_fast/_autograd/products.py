@@ -1,4 +1,4 @@
-"""The products of a linear head: features and weights to logits, and gradients of logits to those of the parameters."""
+"""The products of a linear head: from features to logits, and from their gradients to the parameters'."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from .._core.dtypes import compute_dtype
 
-# Bytes that a chunk's logits and their gradients may take, by type of device. More rows make the products faster until
-# they fill the machine, and a GPU needs many (docs/performance.md).
+# Bytes that a chunk's logits and their gradients may take, by type of device. More rows make the products
+# faster until they fill the machine, and a GPU needs many (docs/performance.md).
 BUDGET = {"cpu": 128 << 20}
 DEFAULT_BUDGET = 1 << 30
 
@@ -97,7 +97,8 @@ class Layout(NamedTuple):
 class GradientSums:
     """Gradients of features, weights and biases, added up over chunks of rows.
 
-    A sum of several products is kept in float32 (float64 for float64), a single product as the BLAS writes it.
+    A sum of several products is kept in float32 (float64 for float64), a single product as the BLAS writes
+    it.
 
     Args:
         layout: what the tensors are.

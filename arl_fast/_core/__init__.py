@@ -1,1 +1,1 @@
-"""What everything else stands on: names and fields, options, argument checks, statistics and rules. No autograd here."""
+"""What everything else stands on: names, options, argument checks, statistics and rules. No autograd."""

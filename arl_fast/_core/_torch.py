@@ -1,4 +1,4 @@
-"""Every private name of torch that this package uses, in one place; tests/test_private_torch.py says which are lost."""
+"""Every private name of torch that this package uses. tests/test_private_torch.py says which are lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def _always_true() -> bool:
 
 # Whether a transform of torch.func is running. Without the name nothing is refused.
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _always_false)
-# Whether the running backward keeps its graph, so that saved gradients must not be handed out. Unknown: assume it does.
+# Whether the running backward keeps its graph, so that saved gradients must not be handed out. Unknown:
+# assume it does.
 graph_is_kept: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", _always_true
 )
@@ -35,12 +36,12 @@ def constant_for_compiler(function: Callable) -> Callable:
 
 
 def current_stream(device: int) -> int:
-    """The address of the current CUDA stream of a device; without the object that torch.cuda.current_stream makes."""
+    """The address of the current CUDA stream of a device, without making a torch.cuda.Stream."""
     return torch._C._cuda_getCurrentRawStream(device)
 
 
 def current_device() -> int:
-    """The index of the current CUDA device; without the check that torch.cuda.current_device makes."""
+    """The index of the current CUDA device, without the checks of torch.cuda.current_device."""
     return torch._C._cuda_getDevice()
 
 

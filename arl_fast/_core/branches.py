@@ -31,8 +31,8 @@ class Targets(NamedTuple):
         target: class indices (int64, int32), or class probabilities of the logits' shape.
         mask: [B, M] bool, False where a modality is absent; None: all are present.
         weight: [C] class weights; None: 1.
-        divisor: [M+1] what reduction "mean" divides the gradients of each branch by, where these rows are only a part
-            of the batch; None: it is counted. Callers of the loss do not give it.
+        divisor: [M+1] what reduction "mean" divides the gradients of each branch by, where these rows are
+            only a part of the batch; None: it is counted. Callers of the loss do not give it.
     """
 
     target: Tensor
@@ -42,7 +42,7 @@ class Targets(NamedTuple):
 
 
 def as_branch_logits(output: object) -> BranchLogits:
-    """BranchLogits from itself, a tuple (fused, unimodal[, link]) or a dict {"fused", name: ..., ["link"]}."""
+    """BranchLogits from itself, a tuple (fused, unimodal[, link]) or a dict {"fused", name..., ["link"]}."""
     if isinstance(output, BranchLogits):
         return output
     # before Mapping, an abstract class, whose check takes a microsecond
@@ -52,7 +52,8 @@ def as_branch_logits(output: object) -> BranchLogits:
         if "fused" not in output:
             keys = list(output)
             raise ValueError(
-                f'output: got a dict with the keys {keys}, expected "fused", the modalities and optionally "link"'
+                f'output: got a dict with the keys {keys}, expected "fused", the modalities and, optionally, '
+                '"link"'
             )
         unimodal = {name: x for name, x in output.items() if name not in ("fused", "link")}
         return BranchLogits(output["fused"], unimodal, output.get("link"))
@@ -61,8 +62,8 @@ def as_branch_logits(output: object) -> BranchLogits:
     else:
         what = type(output).__name__
     raise TypeError(
-        f"output: got {what}, expected BranchLogits(fused, unimodal, link), a tuple (fused, [x_1, ..., x_M], link) "
-        'or a dict {"fused": ..., name: ..., "link": ...}'
+        f"output: got {what}, expected BranchLogits(fused, unimodal, link), a tuple "
+        '(fused, [x_1, ..., x_M], link) or a dict {"fused": ..., name: ..., "link": ...}'
     )
 
 
@@ -77,7 +78,7 @@ def from_rows(g: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def targets_to_rows(targets: Targets, logits: Tensor) -> Targets:
-    """Targets of logits [B, C, d1, ...] -> those of their rows [N, C]; a sample's mask holds at all its positions."""
+    """Targets of logits [B, C, d1, ...] -> of their rows [N, C]; a mask holds at all positions."""
     target, mask = targets.target, targets.mask
     if mask is not None and logits.dim() > 2:
         mask = mask.repeat_interleave(logits.shape[2:].numel(), 0)

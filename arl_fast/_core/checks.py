@@ -1,7 +1,7 @@
-"""Every check of an argument that is not an option: the general path enters here once, before anything is computed.
+"""Every check of an argument that is not an option. The general path enters here once, before it computes.
 
-Each error names the argument, what came, and what was expected. ``csrc/eager`` serves usual calls without these checks;
-whatever it does not accept comes here.
+Each error names the argument, what came, and what was expected. ``csrc/eager`` serves usual calls without
+these checks; whatever it does not accept comes here.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from .spec import BIAS_MODES, FUSIONS
 
 
 def refuse_transforms(what: str) -> None:
-    """torch.func treats functions by rules of its own, and the link, an edge between two autograd nodes, is outside them."""
+    """Transforms of torch.func know nothing of the link, an edge between two autograd nodes."""
     if _torch.transforms_active():
         raise RuntimeError(
-            f"{what}: called inside a transform of torch.func (grad, vmap, jvp, ...), which cannot carry the link from the "
-            "loss to the encoders: use loss.backward() or torch.autograd.grad; for predictions alone, "
-            "head.branches(features) returns the logits"
+            f"{what}: called inside a transform of torch.func (grad, vmap, jvp, ...), which cannot carry the "
+            "link from the loss to the encoders: use loss.backward() or torch.autograd.grad; for predictions "
+            "alone, head.branches(features) returns the logits"
         )
 
 
 def check_not_dtensor(label: str, x: Tensor) -> None:
-    """A DTensor's link and statistics would be each process's own while its values look like the whole batch's."""
+    """A DTensor looks like the whole batch, but its link and statistics would be each process's own."""
     if type(x).__name__ == "DTensor":
         raise TypeError(
-            f"{label}: got a DTensor, expected this process's Tensor: pass .to_local(), for logits sharded over the batch "
-            "with sync_stats=True, for logits sharded over the classes to arl_fast.sharded.sharded_arl_loss"
+            f"{label}: got a DTensor, expected this process's Tensor: pass .to_local(), for logits sharded "
+            "over the batch with sync_stats=True, for logits sharded over the classes to "
+            "arl_fast.sharded.sharded_arl_loss"
         )
 
 
@@ -50,10 +51,11 @@ def describe(value: object) -> str:
 
 
 def named_tensors(argument: str, values: Any) -> dict[Any, Tensor]:
-    """The tensors of a dict or a sequence by name or position, after checking that they are floating-point tensors."""
+    """The floating-point tensors of a dict or a sequence by name or position, checked."""
     if isinstance(values, Tensor) or not isinstance(values, (Mapping, Sequence)):
         raise TypeError(
-            f"{argument}: got {type(values).__name__}, expected a dict or a sequence of tensors, one per modality"
+            f"{argument}: got {type(values).__name__}, expected a dict or a sequence of tensors, one per "
+            "modality"
         )
     tensors = dict(values) if isinstance(values, Mapping) else dict(enumerate(values))
     if not tensors:
@@ -92,8 +94,9 @@ def check_loss(branches: BranchLogits, targets: Targets, schedule: Schedule, opt
     needs_link = options.scales and torch.is_grad_enabled() and any(x.requires_grad for x in logits)
     if branches.link is None and needs_link:  # doing nothing in silence is the classic failure
         raise ValueError(
-            f"link: got None, but rule {options.rule!r} scales the encoders' gradients through it: pass the second result "
-            "of arl_fast.modulate(features) (the heads of arl_fast do), or rule='none' for the losses alone"
+            f"link: got None, but rule {options.rule!r} scales the encoders' gradients through it: pass the "
+            "second result of arl_fast.modulate(features) (the heads of arl_fast do), or rule='none' for the "
+            "losses alone"
         )
     return CheckedStep(logits, targets, schedule)
 
@@ -106,7 +109,8 @@ def _check_branches(branches: BranchLogits) -> tuple[Tensor, ...]:
         )
     if isinstance(unimodal, Tensor) or not isinstance(unimodal, (Mapping, Sequence)):
         raise TypeError(
-            f"unimodal: got {type(unimodal).__name__}, expected a dict or a sequence of logits, one per modality"
+            f"unimodal: got {type(unimodal).__name__}, expected a dict or a sequence of logits, one per "
+            "modality"
         )
     if type(fused) is not Tensor:
         check_not_dtensor("fused", fused)
@@ -153,24 +157,27 @@ def _check_link(link: Tensor, names: Sequence, fused: Tensor) -> None:
         )
     if link.device != fused.device:
         raise ValueError(f"link: got device {link.device}, expected that of the logits, {fused.device}")
-    # modulate leaves the names on its link, so that features and logits in different order cannot swap their gains
+    # modulate leaves the names on its link, so that features and logits in different order cannot swap their
+    # gains
     modalities = getattr(link, "modalities", None)
     if modalities is not None and not isinstance(names, range) and modalities != tuple(names):
         raise ValueError(
-            f"unimodal: got the modalities {list(names)}, expected the order given to modulate, {list(modalities)}"
+            f"unimodal: got the modalities {list(names)}, expected the order given to modulate, "
+            f"{list(modalities)}"
         )
 
 
 def _check_targets_and_schedule(
     logits: Tensor, modalities: int, targets: Targets, schedule: Schedule, options: Options
 ) -> tuple[Targets, Schedule]:
-    """What comes with ``modalities`` + 1 tensors like ``logits``. Returns the class weights in the compute dtype."""
+    """What comes with ``modalities`` + 1 tensors like ``logits``; class weights in the compute dtype."""
     _check_target(targets.target, logits)
     check_gamma(schedule.gamma, modalities)
     check_scalar("temperature", schedule.temperature)
     if options.rule == "paper" and modalities != 2:
         raise ValueError(
-            f"rule: 'paper' (Eq. 18) is defined for two modalities, got {modalities}; 'share' takes any number"
+            f"rule: 'paper' (Eq. 18) is defined for two modalities, got {modalities}; "
+            "'share' takes any number"
         )
     if targets.mask is not None:
         _check_mask(targets.mask, logits, modalities)
@@ -210,8 +217,8 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
     if target.is_floating_point():
         if target.shape == indices:
             raise TypeError(
-                f"target: got dtype {target.dtype} in the shape of class indices, {list(indices)}: pass integers, "
-                "target.long(), or class probabilities of the logits' shape"
+                f"target: got dtype {target.dtype} in the shape of class indices, {list(indices)}: pass "
+                "integers, target.long(), or class probabilities of the logits' shape"
             )
         if target.shape != logits.shape:
             raise ValueError(
@@ -219,7 +226,8 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
             )
         if target.requires_grad:
             raise ValueError(
-                "target: got probabilities that require grad; the loss gives the target none, pass target.detach()"
+                "target: got probabilities that require grad; the loss gives the target none, pass "
+                "target.detach()"
             )
     elif target.dtype in (torch.int64, torch.int32):
         if target.shape != indices:
@@ -228,12 +236,13 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
             )
     else:
         raise TypeError(
-            f"target: got dtype {target.dtype}, expected int64 or int32 class indices, or floating-point probabilities"
+            f"target: got dtype {target.dtype}, expected int64 or int32 class indices, or floating-point "
+            "probabilities"
         )
 
 
 def check_class_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """On a CPU a class index out of range is an error, as in torch. On a GPU that would stall: its row becomes NaN."""
+    """A class index out of range is an error on a CPU. On a GPU looking would stall: the row becomes NaN."""
     bad = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bool(bad.any()):
         value = int(target[bad][0])
@@ -271,7 +280,7 @@ def _check_weight(weight: Tensor, logits: Tensor) -> None:
         )
 
 
-# ---- linear heads ----------------------------------------------------------------------------------------------------
+# ---- linear heads ----------------------------------------------------------------------------------------
 
 
 class LinearHead(NamedTuple):
@@ -344,7 +353,8 @@ def _check_features(features: Any) -> tuple[Sequence[Any], dict[str, Tensor]]:
     """The modalities' names or positions, and their features by label."""
     if isinstance(features, Tensor) or not isinstance(features, (Mapping, Sequence)) or len(features) == 0:
         raise TypeError(
-            f"features: got {describe(features)}, expected a dict or a sequence of tensors [B, D_m], one per modality"
+            f"features: got {describe(features)}, expected a dict or a sequence of tensors [B, D_m], one per "
+            "modality"
         )
     names: Sequence[Any] = list(features) if isinstance(features, Mapping) else range(len(features))
     z = _of_modalities("features", features, names)
@@ -354,7 +364,8 @@ def _check_features(features: Any) -> tuple[Sequence[Any], dict[str, Tensor]]:
             batch = list(first.shape[:-1]) if isinstance(first, Tensor) and first.dim() > 1 else ["B"]
             error = ValueError if isinstance(x, Tensor) else TypeError
             raise error(
-                f"{label}: got {describe(x)}, expected [{', '.join(map(str, batch))}, D_m] as of all modalities"
+                f"{label}: got {describe(x)}, expected [{', '.join(map(str, batch))}, D_m] as of all "
+                "modalities"
             )
     return names, z
 

@@ -1,6 +1,7 @@
-"""Process groups, and the statistics of a batch that is divided among processes: one small all-reduce per step.
+"""Process groups, and the statistics of a batch that is divided among processes (one small all-reduce).
 
-All are functional collectives, so the same code runs eagerly, compiled with ``fullgraph=True``, and on any backend.
+All are functional collectives, so the same code runs eagerly, compiled with ``fullgraph=True``, and on any
+backend.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Group(NamedTuple):
     rank: int
 
 
-def resolve_group(group: Any, argument: str) -> Group | None:
-    """The process group that True, a ProcessGroup or a one-dimensional DeviceMesh stands for; None for one process.
+def resolve_group(group: Any, argument: str = "sync_stats") -> Group | None:
+    """The group that True, a ProcessGroup or a one-dimensional DeviceMesh stands for; None for one process.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
@@ -33,20 +34,23 @@ def resolve_group(group: Any, argument: str) -> Group | None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
-            f"{argument}: got {group!r}, but torch.distributed is not initialised: start the script with torchrun and call "
-            "torch.distributed.init_process_group() first, or use sync_stats=False on a single process"
+            f"{argument}: got {group!r}, but torch.distributed is not initialised: start the script with "
+            "torchrun and call torch.distributed.init_process_group() first, or use sync_stats=False on a "
+            "single process"
         )
     if group is True:
         group = dist.group.WORLD
     elif hasattr(group, "mesh_dim_names"):  # DeviceMesh, without importing it
         if group.ndim != 1:
             raise ValueError(
-                f"{argument}: got a DeviceMesh of {group.ndim} dimensions, expected one: pass mesh['name of the dimension']"
+                f"{argument}: got a DeviceMesh of {group.ndim} dimensions, expected one: pass "
+                "mesh['name of the dimension']"
             )
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"{argument}: got {type(group).__name__}, expected True, a ProcessGroup or a DeviceMesh of one dimension"
+            f"{argument}: got {type(group).__name__}, expected True, a ProcessGroup or a DeviceMesh of one "
+            "dimension"
         )
     size = dist.get_world_size(group)
     return None if size == 1 else Group(group.group_name, size, dist.get_rank(group))
@@ -72,10 +76,11 @@ def synchronise(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss and statistics of the joined batch from those of this process's share of it.
 
-    Statistics, coefficients and gains are those of the joined batch, equal on all processes. With reduction "mean" so
-    is the loss, and the returned factor turns this share's gradients into those whose *average* over the processes,
-    which DDP and FSDP form, is the gradient of the joined batch, however unequal the shares. With "sum" and "none" loss
-    and gradients stay this share's own: they are for a loop that normalises by itself.
+    Statistics, coefficients and gains are those of the joined batch, equal on all processes. With reduction
+    "mean" so is the loss, and the returned factor turns this share's gradients into those whose *average*
+    over the processes, which DDP and FSDP form, is the gradient of the joined batch, however unequal the
+    shares. With "sum" and "none" loss and gradients stay this share's own: they are for a loop that
+    normalises by itself.
 
     Args:
         loss, packed: what an implementation returned for this share.

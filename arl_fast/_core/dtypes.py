@@ -13,6 +13,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def grad_dtype(dtype: torch.dtype) -> torch.dtype:
     """Gradients until backward: the logits' dtype, but float32 for float16 logits.
 
-    A loss scale (torch.amp.GradScaler) must be applied before a gradient is rounded to float16, or it saves nothing.
+    A loss scale (torch.amp.GradScaler) must be applied before a gradient is rounded to float16, or it saves
+    nothing.
     """
     return torch.float32 if dtype == torch.float16 else dtype

@@ -1,4 +1,4 @@
-"""The options of the loss and the numbers of a step: which values are legal, their defaults, and one value for each."""
+"""The options of the loss and the numbers of a step: their defaults, and which values are legal."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ class Options(NamedTuple):
     """All options of the loss that are plain values and fixed for a run. Hashable, so that it can be cached.
 
     Attributes:
-        rule: from statistics to coefficients: "share", "paper" (two modalities), "constant", "none", or a callable from
-            BranchStats to coefficients [M].
-        dependence: "confidence", the mean true-class probability, or "logit_l1", the mean sum of absolute logits.
-        entropy_floor: the smallest entropy share before the inversion, in [0, 1]; None: 0.6 / number of modalities
-            in the batch.
+        rule: from statistics to coefficients: "share", "paper" (two modalities), "constant", "none", or a
+            callable from BranchStats to coefficients [M].
+        dependence: "confidence", the mean true-class probability, or "logit_l1", the mean sum of absolute
+            logits.
+        entropy_floor: the smallest entropy share before the inversion, in [0, 1]; None: 0.6 / number of
+            modalities in the batch.
         gain: "residual" 1 + a_m (Eq. 19), "mean_one" M a_m, or "plain" a_m.
-        ignore_index, label_smoothing, reduction: as in ``torch.nn.functional.cross_entropy``, for each branch.
+        ignore_index, label_smoothing, reduction: as in ``torch.nn.functional.cross_entropy``, for each
+            branch.
     """
 
     rule: str | Callable[[Any], Tensor] = "share"
@@ -42,7 +44,7 @@ class Options(NamedTuple):
 
     @property
     def for_kernels(self) -> Options:
-        """The same with a built-in rule: kernels run "constant" in the place of a callable (see rules.apply_rule)."""
+        """The same with "constant" in the place of a callable rule, which kernels cannot run."""
         return self if isinstance(self.rule, str) else self._replace(rule="constant")
 
 
@@ -58,7 +60,7 @@ class LossOptions(TypedDict, total=False):
 
 
 def with_options(function: Callable) -> Callable:
-    """Show the keywords of LossOptions, with their defaults, in the signature of a function that takes ``**options``."""
+    """Show the keywords of LossOptions, with their defaults, in the signature of the function."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     options = [
@@ -108,20 +110,20 @@ _cached = functools.lru_cache(maxsize=256)(_checked)
 
 def make_options(**given: Any) -> Options:
     """Options from keywords, checked. Raises ValueError or TypeError naming the argument."""
-    # The compiler warns of caches and needs none. An unhashable value is no option: the checks say so.
-    if torch.compiler.is_compiling():
-        return _checked(**given)
-    try:
-        return _cached(**given)
-    except TypeError:
-        return _checked(**given)
+    if not torch.compiler.is_compiling():  # the compiler warns of caches, and needs none
+        try:
+            return _cached(**given)
+        except TypeError:  # an option of a wrong type, or one that cannot be hashed
+            pass
+    return _checked(**given)
 
 
 class Schedule(NamedTuple):
     """The numbers of a step that may change during a run: gamma, temperature, and how far the warm-up is.
 
     Attributes:
-        gamma: weight of the unimodal losses, a number, one number per modality, or a tensor [] or [M] on the device.
+        gamma: weight of the unimodal losses, a number, one number per modality, or a tensor [] or [M] on the
+            device.
         temperature: T of the rule, a number or a 0-d tensor on the device.
         warmup: the length of the warm-up in steps. While it lasts gamma = 1 and all gains are 1.
         step: the number of steps so far, a 0-d integer tensor on the device; None: 0.

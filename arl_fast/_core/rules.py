@@ -1,4 +1,4 @@
-"""From the sums over a batch to the loss, the shares, the coefficients and the gains (section 1 of docs/method.md).
+"""From the sums over a batch to the loss, the shares, the coefficients and the gains (docs/method.md).
 
 Plain torch without a host read: this is the reference for the same few lines inside every kernel.
 """
@@ -43,12 +43,12 @@ def _normalised(values: Tensor, absent: Tensor) -> Tensor:
 
 
 def shares(statistics: Tensor, absent: Tensor) -> Tensor:
-    """H_m / sum H and d_m = D_m / sum D (Eq. 4) from means [2, M], over the present modalities; uniform if all are 0."""
+    """Shares of H and of D (Eq. 4) from means [2, M], over the present modalities; uniform if all are 0."""
     return _normalised(statistics.clamp_min(torch.finfo(statistics.dtype).tiny), absent)  # a NaN stays
 
 
 def inverse_variance(share: Tensor, absent: Tensor, modalities: Tensor, floor: float | None) -> Tensor:
-    """Shares q [M] proportional to 1 / max(H_m / sum H, floor) over the ``modalities`` that are present (Eq. 17)."""
+    """Shares q [M] proportional to 1 / max(H_m / sum H, floor) over the present modalities (Eq. 17)."""
     if floor is None:
         share = torch.maximum(share, modalities.reciprocal() * FLOOR)
     else:
@@ -98,13 +98,14 @@ def gains(a: Tensor, present: Tensor, warming: bool | Tensor, options: Options) 
 
 
 def finish(sums: Tensor, schedule: Schedule, options: Options) -> tuple[Tensor, Tensor]:
-    """Sums [6, M+1] -> the loss, a 0-d tensor (for reduction "none" the sum over rows), and the packed vector."""
+    """Sums [6, M+1] -> the loss (0-d; for reduction "none" the sum over rows) and the packed vector."""
     loss_sum, divisor, count, *_ = sums.unbind(0)
     means = sums[3:] / count.clamp_min(1)  # accuracy, entropy, dependence
     absent = count[1:].logical_not()
     present = ~absent
 
-    # Eq. 22. All targets ignored: 0/0 = NaN for the fused branch, as torch; an absent modality contributes nothing.
+    # Eq. 22. All targets ignored: 0/0 = NaN for the fused branch, as torch; an absent modality contributes
+    # nothing.
     loss = loss_sum / divisor
     loss[1:].masked_fill_(absent, 0)
     terms = loss if options.reduction == "mean" else loss_sum
@@ -125,7 +126,7 @@ def finish(sums: Tensor, schedule: Schedule, options: Options) -> tuple[Tensor, 
 
 
 def apply_rule(packed: Tensor, schedule: Schedule, options: Options) -> Tensor:
-    """Let a user's rule, a callable from BranchStats to coefficients [M], replace the coefficients and the gains.
+    """Let a callable rule, from BranchStats to coefficients [M], replace the coefficients and the gains.
 
     The rule sees the uniform coefficients and the gains that these would give.
     """

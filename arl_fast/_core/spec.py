@@ -1,6 +1,7 @@
 """Names, fields and constants that every implementation shares. Data only, and each fact stands here once.
 
-csrc/finish.h has the same facts for the compiled kernels. The extension exports them, and importing it compares.
+csrc/finish.h has the same facts for the compiled kernels. The extension exports them, and importing it
+compares.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ SUMS = ("loss", "divisor", "count", "correct", "entropy", "dependence")
 class BranchStats(NamedTuple):
     """Statistics of one call: detached tensors on the logits' device, float32 (float64 for float64 logits).
 
-    Entries per branch [M+1] start with the fused branch. Entries per modality [M] follow the order of the unimodal
-    logits. All are means over the branch's valid rows (target not ignored, modality present), whatever the reduction
-    of the loss. Entropies are in nats. A modality that is absent from the whole batch has 0 everywhere and gain 1.
+    Entries per branch [M+1] start with the fused branch. Entries per modality [M] follow the order of the
+    unimodal logits. All are means over the branch's valid rows (target not ignored, modality present),
+    whatever the reduction of the loss. Entropies are in nats. A modality that is absent from the whole batch
+    has 0 everywhere and gain 1.
 
     Attributes:
-        loss: [M+1] cross-entropy (the weighted mean of ``torch.nn.functional.cross_entropy`` with class weights).
-        accuracy: [M+1] share of rows whose first largest logit is the target (soft targets: the target's largest).
+        loss: [M+1] cross-entropy (the weighted mean of ``torch.nn.functional.cross_entropy`` with class
+            weights).
+        accuracy: [M+1] share of rows whose first largest logit is the target (soft targets: the target's
+            largest).
         entropy: [M] mean entropy of the prediction, the modality's variance estimate.
         dependence: [M] mean true-class probability ("confidence") or sum of absolute logits ("logit_l1").
         inverse_variance: [M] the shares q, which sum to 1.
@@ -55,7 +59,8 @@ class BranchStats(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # tuple.count is shadowed on purpose
 
 
-# An implementation returns its statistics as one packed vector: the fields of BranchStats in order, then the link's
-# gradient, gains - 1, then the sums [6, M+1]. The fields named here have M+1 entries, "sums" 6 (M+1), the others M.
+# An implementation returns its statistics as one packed vector: the fields of BranchStats in order, then the
+# link's gradient, gains - 1, then the sums [6, M+1]. The fields named here have M+1 entries, "sums" 6 (M+1),
+# the others M.
 PACKED = (*BranchStats._fields, "link", "sums")
 PER_BRANCH = ("loss", "accuracy", "count")

@@ -1,1 +1,1 @@
-"""The implementations of one contract (docs/architecture.md): reference, native, triton, sharded; dispatch.py chooses."""
+"""The implementations of one contract (docs/architecture.md); dispatch.py chooses among them."""

@@ -1,6 +1,7 @@
 """Which implementation serves a tensor, and why.
 
-Chosen per tensor: the first available of the device's list. ``ARL_FAST_IMPL=reference|native|triton`` overrides.
+Chosen per tensor: the first available of the device's list. ``ARL_FAST_IMPL=reference|native|triton``
+    overrides.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ MODULES = {"reference": ".reference", "native": ".native", "triton": ".triton.ho
 # Fastest first; docs/performance.md has the measurements behind the order.
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 
-# What ARL_FAST_IMPL asks for: a name of MODULES, or None for the first that is available. Tests put an object of the
-# contract here.
+# What ARL_FAST_IMPL asks for: a name of MODULES, or None for the first that is available. Tests put an object
+# of the contract here.
 override: Any = os.environ.get("ARL_FAST_IMPL") or None
 if override == "auto":
     override = None

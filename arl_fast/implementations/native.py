@@ -43,7 +43,11 @@ def _expected() -> dict[str, Any]:
 
 
 def _stale(extension: Any) -> str:
-    """Where the extension was compiled from other sources than these, or nothing."""
+    """What of the extension was compiled from other sources, or for another torch, than these; or nothing."""
+    here = ".".join(torch.__version__.split(".")[:2])
+    built_for = getattr(extension, "torch", here)
+    if built_for != here:  # its calls into torch's libraries would go wrong, in any way
+        return f"arl_fast._C was built for torch {built_for}, this is torch {here}; build it again"
     compiled = getattr(extension, "spec", {})
     for name, fact in _expected().items():
         if name not in compiled:

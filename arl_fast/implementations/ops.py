@@ -40,9 +40,9 @@ def _text(*values: Any) -> str:
 
 
 def encode_options(options: Options) -> tuple[str, list[float]]:
-    """The options as an op takes them: one string, and its float values; a callable rule becomes "constant".
+    """The options as an op takes them: one string, and the float values; a callable rule becomes "constant".
 
-    The compiler may hold a symbol for a float, which no string can contain. So 0.0 stands for each of them there.
+    The compiler may hold a symbol for a float, which no string can contain. So the string has 0.0 for each.
     """
     values: list[Any] = []
     floats: list[float] = []

@@ -1,8 +1,8 @@
-"""The loss for logits of which every process holds some of the classes, in plain torch: one all-gather per step.
+"""The loss for logits of which every process holds some of the classes: one all-gather, in plain torch.
 
-A process reduces each of its rows to a few numbers, taken relative to the largest logit that it holds, so that nothing
-overflows. After the exchange every process joins the shards' numbers to those of the whole row, and forms the gradient
-of its own classes. Logits never leave their process.
+A process reduces each of its rows to a few numbers, taken relative to the largest logit that it holds, so
+that nothing overflows. After the exchange every process joins the shards' numbers to those of the whole row,
+and forms the gradient of its own classes. Logits never leave their process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Sharded(NamedTuple):
     def forward(
         self, logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """As reference.forward. All processes get one loss and one packed vector, each the gradients of its classes."""
+        """As reference.forward. All processes get the same loss and packed vector, each its own gradients."""
         target, mask, weight, divisor = targets
         dtype, device = compute_dtype(logits[0].dtype), logits[0].device
         n, classes = logits[0].shape
@@ -54,7 +54,7 @@ class Sharded(NamedTuple):
             seen = _Probabilities(target.to(dtype), target.to(dtype) * weights)
 
         values = [x.to(dtype) for x in logits]
-        rows = torch.stack([_local_rows(x, seen, weights, options) for x in values])  # [M+1, 8, N]
+        rows = torch.stack([_local_rows(x, seen, weights, options) for x in values])  # [M+1, 9, N]
         shards = self._exchange(rows, seen, weights)
         poison = _check_layout(shards, device).to(dtype)  # 0, or NaN for what is an error on a CPU
         if hard:
@@ -81,9 +81,8 @@ class Sharded(NamedTuple):
             row_losses.append(terms[0])
             if grad:
                 log_p = (x - joined.top.unsqueeze(1)) - joined.log_partition.unsqueeze(1)
-                # p_y - 1 from log p: a class that is nearly certain keeps its small gradient
                 if isinstance(seen, _Classes) and not smoothing:
-                    g = seen.minus_one_at_target(log_p) * (row_mass + poison).unsqueeze(1)
+                    g = seen.minus_target(log_p.exp(), joined.others) * (row_mass + poison).unsqueeze(1)
                 else:
                     g = seen.subtract(log_p.exp() * pull.unsqueeze(1) - spread * weights, 1 - smoothing)
                 scale = one
@@ -99,7 +98,7 @@ class Sharded(NamedTuple):
         return loss, packed, grads
 
     def _exchange(self, rows: Tensor, seen: _Classes | _Probabilities, weights: Tensor) -> _Shards:
-        """The one collective: every process's rows, what it sees of the target, and which classes it holds."""
+        """The one collective: each process's rows, what it sees of the target, and which classes it holds."""
         n, classes = rows.shape[2], weights.shape[0]
         place = _place(self.offset, classes, rows.dtype, rows.device)
         sent = torch.cat([rows.reshape(-1), seen.mass(), seen.tallest(), place, weights.sum().reshape(1)])
@@ -138,7 +137,7 @@ def _place(offset: int, classes: int, dtype: torch.dtype, device: torch.device) 
 class _Shards(NamedTuple):
     """What all processes know after the exchange."""
 
-    parts: Tensor  # [processes, M+1, 8, N], the _ShardRows of every branch
+    parts: Tensor  # [processes, M+1, 9, N], the _ShardRows of every branch
     mass: Tensor  # [processes, N] sum_c u_c of the target's weights u on the shard
     owner: Tensor  # [N] the shard that holds the target (the largest of probabilities)
     offsets: Tensor  # [processes] number of the first class
@@ -151,7 +150,7 @@ class _Shards(NamedTuple):
 
 
 class _Classes(NamedTuple):
-    """Class indices as one shard sees them: quantities [N] over its classes; u is the target times its class weights."""
+    """Class indices as one shard sees them: quantities [N]; u is the target times its class weights."""
 
     position: Tensor  # [N, 1] place of the target, 0 where it is not here
     here: Tensor  # [N] bool
@@ -179,10 +178,14 @@ class _Classes(NamedTuple):
     def expected(self, e: Tensor) -> Tensor:  # sum_c t_c e_c
         return torch.where(self.here, e.gather(1, self.position).squeeze(1), 0)
 
-    def minus_one_at_target(self, log_p: Tensor) -> Tensor:  # p - t
-        at_target = log_p.gather(1, self.position)
-        value = torch.where(self.here.unsqueeze(1), torch.expm1(at_target), at_target.exp())
-        return log_p.exp().scatter(1, self.position, value)
+    def others(self, e: Tensor) -> Tensor:  # sum of e_c but the target's
+        at_target = e.gather(1, self.position)
+        return e.scatter(1, self.position, at_target.masked_fill(self.here.unsqueeze(1), 0)).sum(1)
+
+    def minus_target(self, p: Tensor, others: Tensor) -> Tensor:
+        """p - t. At the target that is minus the probability of the others: exact where p is nearly 1."""
+        at_target = torch.where(self.here.unsqueeze(1), -others.unsqueeze(1), p.gather(1, self.position))
+        return p.scatter(1, self.position, at_target)
 
     def subtract(self, g: Tensor, share: float) -> Tensor:  # g - share u
         return g.scatter_add(1, self.position, -share * self.weight.unsqueeze(1))
@@ -209,6 +212,9 @@ class _Probabilities(NamedTuple):
     def expected(self, e: Tensor) -> Tensor:
         return (self.t * e).sum(1)
 
+    def others(self, e: Tensor) -> Tensor:
+        return torch.zeros_like(self.mass())
+
     def subtract(self, g: Tensor, share: float) -> Tensor:
         return g - share * self.u
 
@@ -222,12 +228,13 @@ class _ShardRows(NamedTuple):
     aligned: Tensor  # sum u (x - top)
     smooth: Tensor  # sum w (x - top), for label smoothing
     confidence: Tensor  # sum t exp(x - top)
+    others: Tensor  # sum exp(x - top) but the target's (0 for probabilities)
     hit: Tensor  # whether the first largest logit here is where the target is largest
     l1: Tensor  # sum |x|, for dependence "logit_l1"
 
 
 def _local_rows(x: Tensor, target: _Classes | _Probabilities, weights: Tensor, options: Options) -> Tensor:
-    """[N, C/processes] -> _ShardRows, stacked [8, N]."""
+    """[N, C/processes] -> _ShardRows, stacked [9, N]."""
     top = x.amax(1)
     shifted = x - torch.where(top == -torch.inf, 0, top).unsqueeze(1)
     e = shifted.exp()
@@ -239,6 +246,7 @@ def _local_rows(x: Tensor, target: _Classes | _Probabilities, weights: Tensor, o
         target.aligned(shifted),
         torch.where(weights != 0, shifted * weights, 0).sum(1) if options.label_smoothing else zeros,
         target.expected(e),
+        target.others(e),
         target.is_at(x.argmax(1)).to(x.dtype),
         x.abs().sum(1) if options.dependence == "logit_l1" else zeros,
     )
@@ -254,6 +262,7 @@ class _JoinedRows(NamedTuple):
     loss: Tensor  # -sum u log p
     smooth: Tensor  # -sum w log p
     confidence: Tensor
+    others: Tensor  # the probability of all classes but the target
     correct: Tensor
     l1: Tensor
 
@@ -279,6 +288,7 @@ def _join(shards: _Shards, branch: int) -> _JoinedRows:
         mass.sum(0) * log_partition - (rows.aligned + mass * shift).sum(0),
         weight_sum.sum() * log_partition - (rows.smooth + weight_sum.unsqueeze(1) * shift).sum(0),
         (rows.confidence * share).sum(0) / partition,
+        (rows.others * share).sum(0) / partition,
         hit * (first == shards.owner).to(hit.dtype),
         rows.l1.sum(0),
     )
@@ -289,14 +299,15 @@ def _on_host(device: torch.device) -> bool:
 
 
 def _check_layout(shards: _Shards, device: torch.device) -> Tensor:
-    """0, or NaN (on a CPU an error) if the shards leave gaps, overlap or do not follow the order of the ranks."""
+    """0, or NaN (on a CPU an error) if the shards leave gaps, overlap or are not in the ranks' order."""
     offsets, counts = shards.offsets, shards.counts
     wrong = (offsets != counts.cumsum(0) - counts).any()
     if _on_host(device) and bool(wrong):
         held = ", ".join(f"[{a}, {a + n})" for a, n in zip(offsets.tolist(), counts.tolist(), strict=True))
         raise ValueError(
-            f"offset: the processes hold the classes {held}, expected shards that follow each other in the order of the ranks; "
-            "where they are not all of one size, pass offset= the number of this process's first class"
+            f"offset: the processes hold the classes {held}, expected shards that follow each other in the "
+            "order of the ranks; where they are not all of one size, pass offset= the number of this "
+            "process's first class"
         )
     return torch.where(wrong, torch.nan, 0.0)
 

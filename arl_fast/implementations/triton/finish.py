@@ -25,13 +25,14 @@ SMALLEST = tl.constexpr(
 )  # the smallest normal float32; without modalities 0 / 0 stays 0
 
 # Constants of the kernels, which read the fields of a NamedTuple by name.
-Sums = namedtuple("Sums", spec.SUMS)  # type: ignore[misc]  # the position of each sum of a branch
-Packed = namedtuple("Packed", spec.PACKED)  # type: ignore[misc]  # where each field of the packed vector begins
-SUMS = Sums(*range(len(spec.SUMS)))
+Sums = namedtuple("Sums", spec.SUMS)  # type: ignore[misc]
+SUMS = Sums(*range(len(spec.SUMS)))  # the position of each sum of a branch
+Packed = namedtuple("Packed", spec.PACKED)  # type: ignore[misc]
 
 
 @functools.cache
 def packed_layout(modalities: int) -> Any:
+    """Where each field of the packed vector begins."""
     return Packed(*[packed_offset(field, modalities) for field in spec.PACKED])
 
 
@@ -43,7 +44,7 @@ def at_least(x, bound):
 
 @triton.jit
 def ratio(top, bottom):
-    """A ratio of Eq. 18. 0/0 counts as a tie, and the result stays finite, so that inf - inf cannot become NaN."""
+    """A ratio of Eq. 18. 0/0 counts as a tie, and the result stays finite: inf - inf would be NaN."""
     tie = (top == 0) & (bottom == 0)
     value = tl.where(tie, 1.0, top / tl.where(tie, 1.0, bottom))
     return tl.minimum(value, HUGE_RATIO, propagate_nan=tl.PropagateNan.ALL)
@@ -66,11 +67,12 @@ def gamma_of(gamma, gamma_stride, gammas, modality, keep, MODALITIES: tl.constex
     if gamma is not None:
         value = tl.load(gamma + modality * gamma_stride, mask=keep, other=0.0).to(T)
     else:
-        COUNT: tl.constexpr = len(gammas) // 2 if T == tl.float64 else len(gammas)
+        DOUBLE: tl.constexpr = T.primitive_bitwidth == 64
+        COUNT: tl.constexpr = len(gammas) // 2 if DOUBLE else len(gammas)
         value = tl.zeros_like(modality).to(T)
         for i in tl.static_range(COUNT):
             number = tl.full((), gammas[i], T)
-            if T == tl.float64:
+            if DOUBLE:
                 number += tl.full((), gammas[COUNT + i], T)
             value = tl.where((modality == i) | (COUNT == 1), number, value)
     return value
@@ -98,7 +100,10 @@ def finish(
     SUMS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Add up the partial sums [M+1, sums, programs] in a fixed order; write the loss and the packed vector."""
+    """Add up the partial sums [M+1, sums, programs] in a fixed order; write the loss and the packed vector.
+
+    It runs with all threads of one program.
+    """
     T: tl.constexpr = packed.dtype.element_ty
     WIDTH: tl.constexpr = triton.next_power_of_2(BRANCHES)
     STEP: tl.constexpr = 256 * 32 // T.primitive_bitwidth // WIDTH if WIDTH < 32 else 16

@@ -4,13 +4,11 @@ Grid (programs, M+1): a program belongs to one branch and takes its tiles in tur
 and counts the valid rows once. Rows of up to plan.LARGEST_ROW classes are held in registers, longer ones are
 streamed.
 
-With z_c = x_c - max x and e_c = exp z_c a row needs, besides its maximum, s = sum e and sz = sum e z; then
-log p_c = z_c - log s and H = log s - sz / s, without a second pass and without cancellation under large
-offsets.
-Everything else that a target can ask for is linear in log p: with weights u_c (the smoothing or the soft
-    target),
--sum u_c log p_c = U log s - sum u_c z_c, and d loss / d x_c = e_c (sum of target weights) / s - (target
-weight)_c.
+With z_c = x_c - max x and e_c = exp z_c a row needs, besides its maximum, s = sum e and sz = sum e z. Then
+log p_c = z_c - log s and H = log s - sz / s, without a second pass, and without cancellation under large
+offsets. Everything else that a target can ask for is linear in log p. With weights u_c (the smoothing or the
+soft target), -sum u_c log p_c = (sum u) log s - sum u_c z_c. The gradient of the row's loss is
+d loss / d x_c = e_c (sum of the target's weights) / s - (the target's weight)_c.
 """
 
 from __future__ import annotations
@@ -21,9 +19,7 @@ import triton.language as tl
 from .finish import at_least, finish, gamma_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(
-    -3.0e38
-)  # the maximum before the first logit; finite, so that differences are never NaN
+LOWEST = tl.constexpr(-3.0e38)  # the maximum before the first logit; finite, so that no difference is NaN
 LOWEST_Z = tl.constexpr(-1e30)  # z of a class of probability 0, where it multiplies e = 0: 0 * log 0 = 0
 
 
@@ -67,7 +63,7 @@ def count_rows(
     SOFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What the rows from ``start`` to ``end`` add to the number by which reduction "mean" divides a branch."""
+    """What the rows from ``start`` to ``end`` add to a branch's divisor under reduction "mean"."""
     total = tl.zeros([BLOCK], T)
     for first in range(start, end, BLOCK):
         row = (first + tl.arange(0, BLOCK)).to(tl.int64)
@@ -116,8 +112,8 @@ def share_counting(
         tl.debug_barrier()
         tl.atomic_add(counters + 2, 1, sem="release", scope="gpu")
         chunk = tl.atomic_add(counters + 1, 1, sem="relaxed", scope="gpu")
-    # An atomic operation, because AMD's compiler reads a volatile load once only. Acquire makes the counts
-    # visible.
+    # An atomic operation, because AMD's compiler makes an ordinary load of a volatile one and reads it once.
+    # Acquire makes the counts visible.
     while tl.atomic_add(counters + 2, 0, sem="acquire", scope="gpu") < chunks:
         pass
     all_chunks = tl.arange(0, CHUNKS)
@@ -219,11 +215,11 @@ def stream_row(
     SOFT: tl.constexpr,
     NEEDS_L1: tl.constexpr,
 ):
-    """One pass over a long row. Every thread keeps a softmax of its own, and they are combined once, after
-    the loop.
+    """One pass over a long row. Every thread keeps a softmax of its own, and they are joined after the loop.
 
     Threads exchange nothing within the loop. A change of maximum costs one exponential per STEPS * LANES
     logits.
+
     Returns top, s, sz, first (the column of the first largest logit), u_sum = sum u, uz = sum u z, te = sum t
     e, first_t (the column of the first largest target), l1 = sum |x|.
     """
@@ -294,7 +290,7 @@ def forward_kernel(
     step,  # [] integer, the number of steps so far, or None: 0
     row_loss,  # [M+1, rows] for reduction "none", else None
     work,  # partial sums [M+1, sums, programs], then counts [M+1, CHUNKS]
-    counters,  # [3] int32, zero before and after: programs that have arrived, chunks of rows taken, chunks counted
+    counters,  # [3] int32, zero before and after: programs arrived, chunks of rows taken, chunks counted
     loss,  # []
     packed,  # where PACKED says
     gamma_stride: tl.int64,  # 0 for gamma []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -25,7 +25,17 @@ from .. import ops
 from . import plan as launch_plan
 from .finish import SUMS, packed_layout
 from .forward import forward_kernel
-from .launch import INTERPRETED, Configuration, Launcher, kind, kinds, multiprocessors, workspaces
+from .launch import (
+    INTERPRETED,
+    Configuration,
+    Launcher,
+    Workspace,
+    kind,
+    kinds,
+    multiprocessors,
+    new_workspace,
+    workspaces,
+)
 from .multiply import modulate_kernel, scale_kernel
 
 MINIMUM = (3, 6)
@@ -63,7 +73,7 @@ def describe(device: str) -> str:
 
 
 def _addressable(rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
-    """The rows as the kernel addresses them: columns adjacent, one row stride for all branches. Others are copied."""
+    """The rows as the kernel addresses them, copied where need be: columns adjacent, the same row stride."""
     first = rows[0].stride()
     if first[1] == 1 and all(x.stride() == first for x in rows):
         return tuple(rows), first[0]
@@ -107,7 +117,12 @@ def _forward_configuration(
 
 
 def _launch_forward(
-    logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
+    logits: Sequence[Tensor],
+    targets: Targets,
+    schedule: Schedule,
+    options: Options,
+    grad: bool,
+    take_workspace: Callable[[torch.device, torch.dtype, int], Workspace] = workspaces.take,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """All but a callable rule, which needs plain torch: "constant" runs in its place."""
     options = options.for_kernels
@@ -141,14 +156,14 @@ def _launch_forward(
     if grad:
         gradient = grad_dtype(x0.dtype)
         grads = tuple([torch.empty((rows, classes), dtype=gradient, device=device) for _ in logits])
-    work, counters = workspaces.take(device, dtype, launch_plan.workspace(branches, programs))
+    work, counters = take_workspace(device, dtype, launch_plan.workspace(branches, programs))
     run_forward(
         device,
         (programs, branches, 1),
         configuration,
         (
             kinds(inputs),
-            grad,
+            None if grads is None else kind(grads[0]),
             kind(target),
             kind(mask),
             kind(weight),
@@ -156,6 +171,7 @@ def _launch_forward(
             kind(gamma_tensor),
             kind(temperature_tensor),
             kind(step),
+            kind(row_loss),
             0 if gammas is None else len(gammas),
             rows >> 31,
         ),
@@ -216,6 +232,7 @@ def _launch_scale(
 ) -> list[Tensor]:
     first = grads[0]
     upstream = upstream.contiguous()
+    per_row = upstream.dim() > 0
     results = list(grads) if in_place else [torch.empty_like(g, dtype=dtype) for g in grads]
     size = first.numel()
     if size == 0:
@@ -223,7 +240,7 @@ def _launch_scale(
     run_scale(
         first.device,
         (launch_plan.flat_programs(size, len(grads), multiprocessors(first.device.index)), len(grads), 1),
-        _scale_configuration(first.shape[1], len(grads), upstream.dim() > 0, in_place),
+        _scale_configuration(first.shape[1] if per_row else 1, len(grads), per_row, in_place),
         (kinds(grads), kinds(results), kind(upstream), kind(factor), size >> 31),
         (tuple(grads), tuple(results), upstream, factor, size),
     )
@@ -281,6 +298,17 @@ def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[
 # torch.compile, and warming up
 
 
+def _forward_op(
+    logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """With memory of its own in every call.
+
+    torch.compile runs ops on memory that belongs to a CUDA graph, before it captures and within. Nothing of
+    that may outlive the call.
+    """
+    return _launch_forward(logits, targets, schedule, options, grad, new_workspace)
+
+
 def _scale_op(
     grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -288,7 +316,7 @@ def _scale_op(
 
 
 ops.define("triton")
-ops.implement("triton", _launch_forward, _scale_op, _launch_modulate)
+ops.implement("triton", _forward_op, _scale_op, _launch_modulate)
 
 
 def warm_up(

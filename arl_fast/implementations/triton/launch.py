@@ -1,4 +1,4 @@
-"""From tensors to a running Triton kernel: launches without Triton's own look-up, and the memory that kernels share."""
+"""From tensors to a running kernel: launches without Triton's own look-up, and the kernels' workspace."""
 
 from __future__ import annotations
 
@@ -35,16 +35,23 @@ def launch_options(threads: int, registers: int | None) -> dict[str, int]:
 # What Triton specialises a kernel on, apart from constants: of a tensor the dtype and whether it begins at a
 # multiple of 16 bytes, of a number whether it fits 32 bits. The kernels exempt their numbers from everything
 # else.
+# On AMD's GPUs also on whether a tensor's memory is smaller than 2 GB.
 Kind = Any
+ROCM = torch.version.hip is not None
 
 
 def kind(x: Tensor | None) -> Kind:
-    return None if x is None else (x.dtype, x.data_ptr() % 16 == 0)
+    return None if x is None else (x.dtype, _place(x))
 
 
 def kinds(tensors: Sequence[Tensor]) -> Kind:
     """Of tensors of one dtype."""
-    return (tensors[0].dtype, *[x.data_ptr() % 16 == 0 for x in tensors])
+    return (tensors[0].dtype, *[_place(x) for x in tensors])
+
+
+def _place(x: Tensor) -> Any:
+    aligned = x.data_ptr() % 16 == 0
+    return (aligned, x.untyped_storage().size() < 2**31) if ROCM else aligned
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,18 +143,18 @@ class Workspaces:
 
     def take(self, device: torch.device, dtype: torch.dtype, size: int) -> Workspace:
         if device.type == "cpu":
-            return _new_workspace(device, dtype, size)
+            return new_workspace(device, dtype, size)
         with _on(device):  # the capture query asks the current device's stream
             if torch.cuda.is_current_stream_capturing():
-                return _new_workspace(device, dtype, size)
+                return new_workspace(device, dtype, size)
         key = (device.index, current_stream(device.index), dtype)
         workspace = self.streams.get(key)
         if workspace is None or workspace.work.shape[0] < size:
-            workspace = self.streams[key] = _new_workspace(device, dtype, size)
+            workspace = self.streams[key] = new_workspace(device, dtype, size)
         return workspace
 
 
-def _new_workspace(device: torch.device, dtype: torch.dtype, size: int) -> Workspace:
+def new_workspace(device: torch.device, dtype: torch.dtype, size: int) -> Workspace:
     return Workspace(
         torch.empty(size, dtype=dtype, device=device), torch.zeros(3, dtype=torch.int32, device=device)
     )

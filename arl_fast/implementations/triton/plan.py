@@ -26,6 +26,7 @@ REGISTERS_F64 = 255
 REGISTER_FILE = 65536  # of a multiprocessor
 FLAT_BLOCK = 4096  # elements of a tile in the kernels that only multiply,
 FLAT_THREADS = 256  # 16 for each thread
+FLAT_RESIDENT = 4  # programs of a multiprocessor
 
 
 class Counting(NamedTuple):
@@ -124,21 +125,26 @@ def plan(classes: int, itemsize: int, more_sums: bool) -> Plan:
     return Plan(online, steps, owners, lanes, threads, registers)
 
 
+def resident_programs(plan: Plan, multiprocessors: int) -> int:
+    """Programs that the device holds at a time, as far as registers decide."""
+    return multiprocessors * (REGISTER_FILE // (plan.registers * plan.threads))
+
+
 @functools.lru_cache(maxsize=1024)
 def programs(rows: int, branches: int, plan: Plan, multiprocessors: int) -> int:
     """Programs per branch: one per tile until the device is full, then each takes several tiles in turn.
 
-    This bounds the partial sums that the last program adds up, and the work of counting (see Counting).
+    All programs run at once: those of a second wave would take as long again. This bounds the partial sums
+    that the last program adds up, and the work of counting (see Counting).
     """
     tiles = -(-rows // plan.rows)
-    resident = -(-multiprocessors * (REGISTER_FILE // (plan.registers * plan.threads)) // branches)
-    return max(1, min(tiles, resident))
+    return max(1, min(tiles, resident_programs(plan, multiprocessors) // branches))
 
 
 def flat_programs(elements: int, tensors: int, multiprocessors: int) -> int:
     """Programs per tensor of the kernels that only multiply."""
     tiles = -(-elements // FLAT_BLOCK)
-    return max(1, min(tiles, -(-multiprocessors * 4 // tensors)))
+    return max(1, min(tiles, multiprocessors * FLAT_RESIDENT // tensors))
 
 
 def workspace(branches: int, programs: int) -> int:
