@@ -22,9 +22,7 @@ MAX_BRANCHES = 16
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 TARGETS = {torch.int64: 0, torch.int32: 1}
 
-# What tests turn: where buffers come from, and whether the caller keeps a ticket.
-allocate = torch.empty
-ticket: Tensor | None = torch.zeros(1, dtype=torch.int32)
+allocate = torch.empty  # tests say where buffers come from
 
 
 class COptions(Structure):
@@ -78,7 +76,6 @@ class ForwardArgs(Structure):
         ("loss", c_void_p),
         ("packed", c_void_p),
         ("workspace", c_void_p),
-        ("ticket", c_void_p),
     ]
 
 
@@ -145,7 +142,10 @@ def library() -> ctypes.CDLL:
     if not hasattr(lib, "checked"):
         for which, mirror in enumerate((ForwardArgs, ScaleArgs, ModulateArgs, Shape, Device, Plan)):
             assert lib.size_of(which) == ctypes.sizeof(mirror), mirror.__name__
-        lib.emulated_workspace_bytes.restype = lib.launches.restype = lib.memsets.restype = c_int64
+        for function in (lib.emulated_workspace_bytes, lib.launches, lib.memsets, lib.ticket_of):
+            function.restype = c_int64
+        lib.ticket_of.argtypes = [c_int64]
+        lib.needs_opt_in_of.restype = c_bool
         lib.emulated_workspace_bytes.argtypes = [POINTER(ForwardArgs)]
         lib.set_seed.argtypes = [ctypes.c_uint64]
         lib.checked = True
@@ -232,9 +232,7 @@ def forward(logits, targets, schedule, options, grad, check=True):
     lib = library()
     workspace = allocate((lib.emulated_workspace_bytes(byref(args)),), dtype=torch.uint8)
     args.workspace = workspace.data_ptr()
-    args.ticket = None if ticket is None else ticket.data_ptr()
     assert lib.emulated_forward(byref(args)) == 0
-    assert ticket is None or int(ticket) == 0
     if not isinstance(options.rule, str):
         packed = rules.apply_rule(packed, schedule, options)
     return loss, packed, grads
