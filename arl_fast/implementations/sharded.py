@@ -89,7 +89,7 @@ class Sharded(NamedTuple):
                 if options.reduction == "mean":
                     scale = scale / (sums[-1][1] if divisor is None else divisor[branch])
                 if branch > 0:
-                    scale = scale * (gamma if not isinstance(gamma, tuple) else gamma[branch - 1])
+                    scale = scale * rules.gamma_of(gamma, branch - 1)
                 g = torch.where(valid.unsqueeze(1), g * scale.unsqueeze(1), 0)
                 grads.append(g.to(grad_dtype(logits[branch].dtype)))
         loss, packed = rules.finish(torch.stack(sums, 1), schedule, options)
