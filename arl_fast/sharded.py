@@ -66,8 +66,8 @@ def sharded_arl_loss(
     """
     if options.get("task", "multiclass") != "multiclass":
         raise ValueError(
-            "task: got 'multilabel', expected 'multiclass': labels need no exchange; call arl_loss with each process's "
-            "labels, reduction='sum' and sync_stats=group"
+            "task: got 'multilabel', expected 'multiclass': labels need no exchange; call arl_loss with each "
+            "process's labels, reduction='sum' and sync_stats=group"
         )
     shards = resolve_group(group, "group")
     if offset is None:

@@ -27,8 +27,8 @@ class Options(NamedTuple):
         gain: "residual" 1 + a_m (Eq. 19), "mean_one" M a_m, or "plain" a_m.
         ignore_index, label_smoothing, reduction: as in ``torch.nn.functional.cross_entropy``, for each
             branch.
-        task: "multiclass", one class per row, or "multilabel", a yes or no for every label (C = 1: binary), with
-            the loss of ``torch.nn.functional.binary_cross_entropy_with_logits``.
+        task: "multiclass", one class per row, or "multilabel", a yes or no for every label (C = 1: binary),
+            with the loss of ``torch.nn.functional.binary_cross_entropy_with_logits``.
     """
 
     rule: str | Callable[[Any], Tensor] = "share"
@@ -109,8 +109,8 @@ def _checked(**given: Any) -> Options:
         raise TypeError(f"ignore_index: got {got}, expected an int")
     if options.task == "multilabel" and options.label_smoothing != 0:
         raise ValueError(
-            f"label_smoothing: got {options.label_smoothing} with task='multilabel', expected 0; smooth the targets "
-            "themselves, they may be any number in [0, 1]"
+            f"label_smoothing: got {options.label_smoothing} with task='multilabel', expected 0; smooth the "
+            "targets themselves, they may be any number in [0, 1]"
         )
     return options
 
