@@ -254,8 +254,9 @@ def _check_classes(logits: Tensor) -> None:
     """One class is certain: the loss would be 0, and so would every gradient."""
     if logits.shape[1] == 1:
         raise ValueError(
-            f"fused: got logits of shape {list(logits.shape)}, a single class, which is always right: for one "
-            "yes or no per row pass task='multilabel' and targets of the logits' shape, for classes at least two logits"
+            f"fused: got logits of shape {list(logits.shape)}, a single class, which is always right: for "
+            "one yes or no per row pass task='multilabel' and targets of the logits' shape, for classes at least "
+            "two logits"
         )
 
 
@@ -269,8 +270,8 @@ def _check_labels(target: Tensor, logits: Tensor) -> None:
         raise ValueError(f"target: got device {target.device}, expected that of the logits, {logits.device}")
     if not target.is_floating_point():
         raise TypeError(
-            f"target: got dtype {target.dtype}, expected floating-point labels in [0, 1] for task='multilabel': "
-            "pass target.float()"
+            f"target: got dtype {target.dtype}, expected floating-point labels in [0, 1] for "
+            "task='multilabel': pass target.float()"
         )
     if target.shape != logits.shape:
         raise ValueError(

@@ -4,7 +4,7 @@ A label is a logit of its own: p = sigmoid(x) is the probability of "yes". Each 
 counts by itself, so that means run over the pairs whose label is known (not NaN) and whose modality is
 present:
 
-    loss        -w (q log p + (1 - t) log(1 - p)) with q = pos_weight t, as torch's binary_cross_entropy_with_logits
+    loss        -w (q log p + (1 - t) log(1 - p)) with q = pos_weight t, as in torch
     entropy     -p log p - (1 - p) log(1 - p)
     confidence  t p + (1 - t)(1 - p), the probability of the true value
     correct     x > 0 where t > 1/2, and x <= 0 elsewhere
