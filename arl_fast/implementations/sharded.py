@@ -40,7 +40,7 @@ class Sharded(NamedTuple):
         self, logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As reference.forward. All processes get the same loss and packed vector, each its own gradients."""
-        target, mask, weight, divisor = targets
+        target, mask, weight, divisor, _ = targets
         dtype, device = compute_dtype(logits[0].dtype), logits[0].device
         n, classes = logits[0].shape
         weights = torch.ones(classes, dtype=dtype, device=device) if weight is None else weight
