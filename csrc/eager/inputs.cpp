@@ -124,7 +124,8 @@ const Options* options_of(PyObject* object) {
 }
 
 bool read_targets(PyObject* object, Classes classes, Targets* targets) {
-  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 4) return false;
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != std::size(kTargetsFields)) return false;
+  if (PyTuple_GET_ITEM(object, 4) != Py_None) return false;  // pos_weight: of another task
   targets->target = as_tensor(PyTuple_GET_ITEM(object, 0), classes);
   return targets->target != nullptr && read_optional(PyTuple_GET_ITEM(object, 1), classes, &targets->mask) &&
          read_optional(PyTuple_GET_ITEM(object, 2), classes, &targets->weight) &&

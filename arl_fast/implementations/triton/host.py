@@ -126,7 +126,7 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """All but a callable rule, which needs plain torch: "constant" runs in its place."""
     options = options.for_kernels
-    target, mask, weight, divisor = targets
+    target, mask, weight, divisor, _ = targets
     gamma, temperature, warmup, step = schedule
     x0 = logits[0]
     device, dtype = x0.device, compute_dtype(x0.dtype)
