@@ -6,8 +6,10 @@ from typing import Any
 from ._autograd.link import modulate
 from ._core.branches import BranchLogits
 from ._core.spec import BranchStats
+from .diagnose import diagnose
 from .fusion import FusionWeights
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
+from .history import History
 from .linear import linear_arl_loss
 from .loss import ARLLoss, arl_loss
 
@@ -21,15 +23,17 @@ __all__ = [
     "ConcatHead",
     "FusionWeights",
     "GatedHead",
+    "History",
     "SharedHead",
     "SumHead",
     "ZeroedHead",
     "arl_loss",
+    "diagnose",
     "linear_arl_loss",
     "modulate",
 ]
 
-_MODULES = ("distributed", "integrations", "optim", "plots", "reference", "sharded")
+_MODULES = ("distributed", "family", "integrations", "ladder", "optim", "plots", "reference", "sharded")
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from ._core.options import (
 )
 from ._core.spec import BranchStats
 from ._core.stats import unpack
+
+if TYPE_CHECKING:
+    from .history import History
 
 
 @with_options
@@ -162,6 +165,7 @@ class ARLLoss(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._packed: Tensor | None = None
         self.modalities: tuple[str, ...] | None = None
+        self.history: History | None = None
 
     @classmethod
     def paper(cls, dataset: str, **changes: Any) -> ARLLoss:
@@ -190,6 +194,31 @@ class ARLLoss(nn.Module):
     def stats(self) -> BranchStats | None:
         """BranchStats of the last call: detached tensors on the device. Reading their values synchronises."""
         return None if self._packed is None else unpack(self._packed)
+
+    def metrics(self, prefix: str = "arl/") -> dict[str, Tensor]:
+        """The last call's statistics by name, as "arl/gain/audio": detached 0-d tensors on the device."""
+        from .history import metrics
+
+        return metrics(self.stats, self.modalities, prefix)
+
+    def track(self, history: History | None = None, **options: Any) -> History:
+        """Let a History collect every call from now on: training calls as steps, others as held-out batches.
+
+        Args:
+            history: None makes one, with ``options``.
+        """
+        if history is None:
+            from .history import History
+
+            history = History(**options)
+        elif options:
+            raise ValueError(f"track: got a history and {sorted(options)}, which are options of a new one")
+        self.history = history
+        return history
+
+    def untrack(self) -> None:
+        """End what ``track`` began."""
+        self.history = None
 
     def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
         branches = as_branch_logits(output)
@@ -236,6 +265,8 @@ class ARLLoss(nn.Module):
         object.__setattr__(self, "modalities", tuple(modalities) if isinstance(modalities, dict) else None)
         if self.warmup and self.training and torch.is_grad_enabled():
             self.steps.add_(1)  # after the loss has read it
+        if self.history is not None:
+            self.history.observe(self)
 
     def _schedule(self, like: Tensor) -> Schedule:
         """This step's numbers. The warm-up is counted on the device: no host read and no recompilation."""

@@ -1,5 +1,6 @@
 // The Python module arl_fast._C. Importing it also registers the ops of ops.cpp with torch.
 #include <torch/csrc/utils/pybind.h>
+#include <torch/headeronly/version.h>
 
 #include "autograd.h"
 #include "cpu/forward.h"
@@ -47,6 +48,7 @@ PyMethodDef fast_methods[] = {
 
 PYBIND11_MODULE(_C, module) {
   module.attr("interface") = 2;  // INTERFACE in native.py: raise both whenever what Python calls changes
+  module.attr("torch") = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);
   module.doc() = "Native kernels of arl_fast; arl_fast/kernels/native.py is their interface.";
   pybind11::class_<arl::Options>(module, "Options").def(pybind11::init(&options_from));
   module.def("forward", &forward);

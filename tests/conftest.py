@@ -13,6 +13,8 @@ import torch
 from arl_fast.implementations import dispatch
 from arl_fast.implementations.sharded import Sharded
 
+pytest_plugins = ["tiers"]
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 # "sharded" holds all classes in one process here; it serves the tests that are marked `contract`, and no
 # others

@@ -23,7 +23,7 @@ def arl(
     logits: list[Tensor],
     target: Tensor,
     *,
-    gamma: float = 1.0,
+    gamma: float | tuple[float, ...] | Tensor = 1.0,
     temperature: float = 8.0,
     rule: str = "share",
     dependence: str = "confidence",
@@ -56,8 +56,10 @@ def arl(
         for i, v in enumerate(y):
             if valid[i]:
                 t[i, v] = 1.0
-    if warming:
-        gamma = 1.0
+    modalities = len(rows) - 1
+    gammas = [
+        1.0 if warming else float(g) for g in torch.as_tensor(gamma, dtype=torch.float64).expand(modalities)
+    ]
 
     def present(branch: int, i: int) -> bool:
         return branch == 0 or mask is None or bool(mask[i // positions, branch - 1])
@@ -103,13 +105,12 @@ def arl(
             return torch.zeros((), dtype=torch.float64)
         return total / norm if norm else total * math.nan
 
-    modalities = len(rows) - 1
     if reduction == "mean":
-        loss = mean(0) + gamma * sum(mean(m + 1) for m in range(modalities))
+        loss = mean(0) + sum(g * mean(m + 1) for m, g in enumerate(gammas))
     elif reduction == "sum":
-        loss = branch_losses[0][0] + gamma * sum(branch_losses[m + 1][0] for m in range(modalities))
+        loss = branch_losses[0][0] + sum(g * branch_losses[m + 1][0] for m, g in enumerate(gammas))
     else:
-        loss = row_losses[0] + gamma * sum(row_losses[1:])
+        loss = row_losses[0] + sum(g * row for g, row in zip(gammas, row_losses[1:], strict=True))
         loss = loss.reshape(target.shape[:1] + target.shape[2:] if soft else target.shape)
     if n:
         grads = torch.autograd.grad((loss * upstream).sum(), leaves, allow_unused=True)

@@ -66,6 +66,17 @@ def test_without_a_compiler(checkout):
     assert "ARL_FAST_BUILD=cpu, but there is no C++ compiler" in done.stderr
 
 
+def test_an_extension_for_another_torch_is_not_used():
+    code = """
+import runpy, sys, types
+sys.modules["arl_fast._C"] = types.SimpleNamespace(torch="1.0")
+runpy.run_module("arl_fast", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "cpu: reference" in done.stdout, done.stderr
+    assert "arl_fast._C was built for torch 1.0, this is torch" in done.stdout
+
+
 def test_a_wrong_mode_is_named(checkout):
     done = build(checkout, ARL_FAST_BUILD="gpu")
     assert done.returncode != 0

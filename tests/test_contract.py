@@ -369,6 +369,31 @@ def test_schedule_as_tensors(implementation):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("tensor", [False, True], ids=["numbers", "tensor"])
+def test_gamma_per_modality(implementation, poisoned, tensor, reduction):
+    """As numbers and as a tensor, also one whose entries are not adjacent; during the warm-up all are 1."""
+    logits, target = make(modalities=3, batch=9)
+    mask = torch.rand(9, 3) > 0.3
+    values = (0.3, 0.0, 2.7)
+    gamma = torch.tensor(values).repeat_interleave(2)[::2] if tensor else values
+    upstream = torch.randn(9) if reduction == "none" else None
+    for options in (dict(), dict(mask=mask, warming=True), dict(warming=torch.tensor(False))):
+        loss, grads, _ = run(logits, target, gamma=gamma, reduction=reduction, upstream=upstream, **options)
+        weights = 1.0 if upstream is None else upstream.double()
+        options["warming"] = bool(options.get("warming", False))
+        truth = oracle.arl(logits, target, gamma=values, reduction=reduction, upstream=weights, **options)
+        assert relative(loss, truth.loss) < 1e-6
+        assert all(relative(g, t) < 3e-6 for g, t in zip(grads, truth.grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    "gamma", [(0.1, 1 / 3), torch.tensor([0.1, 1 / 3], dtype=torch.float64), 1 / 3], ids=str
+)
+def test_gamma_is_not_rounded_for_float64(implementation, gamma):
+    check(*make(dtype=torch.float64), gamma=gamma, temperature=1 / 3)
+
+
 @pytest.mark.parametrize("warming", [True, torch.tensor(True)], ids=["bool", "tensor"])
 def test_warming(implementation, warming):
     logits, target = make()

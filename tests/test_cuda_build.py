@@ -23,7 +23,7 @@ SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 NVCC = shutil.which("nvcc")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc")]
 
 SMALL, WARP, BLOCK = range(3)
 # Registers per thread: 64 K over the threads that csrc/cuda/plan.h counts as resident, in steps of 8.

@@ -37,7 +37,11 @@ try:
 except ImportError as error:
     _absent = f"{error}{_left_out}; build it with pip install --no-build-isolation ."
 else:
-    if getattr(_C, "interface", 0) != INTERFACE:
+    _here = ".".join(torch.__version__.split(".")[:2])
+    if getattr(_C, "torch", _here) != _here:  # its calls into torch's libraries would go wrong, in any way
+        _absent = f"arl_fast._C was built for torch {_C.torch}, this is torch {_here}; build it again"
+        _C = None
+    elif getattr(_C, "interface", 0) != INTERFACE:
         _C, _absent = None, "arl_fast._C was built from another version of the sources; build it again"
 
 # The usual eager step on a CPU, checked, computed and recorded for autograd in one call (csrc/autograd.h): fast_loss(options,

@@ -11,6 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import filelock  # torch brings it
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("c++")
@@ -42,6 +44,12 @@ def sources() -> list[Path]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
+    """The emulation. Several of pytest's workers may want it at the same time: the first compiles it."""
+    with filelock.FileLock(Path(tempfile.gettempdir()) / "arl_fast_emulation.lock"):
+        return _library()
+
+
+def _library() -> ctypes.CDLL:
     content = hashlib.sha256(repr((COMPILER, FLAGS)).encode())
     for path in sources():
         content.update(path.read_bytes())

@@ -1,1 +1,5 @@
-"""The Triton kernels: host.py offers the contract, plan.py chooses shapes, launch.py launches, the rest is device code."""
+"""The Triton implementation.
+
+host.py offers the contract, plan.py chooses shapes, launch.py launches. forward.py, finish.py and multiply.py
+are device code.
+"""

@@ -1,12 +1,14 @@
 """The forward kernel: losses, statistics, coefficients and gradients of all branches in one launch.
 
-Grid (programs, M+1): a program belongs to one branch and takes its tiles in turn, so that it keeps six sums and counts
-the valid rows once. Rows of up to plan.LARGEST_ROW classes are held in registers, longer ones are streamed.
+Grid (programs, M+1): a program belongs to one branch and takes its tiles in turn, so that it keeps its sums
+and counts the valid rows once. Rows of up to plan.LARGEST_ROW classes are held in registers, longer ones are
+streamed.
 
-With z_c = x_c - max x and e_c = exp z_c a row needs, besides its maximum, s = sum e and sz = sum e z; then
-log p_c = z_c - log s and H = log s - sz / s, without a second pass and without cancellation under large offsets.
-Everything else that a target can ask for is linear in log p: with weights u_c (the smoothing or the soft target),
--sum u_c log p_c = U log s - sum u_c z_c, and d loss / d x_c = e_c (sum of target weights) / s - (target weight)_c.
+With z_c = x_c - max x and e_c = exp z_c a row needs, besides its maximum, s = sum e and sz = sum e z. Then
+log p_c = z_c - log s and H = log s - sz / s, without a second pass, and without cancellation under large
+offsets. Everything else that a target can ask for is linear in log p. With weights u_c (the smoothing or the
+soft target), -sum u_c log p_c = (sum u) log s - sum u_c z_c. The gradient of the row's loss is
+d loss / d x_c = e_c (sum of the target's weights) / s - (the target's weight)_c.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .finish import at_least, finish
+from .finish import at_least, finish, gamma_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)  # a maximum before the first logit: finite, so that differences never are NaN
-FLOOR_Z = tl.constexpr(-1e30)  # 0 * log 0 = 0: z of a class that cannot be, where it only multiplies e = 0
+LOWEST = tl.constexpr(-3.0e38)  # the maximum before the first logit; finite, so that no difference is NaN
+LOWEST_Z = tl.constexpr(-1e30)  # z of a class of probability 0, where it multiplies e = 0: 0 * log 0 = 0
 
 
 @triton.jit
@@ -61,7 +63,7 @@ def count_rows(
     SOFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What the rows from ``start`` to ``end`` add to the number by which reduction "mean" divides a branch."""
+    """What the rows from ``start`` to ``end`` add to a branch's divisor under reduction "mean"."""
     total = tl.zeros([BLOCK], T)
     for first in range(start, end, BLOCK):
         row = (first + tl.arange(0, BLOCK)).to(tl.int64)
@@ -76,12 +78,12 @@ def count_rows(
 
 
 @triton.jit
-def count_together(
+def share_counting(
     target,
     mask,
     weight,
-    parts,
-    state,
+    counts,
+    counters,
     branch,
     rows,
     T: tl.constexpr,
@@ -94,28 +96,31 @@ def count_together(
 ):
     """``count_rows`` of all rows where they are many: the programs of all branches share the work.
 
-    A program takes chunks until none is left, and only then waits for those that others still count. Whoever has taken a
-    chunk is running and finishes it without waiting, so this ends however few programs the device runs at a time.
+    A program takes chunks until none is left, and only then waits for those that others still count. A
+    program that has taken a chunk is running and finishes it without waiting. So this ends however few
+    programs the device runs at a time.
     """
     size = tl.cdiv(tl.cdiv(rows, BLOCK), CHUNKS) * BLOCK
     chunks = tl.cdiv(rows, size)
-    mine = tl.atomic_add(state + 1, 1, sem="relaxed", scope="gpu")
-    while mine < chunks:
-        start = mine * size
+    chunk = tl.atomic_add(counters + 1, 1, sem="relaxed", scope="gpu")
+    while chunk < chunks:
+        start = chunk * size
         end = start + tl.minimum(size, rows - start)
         for b in range(BRANCHES):
-            part = count_rows(target, mask, weight, b, start, end, T, C, BRANCHES, IGNORE, SOFT, BLOCK)
-            tl.store(parts + b * CHUNKS + mine, part)
+            count = count_rows(target, mask, weight, b, start, end, T, C, BRANCHES, IGNORE, SOFT, BLOCK)
+            tl.store(counts + b * CHUNKS + chunk, count)
         tl.debug_barrier()
-        tl.atomic_add(state + 2, 1, sem="release", scope="gpu")
-        mine = tl.atomic_add(state + 1, 1, sem="relaxed", scope="gpu")
-    # not a volatile load, which is an ordinary one on AMD and would be read once; acquire: the counts are seen from here on
-    while tl.atomic_add(state + 2, 0, sem="acquire", scope="gpu") < chunks:
+        tl.atomic_add(counters + 2, 1, sem="release", scope="gpu")
+        chunk = tl.atomic_add(counters + 1, 1, sem="relaxed", scope="gpu")
+    # An atomic operation, because AMD's compiler makes an ordinary load of a volatile one and reads it once.
+    # Acquire makes the counts visible.
+    while tl.atomic_add(counters + 2, 0, sem="acquire", scope="gpu") < chunks:
         pass
-    part = tl.arange(0, CHUNKS)
-    return tl.sum(
-        tl.load(parts + branch * CHUNKS + part, mask=part < chunks, other=0.0, cache_modifier=".cg"), 0
+    all_chunks = tl.arange(0, CHUNKS)
+    found = tl.load(
+        counts + branch * CHUNKS + all_chunks, mask=all_chunks < chunks, other=0.0, cache_modifier=".cg"
     )
+    return tl.sum(found, 0)
 
 
 @triton.jit
@@ -145,9 +150,10 @@ def weights_of(
     return t, tl.where(keep, u, 0.0)
 
 
-# A tile is [steps, owners, lanes], an owner being a row, or a thread of the one row that is streamed. Steps are to lie
-# within a thread, so that is where joining begins; lanes do when a thread owns a row, and else span few threads. Triton
-# before 3.7 gives neighbouring threads the first of two equal axes, later ones the last: there, steps and owners swap.
+# A tile is [steps, owners, lanes]. An owner is a row, or a thread of the one row that is streamed. The steps
+# of an owner shall lie within a thread, so reductions begin with them. Of two axes of equal stride, Triton
+# before 3.7 spreads the first over neighbouring threads, and later versions the last. Before 3.7 the axes of
+# steps and owners are swapped.
 OWNERS_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7))
 
 
@@ -157,7 +163,8 @@ def tile_columns(
 ):
     """Columns of a tile whose steps and owners are STEP and OWNER columns apart.
 
-    The last step comes first: steps of one column that ascend would be dealt out to neighbouring threads, to be read as one.
+    The last step comes first. Triton would spread ascending steps of one column over neighbouring threads, to
+    read them together.
     """
     step = (STEPS - 1 - tl.arange(0, STEPS)) * STEP
     owner, lane = tl.arange(0, OWNERS) * OWNER, tl.arange(0, LANES)
@@ -168,7 +175,7 @@ def tile_columns(
 
 
 @triton.jit
-def wide(values):
+def per_owner(values):
     """One value per owner, shaped to meet a tile."""
     if OWNERS_FIRST:
         return values[:, None, None]
@@ -177,17 +184,17 @@ def wide(values):
 
 
 @triton.jit
-def join_sum(tile):
+def sum_of_owner(tile):
     return tl.sum(tl.sum(tile, 1 if OWNERS_FIRST else 0), 1)
 
 
 @triton.jit
-def join_max(tile):
+def max_of_owner(tile):
     return tl.max(tl.max(tile, 1 if OWNERS_FIRST else 0), 1)
 
 
 @triton.jit
-def join_min(tile):
+def min_of_owner(tile):
     return tl.min(tl.min(tile, 1 if OWNERS_FIRST else 0), 1)
 
 
@@ -208,10 +215,13 @@ def stream_row(
     SOFT: tl.constexpr,
     NEEDS_L1: tl.constexpr,
 ):
-    """One pass over a long row. Every thread keeps a softmax of its own; they meet once, after the loop.
+    """One pass over a long row. Every thread keeps a softmax of its own, and they are joined after the loop.
 
-    The loop needs no exchange between threads, and a change of maximum costs one exponential per STEPS * LANES logits.
-    Returns top, s, sz, first (of the largest logit), U = sum u, uz = sum u z, te = sum t e, first_t, l1.
+    Threads exchange nothing within the loop. A change of maximum costs one exponential per STEPS * LANES
+    logits.
+
+    Returns top, s, sz, first (the column of the first largest logit), u_sum = sum u, uz = sum u z, te = sum t
+    e, first_t (the column of the first largest target), l1 = sum |x|.
     """
     offsets = tile_columns(STEPS, OWNERS * LANES, OWNERS, LANES, LANES)
     zero = tl.zeros([OWNERS], T)
@@ -223,124 +233,121 @@ def stream_row(
         cols = start + offsets
         keep = (cols < C) & valid
         raw = tl.load(x + base_x + cols, mask=keep, other=float("-inf"), eviction_policy="evict_last").to(T)
-        new = join_max(raw)
-        at = join_min(tl.where(raw == wide(new), cols, C))
+        new = max_of_owner(raw)
+        at = min_of_owner(tl.where(raw == per_owner(new), cols, C))
         first = tl.where(new > top, at, first)
         new = tl.maximum(new, top)
         shift = top - new
-        z = raw - wide(new)
+        z = raw - per_owner(new)
         e = tl.exp2(z * LOG2E)
-        fade = tl.exp2(shift * LOG2E)
-        sz = fade * (sz + shift * s) + join_sum(tl.maximum(z, FLOOR_Z) * e)
-        s = fade * s + join_sum(e)
+        rescale = tl.exp2(shift * LOG2E)
+        sz = rescale * (sz + shift * s) + sum_of_owner(tl.maximum(z, LOWEST_Z) * e)
+        s = rescale * s + sum_of_owner(e)
         if SOFT or SMOOTHING > 0:
             t, u = weights_of(target, weight, base_t, cols, keep, T, C, SMOOTHING, SOFT)
-            uz += shift * u_sum + join_sum(tl.where(keep, u * z, 0.0))
-            u_sum += join_sum(u)
+            uz += shift * u_sum + sum_of_owner(tl.where(keep, u * z, 0.0))
+            u_sum += sum_of_owner(u)
             if SOFT:
-                te = fade * te + join_sum(t * e)
+                te = rescale * te + sum_of_owner(t * e)
                 t = tl.where(keep, t, float("-inf"))
-                new_t = join_max(t)
-                at = join_min(tl.where(t == wide(new_t), cols, C))
+                new_t = max_of_owner(t)
+                at = min_of_owner(tl.where(t == per_owner(new_t), cols, C))
                 first_t = tl.where(new_t > top_t, at, first_t)
                 top_t = tl.maximum(new_t, top_t)
         if NEEDS_L1:
-            l1 += join_sum(tl.where(keep, tl.abs(raw), 0.0))
+            l1 += sum_of_owner(tl.where(keep, tl.abs(raw), 0.0))
         top = new
     row_top = tl.max(top, 0)
-    shift = tl.maximum(top - row_top, FLOOR_Z)
-    fade = tl.exp2(shift * LOG2E)
+    shift = tl.maximum(top - row_top, LOWEST_Z)
+    rescale = tl.exp2(shift * LOG2E)
     first = tl.min(tl.where(top == row_top, first, C), 0)
     first_t = tl.min(tl.where(top_t == tl.max(top_t, 0), first_t, C), 0)
-    sz = tl.sum(fade * (sz + shift * s), 0)
+    sz = tl.sum(rescale * (sz + shift * s), 0)
     uz = tl.sum(uz + shift * u_sum, 0)
     return (
         row_top,
-        tl.sum(fade * s, 0),
+        tl.sum(rescale * s, 0),
         sz,
         first,
         tl.sum(u_sum, 0),
         uz,
-        tl.sum(fade * te, 0),
+        tl.sum(rescale * te, 0),
         first_t,
         tl.sum(l1, 0),
     )
 
 
-@triton.jit(do_not_specialize=["rows", "gamma", "temperature", "warming"])
+@triton.jit(do_not_specialize=["gamma_stride", "warmup", "rows"])
 def forward_kernel(
     logits,  # tuple of M+1 [rows, C] of row stride STRIDE, columns adjacent
     grads,  # tuple of M+1 [rows, C] contiguous, or None: nothing is written
     target,  # [rows] class indices or [rows, C] contiguous probabilities
     mask,  # [rows, M] contiguous bool, or None
     weight,  # [C] or None
-    norm,  # [M+1] what reduction "mean" divides gradients by; None: count here
-    schedule,  # [3] gamma, temperature, warming on the device, or None: the numbers below
+    divisor,  # [M+1] what reduction "mean" divides gradients by; None: count here
+    gamma,  # [] or [M] or None: the numbers below
+    temperature,  # [] or None: the number below
+    step,  # [] integer, the number of steps so far, or None: 0
     row_loss,  # [M+1, rows] for reduction "none", else None
-    work,  # [M+1, 6, programs], then [M+1, CHUNKS]
-    state,  # [3] int32, zero before and after: programs that have arrived, chunks of rows taken, chunks counted
+    work,  # partial sums [M+1, sums, programs], then counts [M+1, CHUNKS]
+    counters,  # [3] int32, zero before and after: programs arrived, chunks of rows taken, chunks counted
     loss,  # []
-    packed,  # [16 M + 9]
+    packed,  # where PACKED says
+    gamma_stride: tl.int64,  # 0 for gamma []
+    gammas,  # tuple of numbers (finish.gamma_of), or None
+    temperature_number: tl.float64,
+    warmup: tl.int64,  # steps
     rows,
-    gamma: tl.float64,
-    temperature: tl.float64,
-    warming,
     C: tl.constexpr,
     STRIDE: tl.constexpr,  # a constant like C: its divisors decide how wide loads may be
     BRANCHES: tl.constexpr,
     SOFT: tl.constexpr,
-    IGNORE: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    DEPENDENCE: tl.constexpr,
-    RULE: tl.constexpr,
-    GAIN: tl.constexpr,
-    FLOOR: tl.constexpr,
-    ONLINE: tl.constexpr,
-    STEPS: tl.constexpr,
-    OWNERS: tl.constexpr,
-    LANES: tl.constexpr,
-    ALONE: tl.constexpr,  # up to here a program counts the valid rows by itself
-    BLOCK: tl.constexpr,  # rows of one step of counting
-    CHUNKS: tl.constexpr,
+    OPTIONS: tl.constexpr,  # options.Options
+    PLAN: tl.constexpr,  # plan.Plan
+    COUNTING: tl.constexpr,  # plan.Counting
+    SUMS: tl.constexpr,  # finish.Sums
+    PACKED: tl.constexpr,  # finish.Packed
 ):
     T: tl.constexpr = packed.dtype.element_ty
+    MODALITIES: tl.constexpr = BRANCHES - 1
+    IGNORE: tl.constexpr = OPTIONS.ignore_index
+    SMOOTHING: tl.constexpr = OPTIONS.label_smoothing
     USES_U: tl.constexpr = SOFT or SMOOTHING > 0
-    NEEDS_L1: tl.constexpr = DEPENDENCE == "logit_l1"
+    NEEDS_L1: tl.constexpr = OPTIONS.dependence == "logit_l1"
+    ONLINE: tl.constexpr = PLAN.online
+    STEPS: tl.constexpr = PLAN.steps
+    OWNERS: tl.constexpr = PLAN.owners
+    LANES: tl.constexpr = PLAN.lanes
     ROWS: tl.constexpr = 1 if ONLINE else OWNERS
     p, programs, branch = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     x = select(logits, branch, BRANCHES)
 
-    if schedule is not None:
-        gamma_t = tl.load(schedule)
-        temperature_t = tl.load(schedule + 1)
-        warming_t = tl.load(schedule + 2)
-    else:  # the numbers are float64 whoever calls, and rounded once, here
-        gamma_t = tl.full((), gamma, tl.float64).to(T)
-        temperature_t = tl.full((), temperature, tl.float64).to(T)
-        warming_t = tl.full((), warming, tl.int32).to(T)
-    gamma_t = tl.where(warming_t != 0, 1.0, gamma_t)
+    steps_done = tl.zeros((), tl.int64)
+    if step is not None:
+        steps_done = tl.load(step).to(tl.int64)
+    warming = steps_done < warmup
 
-    scale = tl.where(branch == 0, 1.0, gamma_t)
+    scale = tl.full((), 1.0, T)
     if grads is not None:
         g = select(grads, branch, BRANCHES)
-        if REDUCTION == "mean":
-            if norm is not None:
-                divisor = tl.load(norm + branch)
+        own = gamma_of(gamma, gamma_stride, gammas, branch - 1, branch > 0, MODALITIES, T)
+        scale = tl.where((branch == 0) | warming, 1.0, own)
+        if OPTIONS.reduction == "mean":
+            if divisor is not None:
+                rows_of_branch = tl.load(divisor + branch)
             elif SOFT and mask is None:  # all rows are valid
-                divisor = rows.to(T)
-            elif rows <= ALONE:
-                divisor = count_rows(
-                    target, mask, weight, branch, 0, rows, T, C, BRANCHES, IGNORE, SOFT, BLOCK
+                rows_of_branch = rows.to(T)
+            elif rows <= COUNTING.shared_above:
+                rows_of_branch = count_rows(
+                    target, mask, weight, branch, 0, rows, T, C, BRANCHES, IGNORE, SOFT, COUNTING.block
                 )
             else:
-                parts = work + BRANCHES * 6 * programs
-                divisor = count_together(
+                rows_of_branch = share_counting(
                     target,
                     mask,
                     weight,
-                    parts,
-                    state,
+                    work + BRANCHES * len(SUMS) * programs,
+                    counters,
                     branch,
                     rows,
                     T,
@@ -348,13 +355,20 @@ def forward_kernel(
                     BRANCHES,
                     IGNORE,
                     SOFT,
-                    BLOCK,
-                    CHUNKS,
+                    COUNTING.block,
+                    COUNTING.chunks,
                 )
-            scale = scale / divisor
+            scale = scale / rows_of_branch
 
     zero = tl.zeros([ROWS], T)
-    loss_sum, norm_sum, count, correct_sum, entropy_sum, dependence_sum = zero, zero, zero, zero, zero, zero
+    loss_sum, divisor_sum, count, correct_sum, entropy_sum, dependence_sum = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
     for tile in range(p, tl.cdiv(rows, ROWS), programs):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         inside = row < rows
@@ -391,28 +405,29 @@ def forward_kernel(
         else:
             cols = tile_columns(STEPS, LANES, OWNERS, 0, LANES)
             real = cols < C
-            keep = real & wide(valid)
+            keep = real & per_owner(valid)
             # rows that are not valid are not read: zeros stand in, so that nothing of theirs becomes NaN
-            filler = wide(tl.where(valid, float("-inf"), 0.0))
-            raw = tl.load(x + wide(row * STRIDE) + cols, mask=keep, other=filler).to(T)
-            top = join_max(raw)
-            z = raw - wide(top)
+            filler = per_owner(tl.where(valid, float("-inf"), 0.0))
+            raw = tl.load(x + per_owner(row * STRIDE) + cols, mask=keep, other=filler).to(T)
+            top = max_of_owner(raw)
+            z = raw - per_owner(top)
             e = tl.exp2(z * LOG2E)
-            s = join_sum(e)
-            sz = join_sum(tl.maximum(z, FLOOR_Z) * e)
-            first = join_min(tl.where(z == 0, cols, C))
+            s = sum_of_owner(e)
+            sz = sum_of_owner(tl.maximum(z, LOWEST_Z) * e)
+            first = min_of_owner(tl.where(z == 0, cols, C))
             if USES_U:
-                t, u = weights_of(target, weight, wide(row * C), cols, keep, T, C, SMOOTHING, SOFT)
-                u_sum = join_sum(u)
-                uz = join_sum(tl.where(keep, u * z, 0.0))
+                t, u = weights_of(target, weight, per_owner(row * C), cols, keep, T, C, SMOOTHING, SOFT)
+                u_sum = sum_of_owner(u)
+                uz = sum_of_owner(tl.where(keep, u * z, 0.0))
                 if SOFT:
-                    te = join_sum(t * e)
+                    te = sum_of_owner(t * e)
                     t = tl.where(real, t, float("-inf"))
-                    first_t = join_min(tl.where(t == wide(join_max(t)), cols, C))
+                    first_t = min_of_owner(tl.where(t == per_owner(max_of_owner(t)), cols, C))
             if NEEDS_L1:
-                l1 = join_sum(tl.where(keep, tl.abs(raw), 0.0))
+                l1 = sum_of_owner(tl.where(keep, tl.abs(raw), 0.0))
 
-        # What the row contributes. `pull` multiplies p in the gradient, `push` u, `hit` the target class.
+        # What the row contributes. Its gradient is e e_factor - u u_factor, less y_factor scale at the target
+        # class; e_factor still lacks scale / s.
         log_s = tl.log(s)
         entropy = at_least(log_s - sz / s, 0.0)
         if SOFT:
@@ -420,8 +435,8 @@ def forward_kernel(
             confidence = te / s
             correct = first == first_t
             w = tl.where(valid, 1.0, 0.0).to(T)
-            pull = u_sum
-            push = tl.where(valid, scale, 0.0)
+            e_factor = u_sum
+            u_factor = tl.where(valid, scale, 0.0)
         else:
             z_y = x_y - top
             e_y = tl.exp2(z_y * LOG2E)
@@ -429,19 +444,19 @@ def forward_kernel(
             nll = (1 - SMOOTHING) * w * (log_s - z_y) + poison
             confidence = e_y / s + poison
             correct = first == y
-            hit = (1 - SMOOTHING) * w
-            pull = hit + poison
-            push = zero
+            y_factor = (1 - SMOOTHING) * w
+            e_factor = y_factor + poison
+            u_factor = zero
             if SMOOTHING > 0:
                 nll += SMOOTHING / C * (u_sum * log_s - uz)
-                pull += SMOOTHING / C * u_sum
-                push = tl.where(valid, SMOOTHING / C * scale, 0.0)
+                e_factor += SMOOTHING / C * u_sum
+                u_factor = tl.where(valid, SMOOTHING / C * scale, 0.0)
         dependence = confidence
         if NEEDS_L1:
             dependence = l1
         nll = tl.where(valid, nll, 0.0)
         loss_sum += nll
-        norm_sum += tl.where(valid, w, 0.0)
+        divisor_sum += tl.where(valid, w, 0.0)
         count += tl.where(valid, 1.0, 0.0)
         correct_sum += tl.where(valid & correct, 1.0, 0.0)
         entropy_sum += tl.where(valid, entropy, 0.0)
@@ -450,14 +465,14 @@ def forward_kernel(
             tl.store(row_loss + branch.to(tl.int64) * rows + row, nll, mask=inside)
 
         if grads is not None:
-            pull = tl.where(valid, pull * scale / s, 0.0)
+            e_factor = tl.where(valid, e_factor * scale / s, 0.0)
             G: tl.constexpr = g.dtype.element_ty
             if ONLINE:
                 top = tl.where(
                     row_valid, top, 0.0
                 )  # rows that are not valid read as zeros: keep their e finite
-                pull_row = tl.sum(pull, 0)
-                push_row = tl.sum(push, 0)
+                row_e_factor = tl.sum(e_factor, 0)
+                row_u_factor = tl.sum(u_factor, 0)
                 for start in range(0, C, STEPS * OWNERS * LANES):
                     cols = start + tile_columns(STEPS, OWNERS * LANES, OWNERS, LANES, LANES)
                     keep = cols < C
@@ -465,50 +480,55 @@ def forward_kernel(
                     raw = tl.load(
                         x + base * STRIDE + cols, mask=read, other=0.0, eviction_policy="evict_first"
                     ).to(T)
-                    d = tl.exp2((raw - top) * LOG2E) * pull_row
+                    d = tl.exp2((raw - top) * LOG2E) * row_e_factor
                     if USES_U:
                         _, u = weights_of(target, weight, base * C, cols, read, T, C, SMOOTHING, SOFT)
-                        d -= u * push_row
+                        d -= u * row_u_factor
                     tl.store(g + base * C + cols, d.to(G), mask=keep, eviction_policy="evict_first")
             else:
-                d = e * wide(pull)
+                d = e * per_owner(e_factor)
                 if USES_U:
-                    d -= u * wide(push)
-                tl.store(g + wide(row * C) + cols, d.to(G), mask=real & wide(inside))
+                    d -= u * per_owner(u_factor)
+                tl.store(g + per_owner(row * C) + cols, d.to(G), mask=real & per_owner(inside))
             if not SOFT:
-                # The target class, formed in T before it is rounded; the barrier orders it after the row's other stores.
-                d_y = e_y * pull - hit * scale
+                # The target class, formed in T before it is rounded; the barrier orders it after the row's
+                # other stores.
+                d_y = e_y * e_factor - y_factor * scale
                 if SMOOTHING > 0:
-                    d_y -= w * push
+                    d_y -= w * u_factor
                 tl.debug_barrier()
                 tl.store(g + row * C + y, d_y.to(G), mask=valid)
 
-    partial = work + branch * 6 * programs + p
-    tl.store(partial, tl.sum(loss_sum, 0))
-    tl.store(partial + programs, tl.sum(norm_sum, 0))
-    tl.store(partial + 2 * programs, tl.sum(count, 0))
-    tl.store(partial + 3 * programs, tl.sum(correct_sum, 0))
-    tl.store(partial + 4 * programs, tl.sum(entropy_sum, 0))
-    tl.store(partial + 5 * programs, tl.sum(dependence_sum, 0))
+    partial = work + branch * len(SUMS) * programs + p
+    tl.store(partial + SUMS.loss * programs, tl.sum(loss_sum, 0))
+    tl.store(partial + SUMS.divisor * programs, tl.sum(divisor_sum, 0))
+    tl.store(partial + SUMS.count * programs, tl.sum(count, 0))
+    tl.store(partial + SUMS.correct * programs, tl.sum(correct_sum, 0))
+    tl.store(partial + SUMS.entropy * programs, tl.sum(entropy_sum, 0))
+    tl.store(partial + SUMS.dependence * programs, tl.sum(dependence_sum, 0))
 
-    # The last program to arrive sees the sums of all others: release before it counts, acquire after.
+    # An atomic counter identifies the last program. Release before it counts and acquire afterwards make the
+    # sums of all others visible to it. All have arrived then, so it may reset the counters.
     tl.debug_barrier()
-    arrived = tl.atomic_add(state, 1, sem="acq_rel", scope="gpu")
+    arrived = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
     if arrived == programs * BRANCHES - 1:
+        if temperature is not None:
+            t_rule = tl.load(temperature).to(T)
+        else:  # float64 whoever calls, rounded once, here
+            t_rule = tl.full((), temperature_number, tl.float64).to(T)
         finish(
             work,
             loss,
             packed,
             programs,
-            gamma_t,
-            temperature_t,
-            warming_t,
+            gamma,
+            gamma_stride,
+            gammas,
+            t_rule,
+            warming,
             BRANCHES,
-            REDUCTION,
-            RULE,
-            GAIN,
-            FLOOR,
+            OPTIONS,
+            SUMS,
+            PACKED,
         )
-        tl.store(
-            state + tl.arange(0, 4), 0, mask=tl.arange(0, 4) < 3
-        )  # nobody waits any more: all have arrived
+        tl.store(counters + tl.arange(0, 4), 0, mask=tl.arange(0, 4) < 3)

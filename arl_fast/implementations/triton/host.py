@@ -1,14 +1,15 @@
 """The Triton implementation (docs/architecture.md, the contract): host side, from tensors to launches.
 
-Serves any GPU that Triton serves, without a compiler at hand, and CPU tensors under TRITON_INTERPRET=1, for tests. Under
-torch.compile the three functions are the registered ops ``arl_fast::triton_*``; in eager they launch directly.
+Serves any GPU that Triton serves, without a compiler at hand, and CPU tensors under TRITON_INTERPRET=1, for
+tests. Under torch.compile the three functions are the registered ops ``arl_fast::triton_*``. Eager calls
+launch directly.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -20,19 +21,28 @@ from ..._core.checks import check_class_range
 from ..._core.dtypes import compute_dtype, grad_dtype
 from ..._core.options import Options, Schedule
 from ..._core.stats import packed_length
-from .. import ops, reference
-from . import plan as triton_rule
+from .. import ops
+from . import plan as launch_plan
+from .finish import SUMS, packed_layout
 from .forward import forward_kernel
-from .launch import INTERPRETED, Launcher, kind, kinds, multiprocessors, workspaces
+from .launch import (
+    INTERPRETED,
+    Configuration,
+    Launcher,
+    Workspace,
+    kind,
+    kinds,
+    multiprocessors,
+    new_workspace,
+    workspaces,
+)
 from .multiply import modulate_kernel, scale_kernel
 
 MINIMUM = (3, 6)
 
-run_forward, run_scale, run_modulate = (
-    Launcher(forward_kernel),
-    Launcher(scale_kernel),
-    Launcher(modulate_kernel),
-)
+run_forward = Launcher(forward_kernel)
+run_scale = Launcher(scale_kernel)
+run_modulate = Launcher(modulate_kernel)
 
 
 def unavailable(device: str) -> str | None:
@@ -41,11 +51,9 @@ def unavailable(device: str) -> str | None:
     if version < MINIMUM:
         return f"Triton {triton.__version__} is older than {MINIMUM[0]}.{MINIMUM[1]}"
     if device == "cpu":
-        return (
-            None
-            if INTERPRETED
-            else "Triton serves a CPU only in its interpreter (TRITON_INTERPRET=1), for tests"
-        )
+        if INTERPRETED:
+            return None
+        return "Triton serves a CPU only in its interpreter (TRITON_INTERPRET=1), for tests"
     if device != "cuda":
         return f"Triton's kernels are written for cuda devices, got {device}"
     if not torch.cuda.is_available():
@@ -65,7 +73,7 @@ def describe(device: str) -> str:
 
 
 def _addressable(rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
-    """The rows as the kernel addresses them: columns adjacent, one row stride for all branches. Others are copied."""
+    """The rows as the kernel addresses them, copied where need be: columns adjacent, the same row stride."""
     first = rows[0].stride()
     if first[1] == 1 and all(x.stride() == first for x in rows):
         return tuple(rows), first[0]
@@ -73,54 +81,53 @@ def _addressable(rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], int]:
     return rows, rows[0].shape[1]  # not stride(0): meaningless where there is one row
 
 
-def _schedule(schedule: Schedule, like: Tensor) -> tuple[Tensor | None, float, float, int]:
-    """Interim: one tensor [3], or three numbers."""
-    if not schedule.tensors:
-        return None, float(schedule.gamma), float(schedule.temperature), int(schedule.warming)
-    values = (schedule.gamma, schedule.temperature, schedule.warming)
-    dtype = compute_dtype(like.dtype)
-    return torch.stack([torch.as_tensor(v, dtype=dtype).to(like.device) for v in values]), 1.0, 0.0, 0
+def gamma_numbers(gamma: float | tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]:
+    """Gamma as the kernel takes numbers, in one tuple.
+
+    Triton passes the numbers in a tuple as float32. For float64 logits, what that cuts off follows in a
+    second part.
+    """
+    numbers = (
+        gamma if isinstance(gamma, tuple) else (float(gamma),)
+    )  # an int would be another type in the kernel
+    if dtype != torch.float64:
+        return numbers
+    rounded = tuple([ctypes.c_float(g).value for g in numbers])
+    return rounded + tuple([g - r for g, r in zip(numbers, rounded, strict=True)])
 
 
 @functools.lru_cache(maxsize=256)
-def _constants(
+def _forward_configuration(
     classes: int, stride: int, branches: int, soft: bool, dtype: torch.dtype, options: Options
-) -> tuple[plan.Plan, tuple[Any, ...]]:
-    """The plan and the forward kernel's constants."""
-    heavy = triton_rule.heavy(soft, options.label_smoothing, options.dependence)
-    plan = triton_rule.plan(classes, dtype.itemsize, heavy)
-    return plan, (
+) -> tuple[launch_plan.Plan, Configuration]:
+    more_sums = launch_plan.needs_more_sums(soft, options)
+    plan = launch_plan.plan(classes, dtype.itemsize, more_sums)
+    constants = (
         classes,
         stride,
         branches,
         soft,
-        options.ignore_index,
-        options.label_smoothing,
-        options.reduction,
-        options.dependence,
-        options.rule,
-        options.gain,
-        options.entropy_floor,
-        plan.online,
-        plan.steps,
-        plan.owners,
-        plan.lanes,
-        triton_rule.COUNT_ALONE,
-        triton_rule.COUNT_BLOCK,
-        triton_rule.COUNT_CHUNKS,
+        options,
+        plan,
+        launch_plan.COUNTING,
+        SUMS,
+        packed_layout(branches - 1),
     )
+    return plan, Configuration(plan.threads, plan.registers, constants)
 
 
 def _launch_forward(
     logits: Sequence[Tensor],
     targets: Targets,
-    numbers: tuple[Tensor | None, float, float, int],
+    schedule: Schedule,
     options: Options,
     grad: bool,
+    take_workspace: Callable[[torch.device, torch.dtype, int], Workspace] = workspaces.take,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """All but a callable rule, which needs plain torch: "constant" runs in its place."""
     options = options.for_kernels
-    target, mask, weight, norm = targets
+    target, mask, weight, divisor = targets
+    gamma, temperature, warmup, step = schedule
     x0 = logits[0]
     device, dtype = x0.device, compute_dtype(x0.dtype)
     rows, classes = x0.shape
@@ -130,34 +137,42 @@ def _launch_forward(
     target = target.contiguous()
     mask = None if mask is None else mask.contiguous()
     weight = None if weight is None else weight.contiguous()
-    on_device, gamma, temperature, warming = numbers
+    if isinstance(gamma, Tensor):
+        gamma_tensor, gamma_stride, gammas = gamma, gamma.stride(0) if gamma.dim() else 0, None
+    else:
+        gamma_tensor, gamma_stride, gammas = None, 0, gamma_numbers(gamma, dtype)
+    if isinstance(temperature, Tensor):
+        temperature_tensor, temperature_number = temperature, 0.0
+    else:
+        temperature_tensor, temperature_number = None, temperature
 
-    plan, constants = _constants(classes, stride, branches, soft, x0.dtype, options)
-    programs = triton_rule.programs(rows, branches, plan, multiprocessors(device.index))
+    plan, configuration = _forward_configuration(classes, stride, branches, soft, x0.dtype, options)
+    programs = launch_plan.programs(rows, branches, plan, multiprocessors(device.index))
     loss = torch.empty((), dtype=dtype, device=device)
     packed = torch.empty(packed_length(branches - 1), dtype=dtype, device=device)
-    per_row = (
-        torch.empty((branches, rows), dtype=dtype, device=device) if options.reduction == "none" else None
-    )
-    grads = (
-        tuple([torch.empty((rows, classes), dtype=grad_dtype(x0.dtype), device=device) for _ in logits])
-        if grad
-        else None
-    )
-    state, work = workspaces.take(device, dtype, triton_rule.workspace(branches, programs))
+    row_loss = grads = None
+    if options.reduction == "none":
+        row_loss = torch.empty((branches, rows), dtype=dtype, device=device)
+    if grad:
+        gradient = grad_dtype(x0.dtype)
+        grads = tuple([torch.empty((rows, classes), dtype=gradient, device=device) for _ in logits])
+    work, counters = take_workspace(device, dtype, launch_plan.workspace(branches, programs))
     run_forward(
         device,
         (programs, branches, 1),
-        plan.threads,
-        plan.registers,
+        configuration,
         (
             kinds(inputs),
-            grad,
+            None if grads is None else kind(grads[0]),
             kind(target),
             kind(mask),
             kind(weight),
-            kind(norm),
-            kind(on_device),
+            kind(divisor),
+            kind(gamma_tensor),
+            kind(temperature_tensor),
+            kind(step),
+            kind(row_loss),
+            0 if gammas is None else len(gammas),
             rows >> 31,
         ),
         (
@@ -166,24 +181,24 @@ def _launch_forward(
             target,
             mask,
             weight,
-            norm,
-            on_device,
-            per_row,
+            divisor,
+            gamma_tensor,
+            temperature_tensor,
+            step,
+            row_loss,
             work,
-            state,
+            counters,
             loss,
             packed,
+            gamma_stride,
+            gammas,
+            temperature_number,
+            warmup,
             rows,
-            gamma,
-            temperature,
-            warming,
         ),
-        constants,
     )
-    if per_row is not None:  # Eq. 22 by row
-        if on_device is not None:
-            gamma = torch.where(on_device[2] != 0, 1.0, on_device[0])
-        loss = per_row[0] + (1.0 if warming else gamma) * per_row[1:].sum(0)
+    if row_loss is not None:  # Eq. 22 by row
+        loss = row_loss[0] + rules.weighted_sum(rules.effective_gamma(schedule), row_loss[1:])
     return loss, packed, list(grads or ())
 
 
@@ -191,18 +206,13 @@ def forward(
     logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As reference.forward, in one launch."""
-    if isinstance(schedule.gamma, tuple) or (isinstance(schedule.gamma, Tensor) and schedule.gamma.dim()):
-        return reference.forward(logits, targets, schedule, options, grad)
-    numbers = _schedule(schedule, logits[0])
     if torch.compiler.is_compiling():
-        loss, packed, grads = torch.ops.arl_fast.triton_forward(
-            list(logits), *targets, *numbers[:3], bool(numbers[3]), *options.for_kernels, grad
-        )
+        loss, packed, grads = ops.forward("triton", logits, targets, schedule, options, grad)
     else:
         target = targets.target
         if target.device.type == "cpu" and not target.is_floating_point():
             check_class_range(target, logits[0].shape[1], options.ignore_index)
-        loss, packed, grads = _launch_forward(logits, targets, numbers, options, grad)
+        loss, packed, grads = _launch_forward(logits, targets, schedule, options, grad)
     if not isinstance(options.rule, str):
         packed = rules.apply_rule(packed, schedule, options)
     return loss, packed, grads
@@ -211,23 +221,28 @@ def forward(
 # backward
 
 
+@functools.cache
+def _scale_configuration(classes: int, branches: int, per_row: bool, in_place: bool) -> Configuration:
+    constants = (classes, branches, per_row, in_place, launch_plan.FLAT_BLOCK)
+    return Configuration(launch_plan.FLAT_THREADS, None, constants)
+
+
 def _launch_scale(
     grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, in_place: bool
 ) -> list[Tensor]:
     first = grads[0]
     upstream = upstream.contiguous()
+    per_row = upstream.dim() > 0
     results = list(grads) if in_place else [torch.empty_like(g, dtype=dtype) for g in grads]
     size = first.numel()
     if size == 0:
         return results
     run_scale(
         first.device,
-        (triton_rule.flat_programs(size, len(grads), multiprocessors(first.device.index)), len(grads), 1),
-        triton_rule.FLAT_THREADS,
-        None,
+        (launch_plan.flat_programs(size, len(grads), multiprocessors(first.device.index)), len(grads), 1),
+        _scale_configuration(first.shape[1] if per_row else 1, len(grads), per_row, in_place),
         (kinds(grads), kinds(results), kind(upstream), kind(factor), size >> 31),
         (tuple(grads), tuple(results), upstream, factor, size),
-        (first.shape[1], len(grads), upstream.dim() > 0, in_place, triton_rule.FLAT_BLOCK),
     )
     return results
 
@@ -237,12 +252,19 @@ def scale(
 ) -> Sequence[Tensor]:
     """As reference.scale: one launch, in place unless the graph is kept or the dtype changes."""
     if torch.compiler.is_compiling():
-        return torch.ops.arl_fast.triton_scale(list(grads), upstream, factor, dtype)
+        return ops.scale("triton", grads, upstream, factor, dtype)
     return _launch_scale(grads, upstream, factor, dtype, not keep and grads[0].dtype == dtype)
 
 
+@functools.cache
+def _modulate_configuration(modalities: tuple[int, ...]) -> Configuration:
+    return Configuration(
+        launch_plan.FLAT_THREADS, None, (modalities, len(modalities), launch_plan.FLAT_BLOCK)
+    )
+
+
 def _launch_modulate(grads: Sequence[Tensor], modalities: Sequence[int], link: Tensor) -> list[Tensor]:
-    """One launch per dtype among the gradients; with one dtype, one."""
+    """One launch for each dtype among the gradients."""
     grads = [g.contiguous() for g in grads]
     results = [torch.empty_like(g) for g in grads]
     link = link.contiguous()
@@ -258,48 +280,33 @@ def _launch_modulate(grads: Sequence[Tensor], modalities: Sequence[int], link: T
         sources, outputs, entries, sizes = zip(*group, strict=True)
         run_modulate(
             device,
-            (triton_rule.flat_programs(max(sizes), len(group), multiprocessors(device.index)), len(group), 1),
-            triton_rule.FLAT_THREADS,
-            None,
+            (launch_plan.flat_programs(max(sizes), len(group), multiprocessors(device.index)), len(group), 1),
+            _modulate_configuration(entries),
             (kinds(sources), kinds(outputs), kind(link), *[size >> 30 for size in sizes]),
             (sources, outputs, tuple([2 * size + 1 for size in sizes]), link),
-            (entries, len(group), triton_rule.FLAT_BLOCK),
         )
     return results
 
 
 def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[Tensor | None]:
     """As reference.modulate_backward, in one launch for all features of one dtype."""
-    some = [(m, g) for m, g in enumerate(grads) if g is not None]
-    modalities, present = [m for m, _ in some], [g for _, g in some]
     if torch.compiler.is_compiling():
-        scaled = torch.ops.arl_fast.triton_modulate(present, modalities, link)
-    else:
-        scaled = _launch_modulate(present, modalities, link)
-    results: list[Tensor | None] = [None] * len(grads)
-    for m, g in zip(modalities, scaled, strict=True):
-        results[m] = g
-    return results
+        return ops.modulate_backward("triton", grads, link)
+    return ops.for_present(grads, lambda present, modalities: _launch_modulate(present, modalities, link))
 
 
 # torch.compile, and warming up
 
 
 def _forward_op(
-    logits: Sequence[Tensor],
-    target: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    norm: Tensor | None,
-    schedule: Tensor | None,
-    gamma: float,
-    temperature: float,
-    warming: bool,
-    *rest: Any,
+    logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *options, grad = rest
-    targets = Targets(target, mask, weight, norm)
-    return _launch_forward(logits, targets, (schedule, gamma, temperature, warming), Options(*options), grad)
+    """With memory of its own in every call.
+
+    torch.compile runs ops on memory that belongs to a CUDA graph, before it captures and within. Nothing of
+    that may outlive the call.
+    """
+    return _launch_forward(logits, targets, schedule, options, grad, new_workspace)
 
 
 def _scale_op(
@@ -308,9 +315,8 @@ def _scale_op(
     return _launch_scale(grads, upstream, factor, dtype, in_place=False)
 
 
-ops.register("triton_forward", _forward_op, ops.fake_forward)
-ops.register("triton_scale", _scale_op, ops.fake_scale)
-ops.register("triton_modulate", _launch_modulate, ops.fake_modulate)
+ops.define("triton")
+ops.implement("triton", _forward_op, _scale_op, _launch_modulate)
 
 
 def warm_up(
@@ -322,9 +328,11 @@ def warm_up(
     schedule: Schedule = Schedule(1.0, 8.0),  # noqa: B008, a tuple
     features: Sequence[Tensor] = (),
 ) -> None:
-    """Compile and allocate everything that a training step on tensors like these needs, for example before a capture.
+    """Compile and allocate everything that a training step on tensors like these needs, for example before a
+    capture.
 
-    Call it on the device's stream, outside the capture. The batch may have any size: kernels do not depend on it.
+    Call it on the device's stream, outside the capture. The batch may have any size: kernels do not depend on
+    it.
 
     Args:
         logits, target, mask, weight, schedule: as in ``forward``; nothing is written to them.

@@ -1,8 +1,9 @@
-"""From tensors to a running Triton kernel: launches without Triton's own look-up, and the memory that kernels share."""
+"""From tensors to a running kernel: launches without Triton's own look-up, and the kernels' workspace."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -31,25 +32,51 @@ def launch_options(threads: int, registers: int | None) -> dict[str, int]:
     return {"num_warps": threads // 32} | ({} if registers is None else {"maxnreg": registers})
 
 
-# What Triton specialises a kernel on, apart from constants: of a tensor the dtype and whether it begins at a multiple of
-# 16 bytes, of a number whether it fits 32 bits. The kernels exempt their numbers from everything else.
+# What Triton specialises a kernel on, apart from constants: of a tensor the dtype and whether it begins at a
+# multiple of 16 bytes, of a number whether it fits 32 bits. The kernels exempt their numbers from everything
+# else.
+# On AMD's GPUs also on whether a tensor's memory is smaller than 2 GB.
 Kind = Any
+ROCM = torch.version.hip is not None
 
 
 def kind(x: Tensor | None) -> Kind:
-    return None if x is None else (x.dtype, x.data_ptr() % 16 == 0)
+    return None if x is None else (x.dtype, _place(x))
 
 
 def kinds(tensors: Sequence[Tensor]) -> Kind:
     """Of tensors of one dtype."""
-    return (tensors[0].dtype, *[x.data_ptr() % 16 == 0 for x in tensors])
+    return (tensors[0].dtype, *[_place(x) for x in tensors])
+
+
+def _place(x: Tensor) -> Any:
+    aligned = x.data_ptr() % 16 == 0
+    return (aligned, x.untyped_storage().size() < 2**31) if ROCM else aligned
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Configuration:
+    """What a launch fixes when the kernel is compiled.
+
+    It is compared and hashed by identity, which costs nothing. So build it once for each set of values
+    (functools.cache).
+
+    Attributes:
+        threads: threads of a program.
+        registers: upper bound for each thread, or None.
+        constants: the kernel's constexprs in order.
+    """
+
+    threads: int
+    registers: int | None
+    constants: tuple[Any, ...]
 
 
 class Launcher:
     """A kernel, and its compiled variants by what they depend on.
 
-    Triton finds the variant by looking at every argument, constants included, which takes most of a launch's host time
-    (docs/performance.md); the callers here know what can change.
+    Triton finds the variant by looking at every argument, constants included, which takes most of a launch's
+    host time (docs/performance.md). The callers here know what can change.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -60,26 +87,26 @@ class Launcher:
         self,
         device: torch.device,
         grid: tuple[int, int, int],
-        threads: int,
-        registers: int | None,
+        configuration: Configuration,
         depends: tuple[Kind, ...],
         arguments: tuple[Any, ...],
-        constants: tuple[Any, ...],
     ) -> None:
         """Run the kernel on the device's current stream.
 
         Args:
-            depends: the ``kind`` of every argument that is not sure to be of the same kind whenever the constants and the
-                other entries are equal.
-            arguments, constants: the kernel's parameters in order, the constexprs last.
+            depends: the ``kind`` of every argument that is not sure to be of the same kind whenever the
+                configuration and the other entries are equal.
+            arguments: the kernel's parameters in order, up to the constexprs.
         """
-        key = (device.index, threads, registers, depends, constants)
+        key = (device.index, configuration, depends)
+        constants = configuration.constants
         variant = self.variants.get(key)
         with _on(device):
             if variant is not None:
                 variant[grid](*arguments, *constants)
             else:
-                variant = self.kernel[grid](*arguments, *constants, **launch_options(threads, registers))
+                options = launch_options(configuration.threads, configuration.registers)
+                variant = self.kernel[grid](*arguments, *constants, **options)
                 if variant is not None:  # as from the interpreter
                     self.variants[key] = variant
 
@@ -95,18 +122,20 @@ def _on(device: torch.device) -> Any:
 
 
 class Workspace(NamedTuple):
-    """Memory of a launch: counters, by which programs find out who is last and which rows are still to be counted, and
-    partial sums. Each launch leaves the counters at zero."""
+    """Memory of a launch. Each launch leaves the counters at zero."""
 
-    state: Tensor  # int32 [3]
-    work: Tensor  # of the compute dtype
+    work: Tensor  # partial sums and counts of rows, of the compute dtype
+    counters: (
+        Tensor  # int32 [3], by which programs find out who is last and which rows are still to be counted
+    )
 
 
 class Workspaces:
-    """One per device, stream and dtype, zeroed on that stream when it is first used: a stream runs one launch after the other.
+    """One for each device, stream and dtype, zeroed on that stream when it is first used.
 
-    A launch that is being captured gets one of its own, zeroed in the graph, since a graph may be replayed on any
-    stream, beside others. So nothing waits, and nothing that outlives a capture is allocated in it.
+    A stream runs one launch after the other, so they can share it. A launch that is being captured gets one
+    of its own, zeroed in the graph, since a graph may be replayed on any stream, beside others. So no launch
+    waits for another, and nothing that outlives a capture is allocated in it.
     """
 
     def __init__(self) -> None:
@@ -114,20 +143,20 @@ class Workspaces:
 
     def take(self, device: torch.device, dtype: torch.dtype, size: int) -> Workspace:
         if device.type == "cpu":
-            return _new_workspace(device, dtype, size)
-        with _on(device):  # whose current stream it is that may be capturing
+            return new_workspace(device, dtype, size)
+        with _on(device):  # the capture query asks the current device's stream
             if torch.cuda.is_current_stream_capturing():
-                return _new_workspace(device, dtype, size)
+                return new_workspace(device, dtype, size)
         key = (device.index, current_stream(device.index), dtype)
         workspace = self.streams.get(key)
         if workspace is None or workspace.work.shape[0] < size:
-            workspace = self.streams[key] = _new_workspace(device, dtype, size)
+            workspace = self.streams[key] = new_workspace(device, dtype, size)
         return workspace
 
 
-def _new_workspace(device: torch.device, dtype: torch.dtype, size: int) -> Workspace:
+def new_workspace(device: torch.device, dtype: torch.dtype, size: int) -> Workspace:
     return Workspace(
-        torch.zeros(3, dtype=torch.int32, device=device), torch.empty(size, dtype=dtype, device=device)
+        torch.empty(size, dtype=dtype, device=device), torch.zeros(3, dtype=torch.int32, device=device)
     )
 
 

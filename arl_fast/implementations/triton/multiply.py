@@ -1,4 +1,4 @@
-"""Kernels of the backward passes: tensors times a number each, all in one launch, grid (programs, tensors)."""
+"""Kernels of the backward passes: each tensor times a number, in one launch with grid (programs, tensors)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def scale_kernel(
     upstream,  # [] or [rows]
     factor,  # [M+1] or None
     size,
-    C: tl.constexpr,
+    C: tl.constexpr,  # elements of a row; 1 unless PER_ROW, so that another class count compiles nothing
     BRANCHES: tl.constexpr,
     PER_ROW: tl.constexpr,
     IN_PLACE: tl.constexpr,
