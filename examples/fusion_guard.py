@@ -3,8 +3,8 @@
     python examples/fusion_guard.py [--seeds 6] [--rows FILE]
 
 Models with unimodal losses on scikit-learn's digits, cut into views; from the rows that are not trained on,
-random ones for the fit, the others for the test. Every figure is the change of test accuracy against the plain
-sum, in points.
+random ones for the fit, the others for the test. Every figure is the change of test accuracy against the
+plain sum, in points.
 """
 
 from __future__ import annotations
