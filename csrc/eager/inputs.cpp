@@ -204,7 +204,7 @@ c10::SmallVector<PyObject*, 8> values_of(PyObject* object) {
 
 bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, int64_t rows,
               int64_t classes, int64_t modalities, at::ScalarType type) {
-  if (!is_float(type) || classes == 0 || modalities == 0 || modalities >= cpu::kMaxBranches) return false;
+  if (!is_float(type) || classes < 2 || modalities == 0 || modalities >= cpu::kMaxBranches) return false;
   if (options.reduction == kNoReduction || (options.rule == kPaper && modalities != 2)) return false;
   const size_t gammas = schedule.gammas.size();
   if (schedule.gamma == nullptr && gammas != 1 && gammas != size_t(modalities)) return false;
