@@ -105,12 +105,10 @@ def cuda_architectures(release: tuple[int, int]) -> str:
 
 
 def sources(cuda: bool) -> list[str]:
-    files = ["csrc/bindings.cpp", "csrc/eager.cpp", "csrc/autograd.cpp", "csrc/linear.cpp", "csrc/ops.cpp"]
-    files += ["csrc/cpu/forward.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/isa_baseline.cpp"]
-    if cuda:
-        files.append("csrc/cuda_ops.cpp")
-        files += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
-    return files
+    found = [*(ROOT / "csrc").rglob("*.cpp"), *((ROOT / "csrc").rglob("*.cu") if cuda else ())]
+    files = {str(path.relative_to(ROOT)) for path in found}
+    files -= {f"csrc/cpu/isa_{isa}.cpp" for isa in X86_ISAS}  # compiled with flags of their own
+    return sorted(files if cuda else files - {"csrc/cuda_ops.cpp"})
 
 
 def extension(cuda: bool) -> dict:

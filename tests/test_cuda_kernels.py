@@ -1,4 +1,6 @@
-"""The CUDA kernels beyond the contract: every path of the launch rule, addresses, order of blocks, tickets. Emulated."""
+"""The CUDA kernels beyond the contract: every path of the launch rule, addresses, order of blocks, tickets.
+Emulated.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,16 @@ if build.unavailable():
 from emulation import guarded, module
 
 from arl_fast._core import dtypes
-from arl_fast._core.options import Options
-from arl_fast._core.rules import finish
-from arl_fast._core.stats import unpack, unpack_sums
+from arl_fast._core.branches import Targets
+from arl_fast._core.options import Options, Schedule
+from arl_fast._core.stats import unpack
 from arl_fast.implementations import reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 3e-6}
 SMALL, WARP, BLOCK = range(3)
 SHARED = 232448  # what sm_90 and sm_100 allow a block
-SCHEDULE = (1.5, 4.0, False)
+SCHEDULE = Schedule(1.5, 4.0)
 DEVICES = {"sm_90": (132, 232448), "sm_80": (108, 166912), "sm_100": (148, 232448), "sm_89": (24, 101376)}
 
 
@@ -63,16 +65,22 @@ def relative(got, want):
     return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
 
 
-def compare(logits, target, chosen=None, mask=None, weight=None, norm=None, schedule=SCHEDULE, **more):
+def double(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def compare(logits, target, chosen=None, mask=None, weight=None, divisor=None, schedule=SCHEDULE, **more):
     """The emulated kernels against the reference in float64, on the same rounded logits."""
     chosen = chosen or options()
     dtype = logits[0].dtype
-    loss, packed, grads = module.forward(logits, target, mask, weight, norm, schedule, chosen, True, **more)
-    double = [None if x is None else x.double() for x in (weight, norm)]
-    wide_target = target.double() if target.is_floating_point() else target
-    wide_schedule = schedule.double() if isinstance(schedule, torch.Tensor) else schedule
+    targets = Targets(target, mask, weight, divisor)
+    loss, packed, grads = module.forward(logits, targets, schedule, chosen, True, **more)
     want_loss, want_packed, want_grads = reference.forward(
-        [x.double() for x in logits], wide_target, mask, *double, wide_schedule, chosen, True
+        [x.double() for x in logits],
+        Targets(*map(double, targets)),
+        Schedule(*map(double, schedule)),
+        chosen,
+        True,
     )
     exact = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(loss.double(), want_loss, rtol=exact, atol=exact)
@@ -190,7 +198,9 @@ def test_no_access_out_of_range(dtype, classes, monkeypatch):
 @pytest.mark.parametrize("gap", [0, 1, 3])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_strides(dtype, classes, gap, offset):
-    """Rows with a gap of NaN, at any alignment relative to their gradients; strided targets and masks; expanded rows."""
+    """Rows with a gap of NaN, at any alignment relative to their gradients; strided targets and masks;
+    expanded rows.
+    """
     logits, target = make(6, classes, dtype)
     wide = [torch.full((6, classes + gap + offset), torch.nan, dtype=dtype) for _ in logits]
     for w, x in zip(wide, logits, strict=True):
@@ -221,7 +231,7 @@ def test_same_bits_whatever_the_order_of_the_blocks(reduction, classes):
     results = []
     for seed in range(4):
         module.library().set_seed(seed)
-        loss, packed, grads = module.forward(logits, target, None, None, None, SCHEDULE, chosen, True)
+        loss, packed, grads = module.forward(logits, Targets(target), SCHEDULE, chosen, True)
         results.append([loss, packed, *grads])
     assert plan(torch.float32, len(target), classes, device=(4, SHARED)).grid_x >= 2
     for other in results[1:]:
@@ -229,7 +239,8 @@ def test_same_bits_whatever_the_order_of_the_blocks(reduction, classes):
 
 
 def test_ticket_or_memset(monkeypatch):
-    """A kept counter is 0 again after each launch; without one it lives in the workspace and costs a memset."""
+    """A kept counter is 0 again after each launch; without one it lives in the workspace and costs a memset.
+    """
     logits, target = make(20, 6)
     lib = module.library()
     launches, memsets = lib.launches(), lib.memsets()
@@ -251,10 +262,10 @@ def test_counting_launch(weighted):
     before = module.library().launches()
     compare(logits, target, mask=mask, weight=weight)
     assert module.library().launches() == before + 2
-    compare(logits, target, mask=mask, weight=weight, norm=torch.tensor([11.0, 7.0]))
+    compare(logits, target, mask=mask, weight=weight, divisor=torch.tensor([11.0, 7.0]))
     compare(*make(rows, 2, branches=2, kind="soft"))
     compare(logits, target, options(reduction="sum"), mask=mask)
-    module.forward(logits, target, mask, weight, None, SCHEDULE, options(), False)
+    module.forward(logits, Targets(target, mask, weight), SCHEDULE, options(), False)
     assert module.library().launches() == before + 6
 
 
@@ -266,7 +277,7 @@ def test_target_out_of_range_is_nan(classes):
     for bad, kind in itertools.product([-1, classes, 2**31 - 1], [torch.int64, torch.int32]):
         target[3] = bad
         loss, packed, grads = module.forward(
-            logits, target.to(kind), None, None, None, SCHEDULE, options(reduction="none"), True, check=False
+            logits, Targets(target.to(kind)), SCHEDULE, options(reduction="none"), True, check=False
         )
         stats = unpack(packed)
         assert loss.isnan().tolist() == [n == 3 for n in range(8)]
@@ -282,17 +293,26 @@ def test_row_of_nan_shows():
     logits, target = make(6, 40)
     target[:] = 2
     logits[1][4, 7] = torch.nan
-    loss, packed, grads = module.forward(logits, target, None, None, None, SCHEDULE, options(), True)
+    loss, packed, grads = module.forward(logits, Targets(target), SCHEDULE, options(), True)
     assert loss.isnan()
     assert unpack(packed).entropy.isnan().tolist() == [True, False]
     assert grads[1].isnan().all(1).tolist() == [False] * 4 + [True, False]
     assert not grads[0].isnan().any()
 
 
-def test_schedule_on_the_device():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_schedule_on_the_device(reduction):
+    """Each number by itself as a tensor, one gamma or one per modality; the counter before, at and after its
+    limit.
+    """
     logits, target = make(9, 12)
-    for warming in (0.0, 1.0):
-        compare(logits, target, schedule=torch.tensor([2.5, 3.0, warming]))
+    three = torch.tensor(3.0)
+    for gamma in (2.5, (0.5, 2.0), torch.tensor(2.5), torch.tensor([[0.5, 7.0], [2.0, 7.0]])[:, 0]):
+        for temperature in (3.0, three):
+            compare(logits, target, options(reduction=reduction), schedule=Schedule(gamma, temperature))
+        for step in (None, *map(torch.tensor, (0, 4, 5, 2**40))):
+            chosen = options(reduction=reduction, gain="mean_one")
+            compare(logits, target, chosen, schedule=Schedule(gamma, three, 5, step))
 
 
 @pytest.mark.parametrize("branches", [2, 9, 16])
@@ -308,10 +328,10 @@ def test_too_many_branches_are_refused():
 
 def test_no_rows():
     logits, target = make(0, 6)
-    loss, packed, grads = module.forward(logits, target, None, None, None, SCHEDULE, options(), True)
+    loss, packed, grads = module.forward(logits, Targets(target), SCHEDULE, options(), True)
     assert loss.isnan()
     assert unpack(packed).count.tolist() == [0, 0, 0]
-    loss, _, _ = module.forward(logits, target, None, None, None, SCHEDULE, options(reduction="none"), True)
+    loss, _, _ = module.forward(logits, Targets(target), SCHEDULE, options(reduction="none"), True)
     assert loss.shape == (0,)
     assert module.scale(grads, torch.ones(()), None, torch.float32, True)[0].shape == (0, 6)
 
@@ -366,19 +386,14 @@ def test_modulate_backward():
             assert got is None or torch.equal(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("modalities", [1, 2, 15])
-def test_finish(dtype, modalities):
-    """Sums that several launches added up."""
-    logits, target = make(9, 5, dtype, branches=modalities + 1)
-    chosen = options(gain="mean_one")
-    _, packed, _ = reference.forward(logits, target, None, None, None, SCHEDULE, chosen, False)
-    sums = unpack_sums(packed) * 2
-    for schedule in (SCHEDULE, torch.tensor([2.0, 3.0, 1.0], dtype=dtype)):
-        for got, want in zip(
-            module.finish(sums, schedule, chosen), finish(sums, schedule, chosen), strict=True
-        ):
-            torch.testing.assert_close(got, want)
+@pytest.mark.parametrize("rule", ["share", "paper", "constant", "none"])
+@pytest.mark.parametrize("gain", ["residual", "mean_one", "plain"])
+@pytest.mark.parametrize("floor", [None, 0.0, 0.4])
+def test_finish(rule, gain, floor):
+    """Every rule, gain and floor, beside a modality that is absent."""
+    logits, target = make(9, 5, torch.float64)
+    for mask in (None, torch.tensor([[True, False]]).expand(9, 2)):
+        compare(logits, target, options(rule=rule, gain=gain, entropy_floor=floor), mask=mask)
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())

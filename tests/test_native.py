@@ -1,8 +1,11 @@
-"""What only the native CPU implementation promises: instruction sets, threads, memory, and the eager step in one call."""
+"""What only the native CPU implementation promises: instruction sets, threads, memory, and the eager step in
+one call.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,7 +130,9 @@ def test_infinities_and_nan_agree_with_reference(isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("classes", [3, 17, 60])
 def test_which_is_the_first_largest(isa, classes):
-    """Ties, in logits and in soft targets, and a NaN, which counts as the largest: accuracy as torch.argmax has it."""
+    """Ties, in logits and in soft targets, and a NaN, which counts as the largest: accuracy as torch.argmax
+    has it.
+    """
     native._C.set_isa(isa)
     x = torch.randint(0, 3, (200, classes)).float()
     soft = torch.randint(0, 3, (200, classes)).float()
@@ -179,7 +184,9 @@ def test_threads_do_not_change_a_bit(shape):
 
 
 def test_large_logits_use_more_threads_than_one():
-    """Seen in the CPU time of the process's threads: a parallel loop that is compiled without its runtime still computes."""
+    """Seen in the CPU time of the process's threads: a parallel loop that is compiled without its runtime
+    still computes.
+    """
     tasks = Path("/proc/self/task")
     if not next(tasks.glob("*/schedstat"), None):
         pytest.skip("needs /proc/self/task/*/schedstat")
@@ -223,7 +230,8 @@ def step_of_views(views, target):
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-# ---- the step in one call ------------------------------------------------------------------------------------------
+# ---- the step in one call
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -240,6 +248,9 @@ OPTIONS = [
     dict(warming=True),
     dict(gamma=torch.tensor(2.0), temperature=torch.tensor(3), warming=torch.tensor(False)),
     dict(ignore_index=-100, gamma=0.0),
+    dict(gamma=[0.5, 2.0]),
+    dict(gamma=torch.tensor([0.5, 2.0]), warming=torch.tensor(True)),
+    dict(gamma=(0.0, 0.0), rule="none"),
 ]
 
 
@@ -447,6 +458,47 @@ def test_modulate_then_loss_scales_the_encoders():
             share = gains
     for m in range(2):
         torch.testing.assert_close(grads[0][m], grads[1][m] * share[m])
+
+
+def test_gamma_per_modality():
+    logits, target = inputs()
+    for reduction in ("mean", "sum", "none"):
+        options = Options(reduction=reduction)
+        for gamma in ((0.5, 2.0), torch.tensor([0.5, 2.0]), torch.tensor([[0.5, 2.0]] * 2).t()[:, 0]):
+            got = native.forward(logits, Targets(target), Schedule(gamma, 8.0), options, True)
+            want = reference.forward(logits, Targets(target), Schedule(gamma, 8.0), options, True)
+            torch.testing.assert_close([*got[:2], *got[2]], [*want[:2], *want[2]])
+
+
+def changed(name, value):
+    facts = dict(native._C.spec)
+    facts[name] = value
+    return SimpleNamespace(spec=facts)
+
+
+def test_an_extension_of_other_sources_is_noticed():
+    assert native._stale(native._C) == ""
+    assert "does not know RULES" in native._stale(SimpleNamespace())
+    stale = native._stale(changed("RULES", ("share", "paper", "constant", "zero")))
+    assert "RULES = ('share', 'paper', 'constant', 'zero')" in stale
+    assert stale.endswith("build it again")
+    for name in native._C.spec:
+        assert name in native._stale(changed(name, None)), name
+
+
+def test_what_the_extension_does_not_take():
+    logits, target = inputs()
+    schedule, options = Schedule(1.0, 8.0), Options()
+    for arguments in (
+        ((target,), schedule, options),
+        (Targets(None), schedule, options),
+        (Targets(target), Schedule("1", 8.0), options),
+        (Targets(target), schedule, options._replace(rule=len)),
+    ):
+        with pytest.raises(TypeError, match="expected"):
+            native._C.forward(logits, *arguments, True)
+    with pytest.raises(ValueError, match="gamma: got 3 values, expected one, or one for each of the 2"):
+        native._C.forward(logits, Targets(target), Schedule((1.0, 1.0, 1.0), 8.0), options, True)
 
 
 def test_names_of_the_contract():

@@ -1,4 +1,5 @@
-"""The CPU row kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without torch (tests/cpp/rows_sanitized.cpp)."""
+"""The CPU row kernels under AddressSanitizer and UndefinedBehaviorSanitizer (tests/cpp/rows_sanitized.cpp).
+"""
 
 from __future__ import annotations
 

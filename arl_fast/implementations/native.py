@@ -1,11 +1,12 @@
-"""The native kernels (csrc/): the contract's three functions over ``arl_fast._C``, and the short way for eager steps.
+"""The native kernels (csrc/): the contract's three functions over ``arl_fast._C``, and the short way for eager
+steps.
 
-Eager calls go straight to the extension; torch.compile sees the registered ops ``torch.ops.arl_fast.*``.
+Eager calls go straight to the extension. torch.compile sees the registered ops ``torch.ops.arl_fast.native_*``.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,92 +14,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core import rules
+from .._core import rules, spec
 from .._core._torch import current_stream
 from .._core.branches import BranchLogits, Targets
-from .._core.dtypes import compute_dtype, grad_dtype
+from .._core.checks import LinearHead
 from .._core.options import Options, Schedule
-from .._core.spec import DEPENDENCES, GAINS, REDUCTIONS, RULES
-from .._core.stats import packed_length
-from . import reference
+from . import ops, reference
 
 MAX_BRANCHES = {"cpu": 64, "cuda": 16}  # kMaxBranches in csrc/cpu/loss.h and csrc/cuda/launch.h
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-INTERFACE = 2  # of arl_fast._C, see csrc/bindings.cpp
-
 _note = Path(__file__).parents[1] / "native_build.txt"  # what setup.py left out, and why
 _left_out = f" ({_note.read_text().strip()})" if _note.exists() else ""
 
+
+def _expected() -> dict[str, Any]:
+    """What the extension must have been compiled with (csrc/spec.h), by the sources of Python."""
+    names = ("RULES", "DEPENDENCES", "GAINS", "REDUCTIONS", "FUSIONS", "BIAS_MODES")
+    facts = {name: getattr(spec, name) for name in (*names, "SUMS", "PACKED", "PER_BRANCH", "CONSTANTS")}
+    for kind in (Options, Targets, Schedule, BranchLogits, LinearHead):
+        facts[kind.__name__] = kind._fields  # type: ignore[attr-defined]
+    for function in (reference.forward, reference.scale, reference.modulate_backward):
+        facts[function.__name__] = tuple(inspect.signature(function).parameters)
+    facts["fast_loss"] = ("options", "branches", "targets", "schedule")
+    facts["fast_linear_loss"] = ("options", "head", "targets", "schedule", "budget")
+    facts["fast_modulate"] = ("features",)
+    return facts
+
+
+def _stale(extension: Any) -> str:
+    """What of the extension was compiled from other sources, or for another torch, than these; or nothing."""
+    here = ".".join(torch.__version__.split(".")[:2])
+    built_for = getattr(extension, "torch", here)
+    if built_for != here:  # its calls into torch's libraries would go wrong, in any way
+        return f"arl_fast._C was built for torch {built_for}, this is torch {here}; build it again"
+    compiled = getattr(extension, "spec", {})
+    for name, fact in _expected().items():
+        if name not in compiled:
+            return f"arl_fast._C does not know {name}: it was built from other sources; build it again"
+        if compiled[name] != fact:
+            return (
+                f"arl_fast._C was built from other sources, with {name} = {compiled[name]}, where these have "
+                f"{fact}: build it again"
+            )
+    return ""
+
+
 _C: Any = None
-_absent = ""
 try:
     from .. import _C  # type: ignore[attr-defined, no-redef]
 except ImportError as error:
     _absent = f"{error}{_left_out}; build it with pip install --no-build-isolation ."
 else:
-    _here = ".".join(torch.__version__.split(".")[:2])
-    if getattr(_C, "torch", _here) != _here:  # its calls into torch's libraries would go wrong, in any way
-        _absent = f"arl_fast._C was built for torch {_C.torch}, this is torch {_here}; build it again"
-        _C = None
-    elif getattr(_C, "interface", 0) != INTERFACE:
-        _C, _absent = None, "arl_fast._C was built from another version of the sources; build it again"
+    _absent = _stale(_C)
+    _C = None if _absent else _C
 
-# The usual eager step on a CPU, checked, computed and recorded for autograd in one call (csrc/autograd.h): fast_loss(options,
-# fused, unimodal, target, link, mask, weight, gamma, temperature, warming) -> (loss, packed), fast_linear_loss(options, fusion,
-# bias_mode, chunk, budget, features, weights, bias, target, mask, weight, gamma, temperature, warming) -> (loss, packed), and
-# fast_modulate([z_1, ...]) -> ([z_1, ...], link). All return None for the general path, functional.py or linear.py, to serve
-# or diagnose the call.
+# Usual eager steps on a CPU, checked, computed and recorded for autograd in one call (csrc/eager/steps.h):
+#   fast_loss(options, branches, targets, schedule) -> (loss, packed)
+#   fast_linear_loss(options, head, targets, schedule, budget) -> (loss, packed)
+#   fast_modulate([z_1, ...]) -> ([z_1, ...], link)
+# All return None for the general path, ``_autograd``, to serve or diagnose the call.
+fast_loss = getattr(_C, "fast_loss", None)
+fast_linear_loss = getattr(_C, "fast_linear_loss", None)
 fast_modulate = getattr(_C, "fast_modulate", None)
-
-
-def fast_loss(options: Options, branches: BranchLogits, targets: Targets, schedule: Schedule) -> Any:
-    """Interim."""
-    fused, unimodal, link = branches
-    target, mask, weight, _ = targets
-    return _C.fast_loss(
-        options,
-        fused,
-        unimodal,
-        target,
-        link,
-        mask,
-        weight,
-        schedule.gamma,
-        schedule.temperature,
-        schedule.warming,
-    )
-
-
-def fast_linear_loss(options: Options, head: Any, targets: Targets, schedule: Schedule, budget: int) -> Any:
-    """Interim."""
-    features, weights, bias, fusion, bias_mode, chunk = head
-    target, mask, weight, _ = targets
-    return _C.fast_linear_loss(
-        options,
-        fusion,
-        bias_mode,
-        chunk,
-        budget,
-        features,
-        weights,
-        bias,
-        target,
-        mask,
-        weight,
-        schedule.gamma,
-        schedule.temperature,
-        schedule.warming,
-    )
-
-
-def _interim(schedule: Schedule, like: Tensor) -> tuple[Tensor | None, float, float, bool]:
-    """Interim: one tensor [3], or three numbers."""
-    if not schedule.tensors:
-        return None, schedule.gamma, schedule.temperature, schedule.warming
-    values = (schedule.gamma, schedule.temperature, schedule.warming)
-    dtype = compute_dtype(like.dtype)
-    return torch.stack([torch.as_tensor(v, dtype=dtype).to(like.device) for v in values]), 0.0, 0.0, False
 
 
 def unavailable(device: str) -> str | None:
@@ -119,47 +97,23 @@ def describe(device: str) -> str:
     return f"arl_fast._C, {_C.isa()} (ARL_FAST_ISA chooses among {', '.join(_C.available_isas())})"
 
 
-@functools.lru_cache(maxsize=256)
-def _numbers(options: Options) -> tuple[int, int, float, int, int, float, int]:
-    """Options as the numbers of csrc/arl_math.h; a callable rule runs as "constant" here (rules.apply_rule follows)."""
-    rule = options.rule if isinstance(options.rule, str) else "constant"
-    floor = -1.0 if options.entropy_floor is None else options.entropy_floor
-    return (
-        RULES.index(rule),
-        DEPENDENCES.index(options.dependence),
-        floor,
-        GAINS.index(options.gain),
-        options.ignore_index,
-        options.label_smoothing,
-        REDUCTIONS.index(options.reduction),
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _native_options(options: Options) -> Any:
-    return _C.Options(*_numbers(options))
-
-
 def forward(
     logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As reference.forward."""
-    per_modality = isinstance(schedule.gamma, tuple) or (
-        isinstance(schedule.gamma, Tensor) and schedule.gamma.dim()
-    )
-    if len(logits) > MAX_BRANCHES[logits[0].device.type] or logits[0].dtype not in _DTYPES or per_modality:
+    first = logits[0]
+    if len(logits) > MAX_BRANCHES[first.device.type] or first.dtype not in _DTYPES:
         return reference.forward(logits, targets, schedule, options, grad)
-    numbers = _interim(schedule, logits[0])
     if torch.compiler.is_compiling():
-        loss, packed, grads = torch.ops.arl_fast.forward(
-            logits, *targets, *numbers, *_numbers.__wrapped__(options), grad
-        )
+        results = ops.forward("native", logits, targets, schedule, options, grad)
+    elif first.is_cuda:
+        results = _cuda_forward(logits, targets, schedule, options.for_kernels, grad)
     else:
-        arguments = (logits, *targets, *numbers, _native_options(options), grad)
-        loss, packed, grads = _cuda_forward(*arguments) if logits[0].is_cuda else _C.forward(*arguments)
-    if not isinstance(options.rule, str):
-        packed = rules.apply_rule(packed, schedule, options)
-    return loss, packed, grads
+        results = _C.forward(logits, targets, schedule, options.for_kernels, grad)
+    if isinstance(options.rule, str):
+        return results
+    loss, packed, grads = results
+    return loss, rules.apply_rule(packed, schedule, options), grads
 
 
 def scale(
@@ -169,24 +123,21 @@ def scale(
     if len(grads) > MAX_BRANCHES[grads[0].device.type]:
         return reference.scale(grads, upstream, factor, dtype, keep)
     if torch.compiler.is_compiling():
-        return torch.ops.arl_fast.scale(grads, upstream, factor, dtype)
+        return ops.scale("native", grads, upstream, factor, dtype)
     if grads[0].is_cuda:
-        return _C.cuda_scale(grads, upstream, factor, dtype, not keep, _stream(upstream))
-    return _C.scale(grads, upstream, factor, dtype, not keep)
+        return _C.cuda_scale(grads, upstream, factor, dtype, keep, _stream(upstream))
+    return _C.scale(grads, upstream, factor, dtype, keep)
 
 
 def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[Tensor | None]:
     """As reference.modulate_backward."""
-    modality = [m for m, g in enumerate(grads) if g is not None]
-    given = [grads[m] for m in modality]
     if torch.compiler.is_compiling():
-        results = torch.ops.arl_fast.modulate_backward(given, link, modality)
-    elif link.is_cuda:
-        results = _C.cuda_modulate_backward(given, link, modality, _stream(link))
-    else:
-        results = _C.modulate_backward(given, link, modality)
-    modulated = dict(zip(modality, results, strict=True))
-    return [modulated.get(m) for m in range(len(grads))]
+        return ops.modulate_backward("native", grads, link)
+    if link.is_cuda:
+        return ops.for_present(
+            grads, lambda given, modalities: _C.cuda_modulate_backward(given, link, modalities, _stream(link))
+        )
+    return ops.for_present(grads, lambda given, modalities: _C.modulate_backward(given, link, modalities))
 
 
 def _stream(x: Tensor) -> int:
@@ -198,9 +149,10 @@ _tickets: dict[tuple[int, int], Tensor] = {}
 
 
 def _ticket(x: Tensor, stream: int) -> Tensor | None:
-    """The counter with which the last block of a launch finds itself: one per stream, which every launch leaves at 0.
+    """The counter by which a launch's last block knows that it is the last: one per stream, 0 after every launch.
 
-    None while a graph is captured: the graph may be replayed on another stream, so its launches zero counters of their own.
+    None while a graph is captured: the graph may be replayed on another stream, so its launches zero counters of
+    their own.
     """
     if torch._C._cuda_isCurrentStreamCapturing():
         return None
@@ -215,66 +167,17 @@ def _cuda_forward(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Te
     return _C.cuda_forward(logits, *arguments, stream, _ticket(logits[0], stream))
 
 
-def _register_cuda() -> None:
-    """The registered ops on CUDA tensors; on a CPU csrc/ops.cpp registers them."""
-
-    def forward_op(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-        *inputs, grad = arguments
-        return _cuda_forward(logits, *inputs[:-7], _C.Options(*inputs[-7:]), grad)
-
-    def scale_op(
-        grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype
-    ) -> list[Tensor]:
-        return _C.cuda_scale(grads, upstream, factor, dtype, False, _stream(upstream))
-
-    def modulate_op(grads: Sequence[Tensor], link: Tensor, modality: Sequence[int]) -> list[Tensor]:
-        return _C.cuda_modulate_backward(grads, link, modality, _stream(link))
-
-    torch.library.impl("arl_fast::forward", "CUDA", forward_op)
-    torch.library.impl("arl_fast::scale", "CUDA", scale_op)
-    torch.library.impl("arl_fast::modulate_backward", "CUDA", modulate_op)
+def _cuda_scale(
+    grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
+    return _C.cuda_scale(grads, upstream, factor, dtype, True, _stream(upstream))
 
 
-def _register_fakes() -> None:
-    """Shapes and dtypes of the registered ops, for torch.compile."""
-
-    @torch.library.register_fake("arl_fast::forward")
-    def _(
-        logits: list[Tensor],
-        target: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        norm: Tensor | None,
-        schedule: Tensor | None,
-        gamma: float,
-        temperature: float,
-        warming: bool,
-        rule: int,
-        dependence: int,
-        entropy_floor: float,
-        gain: int,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: int,
-        grad: bool,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        fused = logits[0]
-        dtype = compute_dtype(fused.dtype)
-        loss = fused.new_empty(fused.shape[:1] if reduction == REDUCTIONS.index("none") else (), dtype=dtype)
-        packed = fused.new_empty(packed_length(len(logits) - 1), dtype=dtype)
-        grads = [x.new_empty(x.shape, dtype=grad_dtype(x.dtype)) for x in logits] if grad else []
-        return loss, packed, grads
-
-    @torch.library.register_fake("arl_fast::scale")
-    def _(grads: list[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-        return [g.new_empty(g.shape, dtype=dtype) for g in grads]
-
-    @torch.library.register_fake("arl_fast::modulate_backward")
-    def _(grads: list[Tensor], link: Tensor, modality: list[int]) -> list[Tensor]:
-        return [torch.empty_like(g) for g in grads]
+def _cuda_modulate(grads: Sequence[Tensor], modalities: Sequence[int], link: Tensor) -> list[Tensor]:
+    return _C.cuda_modulate_backward(grads, link, modalities, _stream(link))
 
 
 if _C is not None:
-    _register_fakes()
+    ops.define("native")  # csrc/ops.cpp runs them on a CPU
     if hasattr(_C, "cuda_forward"):
-        _register_cuda()
+        ops.implement("native", _cuda_forward, _cuda_scale, _cuda_modulate, "CUDA")

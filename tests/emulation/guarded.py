@@ -1,4 +1,6 @@
-"""Tensors that end right before, or start right after, memory that nobody may touch: an access out of range is a crash."""
+"""Tensors that end right before, or start right after, memory that nobody may touch: an access out of range
+is a crash.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def read_only(x: Tensor) -> Tensor:
 
 
 def far_apart(x: Tensor, stride: int) -> Tensor:
-    """A copy of [N, C] whose rows are ``stride`` elements apart, in memory that is mapped but mostly never touched."""
+    """A copy of [N, C] whose rows are ``stride`` elements apart, in memory that is mapped but mostly never
+    touched.
+    """
     elements = (x.shape[0] - 1) * stride + x.shape[1]
     whole = _view(_map(elements * x.itemsize), (elements,), x.dtype)
     return whole.as_strided(x.shape, (stride, 1)).copy_(x)

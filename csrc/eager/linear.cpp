@@ -1,8 +1,10 @@
-// Linear head and loss in one call for usual eager steps on a CPU; the equations are those of arl_fast/linear.py.
+// Linear head and loss in one call for usual eager steps on a CPU; the equations are those of
+// arl_fast/_autograd/linear.py.
 //
-// Forward: x_m = z_m W_m^T + b_m and x_f for all branches into one buffer [M+1, N, C]; the loss overwrites them by their
-// gradients g, which become t_m = g_f + g_m. Backward: dz_m = u gain_m t_m W_m and dW_m = u t_m^T z_m, where u is the
-// upstream gradient; db needs no product and is summed in forward. Nothing that is saved is written again.
+// Forward: x_m = z_m W_m^T + b_m and x_f for all branches into one buffer [M+1, N, C]; the loss overwrites
+// them by their gradients g, which become t_m = g_f + g_m. Backward: dz_m = u gain_m t_m W_m and dW_m = u
+// t_m^T z_m, where u is the upstream gradient; db needs no product and is summed in forward. Nothing that is
+// saved is written again.
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 #include <c10/util/accumulate.h>
@@ -15,10 +17,10 @@
 #include <algorithm>
 #include <mutex>
 
-#include "autograd.h"
-#include "cpu/forward.h"
-#include "cpu/memory.h"
-#include "eager.h"
+#include "../cpu/forward.h"
+#include "../cpu/memory.h"
+#include "inputs.h"
+#include "steps.h"
 
 namespace arl {
 namespace {
@@ -28,13 +30,13 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-enum Fusion : int { kConcat = 0, kSumFusion = 1, kShared = 2 };
+constexpr int64_t kProductsWithGil =
+    1 << 22;  // most multiplications in forward that other Python threads wait for
 
-constexpr int64_t kProductsWithGil = 1 << 22;  // most multiplications in forward that other Python threads wait for
+// ---- products --------------------------------------------------------------------------------------------
 
-// ---- products ------------------------------------------------------------------------------------------------------
-
-// The same values without gaps: torch's product of bfloat16 would copy columns of a wider matrix element by element.
+// The same values without gaps: torch's product of bfloat16 would copy columns of a wider matrix element by
+// element.
 at::Tensor dense(const at::Tensor& x) {
   return x.stride(0) < x.stride(1) ? x.t().contiguous().t() : x.contiguous();
 }
@@ -43,12 +45,14 @@ at::Tensor dense(const at::Tensor& x) {
 void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double factor, bool first) {
   const bool half = out.scalar_type() == at::kBFloat16;
   out.addmm_(half ? dense(a) : a, half ? dense(b) : b, first ? 0 : 1, factor == 0 ? 1 : factor);
-  if (factor == 0) out.mul_(0);  // a product times 0 may be 0 without a look at a and b, but NaN has to stay NaN
+  if (factor == 0)
+    out.mul_(0);  // a product times 0 may be 0 without a look at a and b, but NaN has to stay NaN
 }
 
-// ---- the head ------------------------------------------------------------------------------------------------------
+// ---- the head --------------------------------------------------------------------------------------------
 
-// The tensors as given: M features [N, D_m]; one weight matrix [C, sum D_m], [C, D] or M of them; no bias, one [C], or M.
+// The tensors as given: M features [N, D_m]; one weight matrix [C, sum D_m], [C, D] or M of them; no bias,
+// one [C], or M.
 struct Head {
   int fusion;
   bool full;  // "concat", and every branch gets the whole bias once
@@ -67,8 +71,10 @@ bool append(PyObject* object, int64_t dim, at::ScalarType type, variable_list* t
   return true;
 }
 
-// One tensor, or as many as there are modalities in a list or tuple (a dict need not come in the features' order).
-bool append_all(PyObject* object, bool one, int64_t modalities, int64_t dim, at::ScalarType type, variable_list* tensors) {
+// One tensor, or as many as there are modalities in a list or tuple (a dict need not come in the features'
+// order).
+bool append_all(PyObject* object, bool one, int64_t modalities, int64_t dim, at::ScalarType type,
+                variable_list* tensors) {
   if (one) return append(object, dim, type, tensors);
   if (PyDict_Check(object)) return false;
   const auto values = values_of(object);
@@ -79,13 +85,19 @@ bool append_all(PyObject* object, bool one, int64_t modalities, int64_t dim, at:
   return true;
 }
 
+// The fields of LinearHead (arl_fast/_core/checks.py), but for the chunk.
+enum HeadField : int { kFeatures, kWeights, kBias, kFusion, kBiasMode, kChunk, kHeadFields };
+
 // False if anything is unusual or wrong.
-bool read_head(PyObject* fusion, PyObject* bias_mode, PyObject* features, PyObject* weights, PyObject* bias, Head* head) {
-  const int mode = position(bias_mode, {"full", "split"});
-  head->fusion = position(fusion, {"concat", "sum", "shared"});
-  head->full = head->fusion == kConcat && mode == 0;
+bool read_head(PyObject* object, Head* head) {
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != kHeadFields) return false;
+  PyObject* weights = PyTuple_GET_ITEM(object, kWeights);
+  PyObject* bias = PyTuple_GET_ITEM(object, kBias);
+  const int mode = position(PyTuple_GET_ITEM(object, kBiasMode), kBiasModes, length_of(kBiasModes));
+  head->fusion = position(PyTuple_GET_ITEM(object, kFusion), kFusions, length_of(kFusions));
+  head->full = head->fusion == kConcat && mode == kFull;
   if (head->fusion < 0 || mode < 0) return false;
-  const auto values = values_of(features);
+  const auto values = values_of(PyTuple_GET_ITEM(object, kFeatures));
   const int64_t modalities = int64_t(values.size());
   const at::Tensor* first = modalities > 0 ? plain(values[0]) : nullptr;
   if (first == nullptr) return false;
@@ -100,11 +112,13 @@ bool read_head(PyObject* fusion, PyObject* bias_mode, PyObject* features, PyObje
   }
   const bool one = head->fusion == kShared || (head->fusion == kConcat && THPVariable_Check(weights));
   if (!append_all(weights, one, modalities, 2, type, &head->weights)) return false;
-  if (bias != Py_None && !append_all(bias, head->fusion != kSumFusion, modalities, 1, type, &head->biases)) return false;
+  if (bias != Py_None && !append_all(bias, head->fusion != kSumFusion, modalities, 1, type, &head->biases))
+    return false;
   for (int64_t m = 0; m < modalities; ++m) {
     const at::Tensor& w = head->weights[one ? 0 : m];
     const bool whole = one && head->fusion == kConcat;
-    if (w.size(0) != head->classes() || w.size(1) != (whole ? columns : head->features[m].size(1))) return false;
+    if (w.size(0) != head->classes() || w.size(1) != (whole ? columns : head->features[m].size(1)))
+      return false;
   }
   for (const at::Tensor& b : head->biases) {
     if (b.size(0) != head->classes()) return false;
@@ -113,7 +127,9 @@ bool read_head(PyObject* fusion, PyObject* bias_mode, PyObject* features, PyObje
 }
 
 // Whether each modality has a matrix of its own.
-bool own_matrices(size_t weights, int fusion, size_t modalities) { return weights == modalities && fusion != kShared; }
+bool own_matrices(size_t weights, int fusion, size_t modalities) {
+  return weights == modalities && fusion != kShared;
+}
 
 // W_m [C, D_m] for each modality: its own, the shared one, or columns of one. So also for their gradients.
 variable_list by_modality(const variable_list& weights, int fusion, at::IntArrayRef dims) {
@@ -128,8 +144,8 @@ c10::SmallVector<int64_t, 4> sizes_of(const variable_list& features) {
   return sizes;
 }
 
-// All logits into x [M+1, N, C], the fused ones first. A bias is there before the product that is added to it, which so
-// rounds once.
+// All logits into x [M+1, N, C], the fused ones first. A bias is there before the product that is added to
+// it, which so rounds once.
 void make_logits(const Head& head, const at::Tensor& x) {
   const int64_t modalities = head.modalities();
   const variable_list weights = by_modality(head.weights, head.fusion, sizes_of(head.features));
@@ -153,20 +169,21 @@ void make_logits(const Head& head, const at::Tensor& x) {
     at::add_out(fused, branches[1], branches[2]);
     for (int64_t m = 2; m < modalities; ++m) fused.add_(branches[m + 1]);
   }
-  if (head.full && !head.biases.empty() && modalities > 1) x.narrow(0, 2, modalities - 1).add_(head.biases[0]);
+  if (head.full && !head.biases.empty() && modalities > 1)
+    x.narrow(0, 2, modalities - 1).add_(head.biases[0]);
 }
 
-// ---- backward ------------------------------------------------------------------------------------------------------
+// ---- backward --------------------------------------------------------------------------------------------
 
 struct LinearLossBackward final : Node {
   int fusion;
   at::ScalarType type;
   int64_t classes;
-  c10::SmallVector<int64_t, 4> sizes;     // D_m
+  c10::SmallVector<int64_t, 4> sizes;  // D_m
   c10::SmallVector<double, 4> gains;
   c10::SmallVector<SavedVariable, 4> features, weights;  // each only where a product of backward reads it
-  SavedVariable totals;                   // t [M, N, C]
-  SavedVariable bias_sums;                // db of u = 1, in the compute type: [1, C], or [M, C] for fusion "sum"
+  SavedVariable totals;                                  // t [M, N, C]
+  SavedVariable bias_sums;  // db of u = 1, in the compute type: [1, C], or [M, C] for fusion "sum"
   size_t biases;
 
   std::string name() const override { return "ARLLinearLossBackward"; }
@@ -211,7 +228,8 @@ struct LinearLossBackward final : Node {
     return results;
   }
 
-  void weight_gradients(const variable_list& t, const variable_list& z, double upstream, variable_list* results) {
+  void weight_gradients(const variable_list& t, const variable_list& z, double upstream,
+                        variable_list* results) {
     const size_t modalities = sizes.size();
     // the products of a shared matrix are added up in the compute type
     const at::ScalarType sum_type = fusion == kShared && type == at::kBFloat16 ? at::kFloat : type;
@@ -263,7 +281,8 @@ void attach(const Head& head, at::Tensor g, cpu::Outputs* outputs) {
     if (of_biases && head.full) db = at::sum(g, at::IntArrayRef({0, 1}), false, compute).unsqueeze(0);
     t.add_(g[0]);
     if (of_biases && !head.full) {
-      db = head.fusion == kSumFusion ? at::sum(t, at::IntArrayRef({1}), false, compute) : at::sum(t, at::IntArrayRef({0, 1}), false, compute).unsqueeze(0);
+      db = head.fusion == kSumFusion ? at::sum(t, at::IntArrayRef({1}), false, compute)
+                                     : at::sum(t, at::IntArrayRef({0, 1}), false, compute).unsqueeze(0);
       if (head.fusion == kConcat) db.div_(double(modalities));
     }
   }
@@ -295,7 +314,8 @@ void attach(const Head& head, at::Tensor g, cpu::Outputs* outputs) {
 
 // Whether `chunk` rows, or where it is None as many as fit the budget in bytes, are all rows.
 bool one_chunk(PyObject* chunk, PyObject* budget, int64_t rows, int64_t bytes_per_row) {
-  if (chunk != Py_None) return PyLong_CheckExact(chunk) && PyLong_AsLongLong(chunk) >= std::max<int64_t>(rows, 1);
+  if (chunk != Py_None)
+    return PyLong_CheckExact(chunk) && PyLong_AsLongLong(chunk) >= std::max<int64_t>(rows, 1);
   return rows <= std::max<int64_t>(1, PyLong_AsLongLong(budget) / bytes_per_row);
 }
 
@@ -303,22 +323,31 @@ bool one_chunk(PyObject* chunk, PyObject* budget, int64_t rows, int64_t bytes_pe
 
 PyObject* fast_linear_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 14 || !nobody_watches() || at::autocast::is_autocast_enabled(at::kCPU)) Py_RETURN_NONE;
+  if (count != std::ssize(kFastLinearLoss) || !no_mode_intercepts() ||
+      at::autocast::is_autocast_enabled(at::kCPU)) {
+    Py_RETURN_NONE;
+  }
   const Options* options = options_of(args[0]);
   Head head;
-  if (options == nullptr || !read_head(args[1], args[2], args[5], args[6], args[7], &head)) Py_RETURN_NONE;
+  if (options == nullptr || !read_head(args[1], &head)) Py_RETURN_NONE;
   const int64_t modalities = head.modalities(), rows = head.rows(), classes = head.classes();
   const at::ScalarType type = head.features[0].scalar_type();
   cpu::Inputs inputs;
-  if (!read_inputs(args[8], args + 9, *options, rows, classes, modalities, type, &inputs)) Py_RETURN_NONE;
+  Schedule schedule;
+  if (!read_targets(args[2], Classes::kOwn, &inputs.targets) ||
+      !read_schedule(args[3], Classes::kOwn, &schedule) ||
+      !is_usual(inputs.targets, schedule, *options, rows, classes, modalities, type)) {
+    Py_RETURN_NONE;
+  }
+  inputs.numbers = cpu::read(schedule);
   const int64_t bytes_per_row = (modalities + 1) * classes * 2 * int64_t(c10::elementSize(type));
-  if (!one_chunk(args[3], args[4], rows, bytes_per_row)) {
+  if (!one_chunk(PyTuple_GET_ITEM(args[1], kChunk), args[4], rows, bytes_per_row)) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
   const bool record = at::GradMode::is_enabled() &&
-                      (any_variable_requires_grad(head.features) || any_variable_requires_grad(head.weights) ||
-                       any_variable_requires_grad(head.biases));
+                      (any_variable_requires_grad(head.features) ||
+                       any_variable_requires_grad(head.weights) || any_variable_requires_grad(head.biases));
 
   RECORD_FUNCTION("arl_fast::linear_loss", c10::ArrayRef<const c10::IValue>());
   cpu::Outputs outputs;

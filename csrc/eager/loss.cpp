@@ -1,5 +1,3 @@
-#include "autograd.h"
-
 #include <ATen/EmptyTensor.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/record_function.h>
@@ -10,11 +8,11 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <cstring>
 #include <mutex>
 
-#include "cpu/forward.h"
-#include "eager.h"
+#include "../cpu/forward.h"
+#include "inputs.h"
+#include "steps.h"
 
 namespace arl {
 namespace {
@@ -22,8 +20,6 @@ namespace {
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-
-// ---- backward of the loss ------------------------------------------------------------------------------------------
 
 // Hands out the gradients that forward has written: the logits of each branch first, the link last.
 struct LossBackward final : Node {
@@ -73,7 +69,8 @@ bool names_agree(PyObject* unimodal, PyObject* link) {
   static PyObject* attribute = PyUnicode_InternFromString("modalities");
   if (!PyDict_CheckExact(unimodal)) return true;
   PyObject** attributes = _PyObject_GetDictPtr(link);
-  PyObject* names = attributes == nullptr || *attributes == nullptr ? nullptr : PyDict_GetItem(*attributes, attribute);
+  PyObject* names =
+      attributes == nullptr || *attributes == nullptr ? nullptr : PyDict_GetItem(*attributes, attribute);
   if (names == nullptr) return true;
   if (!PyTuple_CheckExact(names) || PyTuple_GET_SIZE(names) != PyDict_GET_SIZE(unimodal)) return false;
   PyObject *name, *value;
@@ -88,55 +85,36 @@ bool names_agree(PyObject* unimodal, PyObject* link) {
   return true;
 }
 
-// ---- backward of modulate ------------------------------------------------------------------------------------------
-
-// g_m * (1 + link_m) for every modality (Eq. 19, with link_m = gain_m - 1).
-struct ModulateBackward final : Node {
-  std::string name() const override { return "ARLModulateBackward"; }
-
-  variable_list apply(variable_list&& grads) override {
-    const at::Tensor link = std::move(grads.back());
-    grads.pop_back();
-    if (!link.defined()) return std::move(grads);  // no loss has used it
-    const at::Tensor values = link.detach().to(at::kDouble).contiguous();
-    const double* value = values.const_data_ptr<double>();
-    for (size_t m = 0; m < grads.size(); ++m) {
-      at::Tensor& g = grads[m];
-      if (!g.defined()) continue;
-      const bool alone = !at::GradMode::is_enabled() && g.use_count() == 1 && g.storage().use_count() == 1 &&
-                         g.is_non_overlapping_and_dense();  // not one that expand() has made
-      g = alone ? g.mul_(1 + value[m]) : g.mul(1 + value[m]);
-    }
-    return std::move(grads);
-  }
-};
-
-// The same memory under a new tensor with the same version counter: writing into it still alarms who saved the original.
-at::Tensor alias_of(const at::Tensor& tensor) {
-  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/true));
-}
-
 }  // namespace
 
 PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 10 || !nobody_watches()) Py_RETURN_NONE;
-  PyObject *unimodal = args[2], *link_object = args[4];
+  if (count != std::ssize(kFastLoss) || !PyTuple_Check(args[1]) || PyTuple_GET_SIZE(args[1]) != 3)
+    Py_RETURN_NONE;
+  if (!no_mode_intercepts()) Py_RETURN_NONE;
+  PyObject* unimodal = PyTuple_GET_ITEM(args[1], 1);
+  PyObject* link_object = PyTuple_GET_ITEM(args[1], 2);
   const Options* options = options_of(args[0]);
-  const at::Tensor* fused = plain(args[1]);
+  const at::Tensor* fused = plain(PyTuple_GET_ITEM(args[1], 0));
   if (options == nullptr || fused == nullptr || fused->dim() != 2) Py_RETURN_NONE;
   const auto values = values_of(unimodal);
   const int64_t modalities = int64_t(values.size());
   const at::ScalarType type = fused->scalar_type();
   cpu::Inputs inputs;
-  if (!read_inputs(args[3], args + 5, *options, fused->size(0), fused->size(1), modalities, type, &inputs)) Py_RETURN_NONE;
+  Schedule schedule;
+  if (!read_targets(args[2], Classes::kOwn, &inputs.targets) ||
+      !read_schedule(args[3], Classes::kOwn, &schedule) ||
+      !is_usual(inputs.targets, schedule, *options, fused->size(0), fused->size(1), modalities, type)) {
+    Py_RETURN_NONE;
+  }
+  inputs.numbers = cpu::read(schedule);
 
   c10::SmallVector<at::Tensor, 4> logits;
   const bool record = at::GradMode::is_enabled();
   for (int64_t b = 0; b <= modalities; ++b) {
     const at::Tensor* x = b == 0 ? fused : plain(values[b - 1]);
-    if (x == nullptr || x->scalar_type() != type || x->sizes() != fused->sizes() || x->stride(1) != 1) Py_RETURN_NONE;
+    if (x == nullptr || x->scalar_type() != type || x->sizes() != fused->sizes() || x->stride(1) != 1)
+      Py_RETURN_NONE;
     if (record && x->requires_grad()) inputs.wanted |= uint64_t(1) << b;
     logits.push_back(*x);
   }
@@ -178,35 +156,6 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
   }
   return pair(THPVariable_Wrap(std::move(outputs.loss)), THPVariable_Wrap(std::move(outputs.packed)));
-  END_HANDLE_TH_ERRORS
-}
-
-PyObject* fast_modulate(PyObject*, PyObject* features) {
-  HANDLE_TH_ERRORS
-  if (!PyList_CheckExact(features) || PyList_GET_SIZE(features) == 0 || !nobody_watches()) Py_RETURN_NONE;
-  variable_list tensors;
-  bool requires_grad = false, is_double = false;
-  for (Py_ssize_t m = 0; m < PyList_GET_SIZE(features); ++m) {
-    const at::Tensor* z = plain(PyList_GET_ITEM(features, m));
-    if (z == nullptr || !is_float(z->scalar_type()) || z->is_inference()) Py_RETURN_NONE;
-    requires_grad |= z->requires_grad();
-    is_double |= z->scalar_type() == at::kDouble;
-    tensors.push_back(*z);
-  }
-  variable_list outputs;
-  for (const at::Tensor& z : tensors) outputs.push_back(alias_of(z));
-  at::Tensor link = at::detail::empty_cpu({int64_t(tensors.size())}, is_double ? at::kDouble : at::kFloat);
-  std::memset(link.mutable_data_ptr(), 0, link.nbytes());
-  if (requires_grad && at::GradMode::is_enabled()) {
-    const auto node = make_node<ModulateBackward>();
-    node->set_next_edges(torch::autograd::collect_next_edges(tensors));
-    for (at::Tensor& z : outputs) torch::autograd::set_history(z, node);
-    torch::autograd::set_history(link, node);
-  }
-  PyObject* list = PyList_New(Py_ssize_t(outputs.size()));
-  if (list == nullptr) return nullptr;
-  for (size_t m = 0; m < outputs.size(); ++m) PyList_SET_ITEM(list, Py_ssize_t(m), THPVariable_Wrap(std::move(outputs[m])));
-  return pair(list, THPVariable_Wrap(std::move(link)));
   END_HANDLE_TH_ERRORS
 }
 
