@@ -363,6 +363,12 @@ def test_ignored_rows_are_not_measured():
         results.measure(logits, torch.full((3,), -100))
 
 
+def test_several_labels_per_row_are_refused():
+    """Their accuracy is another one than that of the largest logit."""
+    with pytest.raises(ValueError, match="criterion: got task='multilabel', but the ladder measures"):
+        climb(Net, data, Budget(1, (0.1,)), criterion={"task": "multilabel"})
+
+
 def test_without_tqdm_it_runs_in_silence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     climb(Net, data, Budget(1, (0.1,)), seeds=1, methods=["joint"])

@@ -209,6 +209,11 @@ def climb(
             file.
     """
     setup = Setup(factory, optimizer, forward, device, dict(criterion or {}), head)
+    if setup.criterion.get("task", "multiclass") != "multiclass":
+        raise ValueError(
+            f"criterion: got task={setup.criterion['task']!r}, but the ladder measures the accuracy of one "
+            "class per row"
+        )
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     first = data(seeds[0])
     modalities = modalities_of(setup, first.train)
