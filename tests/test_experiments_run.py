@@ -72,6 +72,7 @@ def test_the_ladder_its_rows_and_its_figure(folders, tmp_path, capsys):
         "arl",
         "arl-paper",
         "arl-reversed",
+        "unimodal-auxiliary",
         "arl-simple-mml",
     ]
     assert [(row["seed"], row["method"]) for row in written] == [
