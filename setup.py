@@ -1,11 +1,13 @@
 """Builds arl_fast._C, the native kernels. Everything else about the package is in pyproject.toml.
 
-ARL_FAST_BUILD=auto  CPU kernels, and CUDA kernels if torch has CUDA and nvcc is there; what cannot be built is left out (default)
+ARL_FAST_BUILD=auto  CPU kernels, and CUDA kernels if torch has CUDA and nvcc is there; what cannot
+                     be built is left out (default)
 ARL_FAST_BUILD=cpu   CPU kernels, or an error
 ARL_FAST_BUILD=cuda  CPU and CUDA kernels, or an error
 ARL_FAST_BUILD=none  Python only: plain torch on a CPU, Triton on a GPU
 
-Whether a GPU is present is never asked: a build machine needs none. TORCH_CUDA_ARCH_LIST chooses the architectures.
+Whether a GPU is present is never asked: a build machine needs none. TORCH_CUDA_ARCH_LIST chooses the
+architectures.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -54,7 +57,9 @@ def no_cpu_build() -> str | None:
     try:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError as error:
-        return f"torch cannot be imported ({error}); install it first and use pip install --no-build-isolation"
+        return (
+            f"torch cannot be imported ({error}); install it first and use pip install --no-build-isolation"
+        )
     if sys.platform == "win32":
         return "the kernels need GCC or Clang"
     compiler = os.environ.get("CXX", "c++").split()[0]
@@ -88,22 +93,22 @@ def nvcc_release(nvcc: Path) -> tuple[int, int]:
 
 def cuda_library_folders(nvcc: Path) -> list[str]:
     """Where nvcc's own toolkit has libcudart: CUDA_HOME may hold no more than a wrapper of nvcc."""
-    text = subprocess.run([str(nvcc), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
+    text = subprocess.run(
+        [str(nvcc), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    ).stderr
     return re.findall(r'"-L([^"]+)"', text)
 
 
 def cuda_architectures(release: tuple[int, int]) -> str:
-    """The architectures of TORCH_CUDA_ARCH_LIST when it is unset: from sm_80 to the newest this nvcc knows."""
+    """TORCH_CUDA_ARCH_LIST where it is unset: from sm_80 to the newest that this nvcc knows."""
     return "8.0;9.0;10.0+PTX" if release >= (12, 8) else "8.0;9.0+PTX"
 
 
 def sources(cuda: bool) -> list[str]:
-    files = ["csrc/bindings.cpp", "csrc/eager.cpp", "csrc/autograd.cpp", "csrc/linear.cpp", "csrc/ops.cpp"]
-    files += ["csrc/cpu/forward.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/isa_baseline.cpp"]
-    if cuda:
-        files.append("csrc/cuda_ops.cpp")
-        files += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
-    return files
+    found = [*(ROOT / "csrc").rglob("*.cpp"), *((ROOT / "csrc").rglob("*.cu") if cuda else ())]
+    files = {str(path.relative_to(ROOT)) for path in found}
+    files -= {f"csrc/cpu/isa_{isa}.cpp" for isa in X86_ISAS}  # compiled with flags of their own
+    return sorted(files if cuda else files - {"csrc/cuda_ops.cpp"})
 
 
 def extension(cuda: bool) -> dict:
@@ -120,16 +125,20 @@ def extension(cuda: bool) -> dict:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures(release))
 
     class Build(BuildExtension):
-        """Compiles the row kernels once per instruction set, with flags of their own, before the extension."""
+        """Compiles the row kernels per instruction set, with flags of their own, before the extension."""
 
         def build_extensions(self) -> None:
             if is_x86():
-                for isa, flags in X86_ISAS.items():
-                    objects = self.compiler.compile(
-                        [f"csrc/cpu/isa_{isa}.cpp"], output_dir=self.build_temp, extra_postargs=[*KERNEL_FLAGS, *flags]
-                    )
-                    self.extensions[0].extra_objects += objects
+                with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+                    for objects in pool.map(self.compile_rows, X86_ISAS):
+                        self.extensions[0].extra_objects += objects
             super().build_extensions()
+
+        def compile_rows(self, isa: str) -> list[str]:
+            flags = [*KERNEL_FLAGS, *X86_ISAS[isa]]
+            return self.compiler.compile(
+                [f"csrc/cpu/isa_{isa}.cpp"], output_dir=self.build_temp, extra_postargs=flags
+            )
 
     kind = CUDAExtension if cuda else CppExtension
     native = kind(
@@ -137,10 +146,28 @@ def extension(cuda: bool) -> dict:
         sources(cuda),
         define_macros=macros,
         library_dirs=cuda_library_folders(nvcc) if cuda else [],
-        extra_compile_args={"cxx": [*TORCH_FLAGS, "-fno-math-errno", "-O3"], "nvcc": ["-O3", "-lineinfo", "--extended-lambda"]},
-        depends=[str(path.relative_to(ROOT)) for pattern in ("*.h", "*.inc", "*.cuh") for path in (ROOT / "csrc").rglob(pattern)],
+        extra_compile_args={
+            "cxx": [*TORCH_FLAGS, "-fno-math-errno", "-O3"],
+            "nvcc": ["-O3", "-lineinfo", "--extended-lambda"],
+        },
+        depends=[
+            str(path.relative_to(ROOT))
+            for pattern in ("*.h", "*.inc", "*.cuh")
+            for path in (ROOT / "csrc").rglob(pattern)
+        ],
     )
-    return {"ext_modules": [native], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [native], "cmdclass": {"build_ext": Build}, "version": version(for_torch=True)}
+
+
+def version(for_torch: bool = False) -> str:
+    """The package's version; that of a wheel with the extension names its torch, as in 0.1.0+torch2.13."""
+    text = (ROOT / "arl_fast" / "__init__.py").read_text()
+    found = re.search(r'^__version__ = "(.*)"$', text, re.MULTILINE)[1]
+    if for_torch and not {"bdist_wheel", "dist_info"}.isdisjoint(sys.argv):
+        import torch
+
+        found += "+torch" + ".".join(torch.__version__.split(".")[:2])
+    return found
 
 
 def arguments() -> dict:
@@ -163,4 +190,4 @@ def arguments() -> dict:
     return extension(cuda=reason is None)
 
 
-setup(**arguments())
+setup(**{"version": version(), **arguments()})

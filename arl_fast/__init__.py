@@ -1,11 +1,17 @@
 """arl_fast: Asymmetric Representation Learning (ARL, ICCV 2025) as a drop-in loss for multimodal training."""
 
-from .branches import BranchLogits
-from .functional import arl_loss, modulate
+import importlib
+from typing import Any
+
+from ._autograd.link import modulate
+from ._core.branches import BranchLogits
+from ._core.spec import BranchStats
+from .diagnose import diagnose
+from .fusion import FusionWeights
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
-from .linear import LinearARLLoss, linear_arl_loss
-from .loss import ARLLoss
-from .stats import BranchStats
+from .history import History
+from .linear import linear_arl_loss
+from .loss import ARLLoss, arl_loss
 
 __version__ = "0.1.0"
 
@@ -15,12 +21,27 @@ __all__ = [
     "BranchLogits",
     "BranchStats",
     "ConcatHead",
+    "FusionWeights",
     "GatedHead",
-    "LinearARLLoss",
+    "History",
     "SharedHead",
     "SumHead",
     "ZeroedHead",
     "arl_loss",
+    "diagnose",
     "linear_arl_loss",
     "modulate",
 ]
+
+_MODULES = ("distributed", "family", "integrations", "ladder", "optim", "plots", "reference", "sharded")
+
+
+def __getattr__(name: str) -> Any:
+    """The public modules that not every program needs, imported when they are first used."""
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

@@ -5,7 +5,7 @@ import platform
 import torch
 
 from . import __version__
-from .dispatch import report
+from .implementations.dispatch import report
 
 print(f"arl_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
 print(report())

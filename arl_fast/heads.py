@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .branches import BranchLogits
-from .functional import modulate
-from .linear import apply_criterion, linear_arl_loss
+from ._autograd.link import modulate
+from ._core.branches import BranchLogits
+from ._core.checks import describe
+from ._core.spec import BranchStats
+from .linear import linear_arl_loss
 from .loss import ARLLoss
-from .stats import BranchStats
 
 Features = Mapping[str, Tensor] | Sequence[Tensor]
 Dims = Mapping[str, int] | Sequence[int]
@@ -29,7 +30,9 @@ class _Head(nn.Module):
     def __init__(self, features: Dims) -> None:
         super().__init__()
         if isinstance(features, str) or not isinstance(features, (Mapping, Sequence)) or len(features) == 0:
-            raise TypeError(f"features: got {features!r}, expected feature sizes by modality, as {{'audio': 512, 'visual': 512}}")
+            raise TypeError(
+                f"features: got {features!r}, expected feature sizes by modality, as {{'audio': 512, 'visual': 512}}"
+            )
         self.names: list[str] | None = list(features) if isinstance(features, Mapping) else None
         self.dims: list[int] = list(features.values()) if isinstance(features, Mapping) else list(features)
         for name, dim in zip(self.names or range(len(self.dims)), self.dims, strict=True):
@@ -40,30 +43,47 @@ class _Head(nn.Module):
         """The features in this head's order, checked."""
         if self.names is None:
             if isinstance(features, (Tensor, Mapping)) or len(features) != len(self.dims):
-                raise ValueError(f"features: got {_describe(features)}, expected a sequence of {len(self.dims)} tensors")
+                raise ValueError(
+                    f"features: got {describe(features)}, expected a sequence of {len(self.dims)} tensors"
+                )
             tensors = list(features)
         else:
             if not isinstance(features, Mapping) or set(features) != set(self.names):
-                raise ValueError(f"features: got {_describe(features)}, expected a dict with the keys {self.names}")
+                raise ValueError(
+                    f"features: got {describe(features)}, expected a dict with the keys {self.names}"
+                )
             tensors = [features[name] for name in self.names]
+        batch = tensors[0].shape[:-1] if isinstance(tensors[0], Tensor) else None
         for name, z, dim in zip(self.names or range(len(tensors)), tensors, self.dims, strict=True):
             if not isinstance(z, Tensor) or z.dim() < 2 or z.shape[-1] != dim:
                 got = f"shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-                raise ValueError(f"features[{name!r}]: got {got}, expected [B, {dim}]")
+                raise ValueError(f"features[{name!r}]: got {got}, expected [B, {dim}] or [B, d1, ..., {dim}]")
+            if z.shape[:-1] != batch:
+                first = (self.names or [0])[0]
+                raise ValueError(
+                    f"features[{name!r}]: got shape {list(z.shape)}, expected {[*batch, dim]}, the batch and positions of "
+                    f"features[{first!r}]"
+                )
         return tensors
 
     def forward(self, features: Features) -> BranchLogits:
-        """Features [B, D_m] by modality -> BranchLogits with logits [B, C]."""
+        """Features [B, D_m] by modality -> BranchLogits with logits [B, C]; [B, d1, ..., D_m] -> [B, C, d1, ...]."""
+        tensors: Any = self._as_list(features)
         if self.names is None:
-            tensors, link = modulate(self._as_list(features))
-            fused, unimodal = self.branches(tensors)
-            return BranchLogits(fused, unimodal, link)
-        named, link = modulate(dict(zip(self.names, self._as_list(features), strict=True)))
-        fused, unimodal = self.branches(list(named.values()))
-        return BranchLogits(fused, dict(zip(self.names, unimodal, strict=True)), link)
+            tensors, link = modulate(tensors)
+        else:
+            named, link = modulate(dict(zip(self.names, tensors, strict=True)))
+            tensors = list(named.values())
+        fused, unimodal = self.branches(tensors)
+        if (
+            fused.dim() > 2
+        ):  # the layers leave the classes in the last dimension, the loss takes them in dimension 1
+            fused, unimodal = fused.movedim(-1, 1), [x.movedim(-1, 1) for x in unimodal]
+        named_unimodal = unimodal if self.names is None else dict(zip(self.names, unimodal, strict=True))
+        return BranchLogits(fused, named_unimodal, link)
 
     def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The fused and the M unimodal logits [B, C] of features [B, D_m]."""
+        """The fused and the M unimodal logits [B, d1, ..., C] of features [B, d1, ..., D_m], without a link."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -107,22 +127,21 @@ class _LinearHead(_Head):
         if self.names is not None:
             tensors = dict(zip(self.names, tensors, strict=True))
         weights, bias = self.weights_and_bias()
-        mode = "split" if self.bias_mode == "split" else "full"
+        layout: dict[str, Any] = dict(fusion=self.fusion, chunk=chunk)
+        layout["bias_mode"] = "split" if self.bias_mode == "split" else "full"
         if criterion is None:
-            return linear_arl_loss(tensors, weights, bias, target, fusion=self.fusion, bias_mode=mode, mask=mask, chunk=chunk, **options)
+            return linear_arl_loss(tensors, weights, bias, target, mask=mask, **layout, **options)
         if not isinstance(criterion, ARLLoss):
-            raise TypeError(f"criterion: got {type(criterion).__name__}, expected an ARLLoss, or its options by name")
+            raise TypeError(
+                f"criterion: got {type(criterion).__name__}, expected an ARLLoss, or its options by name"
+            )
         if options:
-            raise TypeError(f"criterion: got one and also {', '.join(options)}; options belong to the criterion")
-        return apply_criterion(criterion, tensors, weights, bias, target, mask, self.fusion, mode, chunk)
-
-
-def _describe(features: object) -> str:
-    if isinstance(features, Mapping):
-        return f"a dict with the keys {list(features)}"
-    if isinstance(features, Tensor):
-        return f"a Tensor of shape {list(features.shape)}"
-    return f"{type(features).__name__} of {len(features)}" if isinstance(features, Sequence) else type(features).__name__
+            raise TypeError(
+                f"criterion: got one and also {', '.join(options)}; options belong to the criterion"
+            )
+        loss = criterion.linear(tensors, weights, bias, target, mask, **layout)
+        assert criterion.stats is not None
+        return loss, criterion.stats
 
 
 def _same_dims(dims: list[int], head: str) -> int:
@@ -228,7 +247,9 @@ class GatedHead(_Head):
         gate: which modality gates, its name or position; the first by default.
     """
 
-    def __init__(self, features: Dims, num_classes: int, hidden: int | None = None, gate: str | int | None = None) -> None:
+    def __init__(
+        self, features: Dims, num_classes: int, hidden: int | None = None, gate: str | int | None = None
+    ) -> None:
         super().__init__(features)
         if len(self.dims) != 2:
             raise ValueError(f"features: GatedHead is defined for two modalities, got {len(self.dims)}")
@@ -268,7 +289,10 @@ class BilinearHead(_Head):
 
     def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         a, b = features
-        fused, *unimodal = (self.out(self.layer(torch.einsum("...i,...j->...ij", x, y).flatten(-2))) for x, y in ((a, b), (a, a), (b, b)))
+        fused, *unimodal = (
+            self.out(self.layer(torch.einsum("...i,...j->...ij", x, y).flatten(-2)))
+            for x, y in ((a, b), (a, a), (b, b))
+        )
         return fused, unimodal
 
 
@@ -284,7 +308,9 @@ class ZeroedHead(nn.Module):
     def __init__(self, fusion: Callable[[Any], Tensor]) -> None:
         super().__init__()
         if not callable(fusion):
-            raise TypeError(f"fusion: got {type(fusion).__name__}, expected a callable from features to logits")
+            raise TypeError(
+                f"fusion: got {type(fusion).__name__}, expected a callable from features to logits"
+            )
         self.fusion = fusion
 
     def forward(self, features: Features) -> BranchLogits:
@@ -293,9 +319,13 @@ class ZeroedHead(nn.Module):
         fused = self.fusion(features)
         if isinstance(features, dict):
             zeros = {name: torch.zeros_like(z) for name, z in features.items()}
-            return BranchLogits(fused, {name: self.fusion({**zeros, name: z}) for name, z in features.items()}, link)
+            return BranchLogits(
+                fused, {name: self.fusion({**zeros, name: z}) for name, z in features.items()}, link
+            )
         blank = [torch.zeros_like(z) for z in features]
-        return BranchLogits(fused, [self.fusion([*blank[:m], z, *blank[m + 1 :]]) for m, z in enumerate(features)], link)
+        return BranchLogits(
+            fused, [self.fusion([*blank[:m], z, *blank[m + 1 :]]) for m, z in enumerate(features)], link
+        )
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

@@ -1,157 +1,296 @@
-"""ARLLoss: the loss as a module, with the presets of the paper and of its release."""
+"""The loss: ``ARLLoss`` as a module, with presets, and ``arl_loss`` as a function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from .branches import as_branch_logits
-from .functional import packed_loss
-from .options import check_scalar, make_options
-from .stats import BranchStats, unpack
+from ._autograd.linear import linear_loss_and_packed
+from ._autograd.loss import loss_and_packed
+from ._core.branches import BranchLogits, Targets, Unimodal, as_branch_logits
+from ._core.checks import LinearHead
+from ._core.options import (
+    LossOptions,
+    Schedule,
+    check_gamma,
+    check_scalar,
+    make_options,
+    make_schedule,
+    with_options,
+)
+from ._core.spec import BranchStats
+from ._core.stats import unpack
 
-# gamma and T of the paper's experiments; no floor, Eq. 18. Its three-modality data set needs a rule that takes three.
-_PAPER = {
+if TYPE_CHECKING:
+    from .history import History
+
+
+@with_options
+def arl_loss(
+    fused: Tensor,
+    unimodal: Unimodal,
+    target: Tensor,
+    link: Tensor | None = None,
+    gamma: float | Sequence[float] | Tensor = 1.0,
+    temperature: float | Tensor = 8.0,
+    rule: str | Callable[[BranchStats], Tensor] = "share",
+    *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    warming: bool | Tensor = False,
+    sync_stats: bool | Any = False,
+    implementation: Any = None,
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, BranchStats]:
+    """L = CE(fused, y) + sum_m gamma_m CE(unimodal_m, y) (Eq. 22), its statistics, and the encoders' gains.
+
+    Args:
+        fused: [B, C] or [B, C, d1, ...] logits of the whole model, float16 to float64. Read only.
+        unimodal: logits of the same shape, dtype and device from the same head, one per modality; dict or
+            sequence.
+        target: class indices [B, d1, ...] (int64, int32) or class probabilities of the logits' shape.
+        link: the second result of ``modulate``; while gradients are recorded required by every rule but
+            "none".
+        gamma: weight of the unimodal losses: a number >= 0, one per modality, or a tensor [] or [M].
+        temperature: T of the rule, a number or a 0-d tensor. 0 gives uniform coefficients, below 0 reverses
+            the rule.
+        rule: "share", "paper" (two modalities), "constant", "none", or a callable from BranchStats to
+            coefficients [M].
+        weight: [C] class weights, as in ``torch.nn.functional.cross_entropy``.
+        mask: [B, M] bool, False where a modality is absent: those rows leave its loss and its statistics.
+        warming: True, or a 0-d bool tensor, while the warm-up lasts: gamma = 1 and all gains 1.
+        sync_stats: True, or a process group: statistics and mean over all processes (torch.distributed).
+        implementation: one that fulfils docs/architecture.md; None: the one that ``python -m arl_fast``
+            names.
+        dependence: "confidence", the mean true-class probability, or "logit_l1", the mean sum of absolute
+            logits.
+        entropy_floor: smallest entropy share before the inversion, in [0, 1]; None: 0.6 / number of
+            modalities.
+        gain: "residual" 1 + a_m (Eq. 19), "mean_one" M a_m, or "plain" a_m.
+        ignore_index, label_smoothing, reduction: as in ``torch.nn.functional.cross_entropy``, for each
+            branch.
+
+    Returns:
+        loss: 0-d, or [B, d1, ...] for reduction "none"; float32 (float64 for float64 logits).
+        stats: BranchStats, detached, on the logits' device; nothing is read back to the host.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, dtype, shape, device or range, or a missing link.
+        IndexError: a class index out of range, on a CPU. On a GPU, and when compiled, that row's loss is NaN.
+    """
+    loss, packed = loss_and_packed(
+        BranchLogits(fused, unimodal, link),
+        Targets(target, mask, weight, pos_weight=pos_weight),
+        make_schedule(gamma, temperature, warming),
+        make_options(rule=rule, **options),
+        sync_stats,
+        implementation,
+    )
+    return loss, unpack(packed)
+
+
+# gamma and T of the paper's experiments; no floor, Eq. 18. Its three-modality data set needs a rule that
+# takes three.
+_PAPER: dict[str, dict[str, Any]] = {
     "crema-d": dict(gamma=4.0, temperature=8.0, rule="paper"),
     "ave": dict(gamma=4.0, temperature=4.0, rule="paper"),
     "ks": dict(gamma=4.0, temperature=4.0, rule="paper"),
     "mosi": dict(gamma=4.0, temperature=4.0, rule="share"),
     "ucf101": dict(gamma=4.0, temperature=4.0, rule="paper"),
 }
-# --gamma and --T of the release's scripts; T is inert there, since the coefficients stay at their initial 0.5.
-_RELEASE = {
+# --gamma and --T of the release's scripts; T is inert there, since the coefficients stay at their initial
+# 0.5.
+_RELEASE: dict[str, dict[str, Any]] = {
     "crema-d": dict(gamma=4.0, temperature=8.0),
     "ave": dict(gamma=5.0, temperature=4.0),
     "ks": dict(gamma=3.0, temperature=4.0),
 }
+_RELEASE_RULE: dict[str, Any] = dict(rule="constant", dependence="logit_l1", entropy_floor=0.3)
 
 
 class ARLLoss(nn.Module):
     """Asymmetric Representation Learning as a loss: ``loss = criterion(head(features), target)``.
 
     Args:
-        gamma: weight of the unimodal losses (Eq. 22), a number >= 0 or a 0-d tensor.
+        gamma: weight of the unimodal losses (Eq. 22): a number >= 0, one per modality, or a tensor [] or [M].
         temperature: T of the rule, a number or a 0-d tensor.
         rule: "share", "paper", "constant", "none", or a callable from BranchStats to coefficients [M].
-        dependence: "confidence" or "logit_l1".
-        entropy_floor: smallest entropy share before the inversion; None: 0.6 / number of modalities.
-        gain: "residual" 1 + a_m, "mean_one" M a_m or "plain" a_m.
-        warmup: number of calls in training mode, with gradients, before gamma and the gains take effect (until then gamma = 1 and
-            gain = 1). The counter, the buffer ``steps``, is in the state_dict.
+        warmup: number of calls in training mode, with gradients, before gamma and the gains take effect
+            (until then gamma = 1 and gain = 1). The counter, the buffer ``steps``, is in the state_dict.
         weight: [C] class weights; moves with the module and is in the state_dict.
-        ignore_index, label_smoothing, reduction: as in ``torch.nn.CrossEntropyLoss``.
         sync_stats: True, or a process group, for statistics and means over all processes.
+        dependence, entropy_floor, gain, ignore_index, label_smoothing, reduction: as for ``arl_loss``.
 
     Shape:
-        output: BranchLogits, a tuple (fused, unimodal[, link]) or a dict {"fused": ..., name: ..., "link": ...}, with
-            logits [B, C] or [B, C, d1, ...].
+        output: BranchLogits, a tuple (fused, unimodal[, link]) or a dict {"fused": ..., name: ..., "link":
+            ...}, with logits [B, C] or [B, C, d1, ...].
         target: class indices [B, d1, ...] or probabilities of the logits' shape.
         mask: [B, M] bool, False where a modality is absent; optional.
 
-    ``stats`` holds the BranchStats of the last call (None before the first), ``modalities`` the names in its unimodal logits
-    (None for a sequence). Errors are those of ``arl_loss``.
+    ``stats`` holds the BranchStats of the last call (None before the first), ``modalities`` the names in its
+    unimodal logits (None for a sequence). Errors are those of ``arl_loss``.
     """
 
     steps: Tensor
     weight: Tensor | None
+    pos_weight: Tensor | None
 
+    @with_options
     def __init__(
         self,
-        gamma: float | Tensor = 1.0,
+        gamma: float | Sequence[float] | Tensor = 1.0,
         temperature: float | Tensor = 8.0,
         rule: str | Callable[[BranchStats], Tensor] = "share",
-        dependence: str = "confidence",
-        entropy_floor: float | None = None,
-        gain: str = "residual",
+        *,
         warmup: int = 0,
         weight: Tensor | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
         sync_stats: bool | Any = False,
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
-        self.options = make_options(rule, dependence, entropy_floor, gain, ignore_index, label_smoothing, reduction)
-        check_scalar("gamma", gamma, 0.0)
+        self.options = make_options(rule=rule, **options)
+        check_gamma(gamma)
         check_scalar("temperature", temperature)
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
             raise ValueError(f"warmup: got {warmup!r}, expected a number of steps >= 0")
-        if weight is not None and not isinstance(weight, Tensor):
-            raise TypeError(f"weight: got {type(weight).__name__}, expected a Tensor [C] of class weights")
-        self.gamma = gamma
+        for name, value in {"weight": weight, "pos_weight": pos_weight}.items():
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor [C] of weights")
+        if pos_weight is not None and self.options.task != "multilabel":
+            raise ValueError("pos_weight: got one with task='multiclass', expected task='multilabel'")
+        self.gamma = gamma if isinstance(gamma, (int, float, Tensor)) else tuple(gamma)
         self.temperature = temperature
         self.warmup = warmup
         self.sync_stats = sync_stats
         self.register_buffer("weight", weight)
+        self.register_buffer("pos_weight", pos_weight)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._packed: Tensor | None = None
         self.modalities: tuple[str, ...] | None = None
+        self.history: History | None = None
 
     @classmethod
     def paper(cls, dataset: str, **changes: Any) -> ARLLoss:
-        """The settings that the paper names for "crema-d", "ave", "ks", "mosi" or "ucf101"; ``changes`` override them.
+        """The paper's settings for "crema-d", "ave", "ks", "mosi" or "ucf101"; ``changes`` override them.
 
-        Eq. 18 is defined for two modalities; for the three of "mosi" the share rule takes its place.
+        Eq. 18 is defined for two modalities. For the three of "mosi" the share rule takes its place.
         """
         return cls._preset("paper", _PAPER, dataset, changes)
 
     @classmethod
     def release(cls, dataset: str, **changes: Any) -> ARLLoss:
-        """What the authors' scripts for "crema-d", "ave" or "ks" would do if they ran; ``changes`` override it.
+        """What the release's scripts for "crema-d", "ave" or "ks" would do if they ran, with ``changes``.
 
         The release warms up during its epochs 0 to 5: pass ``warmup=6 * len(loader)``. See docs/errata.md.
         """
-        fixed = dict(rule="constant", dependence="logit_l1", entropy_floor=0.3)
-        return cls._preset("release", {name: fixed | own for name, own in _RELEASE.items()}, dataset, changes)
+        return cls._preset("release", _RELEASE, dataset, _RELEASE_RULE | changes)
 
     @classmethod
     def _preset(cls, kind: str, presets: dict[str, dict], dataset: str, changes: dict[str, Any]) -> ARLLoss:
         if dataset not in presets:
-            raise ValueError(f"dataset: got {dataset!r}, expected one of {', '.join(map(repr, presets))} for ARLLoss.{kind}")
+            known = ", ".join(map(repr, presets))
+            raise ValueError(f"dataset: got {dataset!r}, expected one of {known} for ARLLoss.{kind}")
         return cls(**{**presets[dataset], **changes})
 
     @property
     def stats(self) -> BranchStats | None:
-        """BranchStats of the last call: detached device tensors; reading them is what synchronises, if anything does."""
+        """BranchStats of the last call: detached tensors on the device. Reading their values synchronises."""
         return None if self._packed is None else unpack(self._packed)
 
+    def metrics(self, prefix: str = "arl/") -> dict[str, Tensor]:
+        """The last call's statistics by name, as "arl/gain/audio": detached 0-d tensors on the device."""
+        from .history import metrics
+
+        return metrics(self.stats, self.modalities, prefix)
+
+    def track(self, history: History | None = None, **options: Any) -> History:
+        """Let a History collect every call from now on: training calls as steps, others as held-out batches.
+
+        Args:
+            history: None makes one, with ``options``.
+        """
+        if history is None:
+            from .history import History
+
+            history = History(**options)
+        elif options:
+            raise ValueError(f"track: got a history and {sorted(options)}, which are options of a new one")
+        self.history = history
+        return history
+
+    def untrack(self) -> None:
+        """End what ``track`` began."""
+        self.history = None
+
     def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        fused, unimodal, link = as_branch_logits(output)
-        loss, packed = packed_loss(
-            fused,
-            unimodal,
-            target,
-            link,
-            mask,
-            self.weight,
-            self.gamma,
-            self.temperature,
-            self._warming(fused),
+        branches = as_branch_logits(output)
+        schedule = self._schedule(branches.fused)
+        targets = Targets(target, mask, self.weight, pos_weight=self.pos_weight)
+        loss, packed = loss_and_packed(branches, targets, schedule, self.options, self.sync_stats)
+        self._remember(packed, branches.unimodal)
+        return loss
+
+    def linear(
+        self,
+        features: Mapping[str, Tensor] | Sequence[Tensor],
+        weights: Tensor | Mapping[str, Tensor] | Sequence[Tensor],
+        bias: Tensor | Mapping[str, Tensor] | Sequence[Tensor] | None,
+        target: Tensor,
+        mask: Tensor | None = None,
+        *,
+        fusion: str = "concat",
+        bias_mode: str = "full",
+        chunk: int | None = None,
+    ) -> Tensor:
+        """The loss behind a linear head, without its logits: ``linear_arl_loss`` with these settings.
+
+        The matrices stay in the user's head. ``ConcatHead``, ``SumHead`` and ``SharedHead`` call this with
+        their own: ``head.loss(features, target, criterion)``.
+
+        Args:
+            features, weights, bias, target, mask, fusion, bias_mode, chunk: as for ``linear_arl_loss``.
+        """
+        loss, packed, _ = linear_loss_and_packed(
+            LinearHead(features, weights, bias, fusion, bias_mode, chunk),
+            Targets(target, mask, self.weight, pos_weight=self.pos_weight),
+            self._schedule(target),
             self.options,
             self.sync_stats,
         )
-        self._remember(packed, unimodal)
+        self._remember(packed, features)
         return loss
 
     def _remember(self, packed: Tensor, modalities: Any) -> None:
-        """Keep the statistics and the names of this call; past nn.Module's own setter, which takes microseconds."""
+        """Keep the statistics and the names of this call, and count it where it counts for the warm-up."""
+        # past nn.Module's own setter, which takes microseconds
         object.__setattr__(self, "_packed", packed)
         object.__setattr__(self, "modalities", tuple(modalities) if isinstance(modalities, dict) else None)
+        if self.warmup and self.training and torch.is_grad_enabled():
+            self.steps.add_(1)  # after the loss has read it
+        if self.history is not None:
+            self.history.observe(self)
 
-    def _warming(self, like: Tensor) -> bool | Tensor:
-        """Whether this call is one of the first ``warmup``; counts it in training mode, where gradients are recorded."""
+    def _schedule(self, like: Tensor) -> Schedule:
+        """This step's numbers. The warm-up is counted on the device: no host read and no recompilation."""
         if not self.warmup:
-            return False
-        if isinstance(like, Tensor) and self.steps.device != like.device and not torch.compiler.is_compiling():
+            return Schedule(self.gamma, self.temperature)
+        if (
+            isinstance(like, Tensor)
+            and self.steps.device != like.device
+            and not torch.compiler.is_compiling()
+        ):
             self.steps = self.steps.to(like.device)
-        warming = self.steps < self.warmup  # compared on the device: neither a host read nor a recompilation
-        if self.training and torch.is_grad_enabled():
-            self.steps.add_(1)
-        return warming
+        return Schedule(self.gamma, self.temperature, self.warmup, self.steps)
 
     def extra_repr(self) -> str:
-        shown = self.options._asdict() | {"gamma": self.gamma, "temperature": self.temperature, "warmup": self.warmup}
+        shown = self.options._asdict() | {
+            "gamma": self.gamma,
+            "temperature": self.temperature,
+            "warmup": self.warmup,
+        }
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())

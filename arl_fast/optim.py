@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .branches import BranchLogits, as_branch_logits
-from .reference import compute_dtype
+from ._core.branches import BranchLogits, as_branch_logits
+from ._core.dtypes import compute_dtype
 
 
 def detach_link(output: Any) -> BranchLogits:
@@ -60,11 +60,18 @@ class UpdateGains:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, groups: Mapping[str, int | Sequence[int]] | Sequence[int | Sequence[int]], criterion: Any
+        self,
+        optimizer: torch.optim.Optimizer,
+        groups: Mapping[str, int | Sequence[int]] | Sequence[int | Sequence[int]],
+        criterion: Any,
     ) -> None:
         if isinstance(groups, str) or not isinstance(groups, (Mapping, Sequence)):
-            raise TypeError(f"groups: got {type(groups).__name__}, expected indices of parameter groups by modality, dict or sequence")
-        named: list[tuple[Any, Any]] = list(groups.items()) if isinstance(groups, Mapping) else list(enumerate(groups))
+            raise TypeError(
+                f"groups: got {type(groups).__name__}, expected indices of parameter groups by modality, dict or sequence"
+            )
+        named: list[tuple[Any, Any]] = (
+            list(groups.items()) if isinstance(groups, Mapping) else list(enumerate(groups))
+        )
         self.optimizer = optimizer
         self.criterion = criterion
         self.by_name = isinstance(groups, Mapping)
@@ -74,13 +81,22 @@ class UpdateGains:
         for name, own in self.groups.items():
             for index in own:
                 if isinstance(index, bool) or not isinstance(index, int):
-                    raise TypeError(f"groups[{name!r}]: got {type(index).__name__}, expected the index of a parameter group")
+                    raise TypeError(
+                        f"groups[{name!r}]: got {type(index).__name__}, expected the index of a parameter group"
+                    )
                 if not 0 <= index < len(optimizer.param_groups):
-                    raise IndexError(f"groups[{name!r}]: got {index}, but the optimizer has {len(optimizer.param_groups)} parameter groups")
+                    raise IndexError(
+                        f"groups[{name!r}]: got {index}, but the optimizer has {len(optimizer.param_groups)} parameter groups"
+                    )
                 if index in seen:
-                    raise ValueError(f"groups[{name!r}]: got {index}, which modality {seen[index]!r} has as well")
+                    raise ValueError(
+                        f"groups[{name!r}]: got {index}, which modality {seen[index]!r} has as well"
+                    )
                 seen[index] = name
-        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
@@ -94,12 +110,20 @@ class UpdateGains:
             return {}
         if not self.by_name:
             if len(self.groups) != len(stats.gains):
-                raise ValueError(f"groups: got {len(self.groups)} modalities, but the criterion has {len(stats.gains)}")
+                raise ValueError(
+                    f"groups: got {len(self.groups)} modalities, but the criterion has {len(stats.gains)}"
+                )
             return dict(enumerate(stats.gains.unbind()))
         names = self.criterion.modalities
         if names is None or not set(self.groups) <= set(names):
-            known = "logits without names, expected groups as a sequence in their order" if names is None else f"{list(names)}"
-            raise ValueError(f"groups: got the modalities {list(self.groups)}, but the criterion was given {known}")
+            known = (
+                "logits without names, expected groups as a sequence in their order"
+                if names is None
+                else f"{list(names)}"
+            )
+            raise ValueError(
+                f"groups: got the modalities {list(self.groups)}, but the criterion was given {known}"
+            )
         return dict(zip(names, stats.gains.unbind(), strict=True))
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

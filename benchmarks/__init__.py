@@ -1,1 +1,3 @@
-"""Benchmarks: each contender is checked against float64 truth before it is timed; docs/performance.md has the results."""
+"""Benchmarks: each contender is checked against float64 truth before it is timed; docs/performance.md has the
+results.
+"""

@@ -20,7 +20,9 @@ from benchmarks.cases import SUITES, Case, make
 from benchmarks.contenders import Contender, contenders
 
 LARGE = 1 << 22  # elements from which a single call is a sample
-HUGE = 1 << 26  # elements from which a CPU takes one sample per rotation: no cache holds them, so none is warm either
+HUGE = (
+    1 << 26
+)  # elements from which a CPU takes one sample per rotation: no cache holds them, so none is warm either
 
 
 class Session:
@@ -61,7 +63,9 @@ class Session:
             try:
                 found = measure.Step(contender, self.case, self.logits, self.target)
                 errors = found.gate()
-                self.facts[contender.name] = self._facts(found) | {"errors": {k: float(f"{v:.2g}") for k, v in errors.items()}}
+                self.facts[contender.name] = self._facts(found) | {
+                    "errors": {k: float(f"{v:.2g}") for k, v in errors.items()}
+                }
             except truth.Rejected as reason:
                 found = str(reason)
             except Exception as error:  # a contender that breaks is reported, the others go on
@@ -76,7 +80,10 @@ class Session:
         assert self.case is not None
         if self.device != "cuda":
             huge = self.case.elements >= HUGE
-            return {what: measure.count_on_cpu(getattr(step, what)) for what in (("both",) if huge else ("both", "forward"))}
+            return {
+                what: measure.count_on_cpu(getattr(step, what))
+                for what in (("both",) if huge else ("both", "forward"))
+            }
         found = {}
         for what in ("both", "forward"):
             call = getattr(step, what)
@@ -95,14 +102,18 @@ class Session:
         call = step.both if what == "backward" else getattr(step, what)
         if (name, what) not in self.loops:
             launches = facts["both"].get("launches", 1)
-            self.loops[name, what] = 1 if large else measure.loops_for(call, self.device, self.sample, launches)
+            self.loops[name, what] = (
+                1 if large else measure.loops_for(call, self.device, self.sample, launches)
+            )
         samples = measure.host_samples(step, what, self.device, self.loops[name, what], rounds, pedantic)
         self.samples[name, what, "warm", "host"] += samples
         if what == "backward":
             return
         if self.device == "cuda":
             if (name, what) not in self.timers:
-                self.timers[name, what] = measure.DeviceTimer(call, facts[what]["peak_bytes"] + 1, facts[what]["syncs"])
+                self.timers[name, what] = measure.DeviceTimer(
+                    call, facts[what]["peak_bytes"] + 1, facts[what]["syncs"]
+                )
             for cache in ("warm", "cold"):
                 self.samples[name, what, cache, "device"] += self.timers[name, what].samples(cache, rounds)
         elif what == "both" and not huge and not self.case.suite.startswith("scaling"):
@@ -116,10 +127,18 @@ class Session:
         common = machine.describe(self.device) | {"experiment": "micro"} | case._asdict()
         common["threads"] = torch.get_num_threads() if self.device == "cpu" else None
         common["clock"] = self.timer.__name__
-        out = [common | {"contender": name, "rejected": why} for name, why in self.steps.items() if isinstance(why, str)]
+        out = [
+            common | {"contender": name, "rejected": why}
+            for name, why in self.steps.items()
+            if isinstance(why, str)
+        ]
         for name, what, cache in dict.fromkeys(k[:3] for k in self.samples):
             facts = self.facts[name]
-            row = common | {"contender": name, "what": what, "cache": cache, "errors": facts["errors"]} | facts.get(what, {})
+            row = (
+                common
+                | {"contender": name, "what": what, "cache": cache, "errors": facts["errors"]}
+                | facts.get(what, {})
+            )
             for which in ("host", "device"):
                 if samples := self.samples.get((name, what, cache, which)):
                     row[f"{which}_us"] = rows.summary(samples)
@@ -150,7 +169,7 @@ _cached: dict[Case, list[Contender]] = {}
 
 @pytest.fixture(scope="session")
 def session(request: pytest.FixtureRequest) -> Iterator[Session]:
-    from arl_fast import dispatch
+    from arl_fast.implementations import dispatch
 
     before, threads = dispatch.override, torch.get_num_threads()
     current = Session(request.config)
@@ -175,11 +194,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 turn = rotation % len(names)
                 for name in names[turn:] + names[:turn]:
                     for what in whats:
-                        chosen.append(pytest.param(case, name, what, id=f"{case.label}-{name}-{what}-{rotation}", marks=clock))
+                        chosen.append(
+                            pytest.param(
+                                case, name, what, id=f"{case.label}-{name}-{what}-{rotation}", marks=clock
+                            )
+                        )
     metafunc.parametrize(("case", "name", "what"), chosen)
 
 
-def test_micro(session: Session, benchmark: Any, request: pytest.FixtureRequest, case: Case, name: str, what: str) -> None:
+def test_micro(
+    session: Session, benchmark: Any, request: pytest.FixtureRequest, case: Case, name: str, what: str
+) -> None:
     session.enter(case)
     if case not in _cached:
         _cached[case] = contenders(case, session.device, compile=not request.config.getoption("--no-compile"))

@@ -1,4 +1,6 @@
-"""What is measured: shapes by suite, logits like a trained model's, and the bytes that no implementation can save."""
+"""What is measured: shapes by suite, logits like a trained model's, and the bytes that no implementation can
+save.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,19 @@ def _suite(name: str, shapes: list[tuple[int, int, int, str]]) -> list[Case]:
 F32, BF16 = "float32", "bfloat16"
 
 SUITES: dict[str, list[Case]] = {
-    # B = 64 as in the paper; CREMA-D, AVE, Kinetics-Sounds, UCF-101, VGGSound, and MOSI with its three modalities
+    # B = 64 as in the paper; CREMA-D, AVE, Kinetics-Sounds, UCF-101, VGGSound, and MOSI with its three
+    # modalities
     "paper": _suite("paper", [(64, c, 2, F32) for c in (6, 28, 34, 101, 309)] + [(64, 2, 3, F32)]),
     "modalities": _suite("modalities", [(64, 101, 3, F32), (64, 101, 6, F32), (64, 309, 2, BF16)]),
     "large": _suite("large", [(2048, 1000, 2, F32), (1024, 32000, 2, F32)]),
     "large-bf16": _suite("large-bf16", [(2048, 1000, 2, BF16)]),
-    "huge": _suite("huge", [(1024, 32000, 2, BF16), (8192, 32000, 2, BF16), (2048, 32000, 6, F32)]),  # on a GPU only
+    "huge": _suite(
+        "huge", [(1024, 32000, 2, BF16), (8192, 32000, 2, BF16), (2048, 32000, 6, F32)]
+    ),  # on a GPU only
     "scaling-batch": _suite("scaling-batch", [(b, 101, 2, F32) for b in (4, 16, 64, 256, 1024, 4096)]),
-    "scaling-classes": _suite("scaling-classes", [(64, c, 2, F32) for c in (2, 16, 64, 256, 1024, 4096, 16384)]),
+    "scaling-classes": _suite(
+        "scaling-classes", [(64, c, 2, F32) for c in (2, 16, 64, 256, 1024, 4096, 16384)]
+    ),
     "scaling-modalities": _suite("scaling-modalities", [(64, 101, m, F32) for m in (1, 2, 3, 4, 6, 8)]),
     "tiny": _suite("tiny", [(8, 5, 2, F32), (4, 33, 3, BF16)]),  # for the tests of the benchmarks
 }
@@ -57,8 +64,8 @@ SUITES: dict[str, list[Case]] = {
 def make(case: Case, device: str, seed: int = 0) -> tuple[list[Tensor], Tensor]:
     """Logits of the M+1 branches, the fused one first, and targets.
 
-    Logits of a model in training: the true class stands out by 0 to 8, so that p_y covers (0, 1), and every branch is
-    of another confidence. Never zeros, which hide errors and run faster than real data on a GPU.
+    Logits of a model in training: the true class stands out by 0 to 8, so that p_y covers (0, 1), and every
+    branch is of another confidence. Never zeros, which hide errors and run faster than real data on a GPU.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     kind = dict(generator=generator, device=device)

@@ -44,7 +44,11 @@ def _tolerance(kind: str, given: float | None) -> float:
 
 def _units(found: list[rows.Row]) -> dict[tuple, float]:
     """Median of the unit for every row's key, with the contender taken out of it."""
-    return {_place(row): row["host_us"]["median"] for row in found if row.get("contender") == UNIT and "host_us" in row}
+    return {
+        _place(row): row["host_us"]["median"]
+        for row in found
+        if row.get("contender") == UNIT and "host_us" in row
+    }
 
 
 def _place(row: rows.Row) -> tuple:
@@ -79,10 +83,18 @@ def changes(old: list[rows.Row], new: list[rows.Row]) -> Iterator[Change]:
         for which in ("host_us", "device_us"):
             a, b = _quartiles(past, which, old_units), _quartiles(row, which, new_units)
             if a and b:
-                yield Change(name, which.removesuffix("_us"), b[1] / a[1], b[0] > a[2] or b[2] < a[0], row["kind"])
+                yield Change(
+                    name, which.removesuffix("_us"), b[1] / a[1], b[0] > a[2] or b[2] < a[0], row["kind"]
+                )
         if "added_percent" in row and "added_percent" in past:
             a, b = (1 + row_["added_percent"]["median"] / 100 for row_ in (past, row))
-            yield Change(name, "step over joint", b / a, row["added_percent"]["q1"] > past["added_percent"]["q3"], row["kind"])
+            yield Change(
+                name,
+                "step over joint",
+                b / a,
+                row["added_percent"]["q1"] > past["added_percent"]["q3"],
+                row["kind"],
+            )
 
 
 def slower(old: list[rows.Row], new: list[rows.Row], tolerance: float | None = None) -> list[Change]:
@@ -95,7 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old")
     parser.add_argument("new")
-    parser.add_argument("--tolerance", type=float, help="share by which a row may get slower (0.1 on a GPU, 0.3 on a CPU)")
+    parser.add_argument(
+        "--tolerance", type=float, help="share by which a row may get slower (0.1 on a GPU, 0.3 on a CPU)"
+    )
     options = parser.parse_args(arguments)
     old, new = rows.read(options.old), rows.read(options.new)
     everything = [c for c in changes(old, new) if "arl_fast" in c.name]
@@ -108,7 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"SLOWER {change.factor:5.2f}x {change.measure:6} {change.name}")
     for change in sorted(faster, key=lambda c: c.factor):
         print(f"faster {change.factor:5.2f}x {change.measure:6} {change.name}")
-    print(f"{len(everything)} measurements compared, {len(bad)} slower, {len(faster)} faster, the others within noise")
+    print(
+        f"{len(everything)} measurements compared, {len(bad)} slower, {len(faster)} faster, the others within noise"
+    )
     return 1 if bad else 0
 
 

@@ -21,10 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--suites", default="paper", help="comma-separated suites of benchmarks/cases.py")
     group.addoption("--device", default="cpu", help="cpu or cuda")
     group.addoption("--threads", type=int, default=1, help="threads of torch on a CPU")
-    group.addoption("--rotations", type=int, default=5, help="times that every contender is measured, in rotated order")
+    group.addoption(
+        "--rotations", type=int, default=5, help="times that every contender is measured, in rotated order"
+    )
     group.addoption("--sample", type=float, default=2e-3, help="seconds of a sample of several calls")
     group.addoption("--rounds", type=int, default=10, help="samples per rotation")
-    group.addoption("--no-compile", action="store_true", help="leave out what torch.compile takes half a minute for")
+    group.addoption(
+        "--no-compile", action="store_true", help="leave out what torch.compile takes half a minute for"
+    )
 
 
 if not HAVE_PLUGIN:
@@ -38,7 +42,9 @@ if not HAVE_PLUGIN:
         samples: list[float]
         timer: Callable[[], float]
 
-        def pedantic(self, target: Callable, setup: Callable, rounds: int, warmup_rounds: int, iterations: int = 1) -> None:
+        def pedantic(
+            self, target: Callable, setup: Callable, rounds: int, warmup_rounds: int, iterations: int = 1
+        ) -> None:
             self.samples = []
             for i in range(warmup_rounds + rounds):
                 args, kwargs = setup()

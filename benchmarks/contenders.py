@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import arl_fast
-from arl_fast import BranchLogits, dispatch, reference
+from arl_fast import BranchLogits
+from arl_fast.implementations import dispatch, reference
 
 from .cases import GAMMA, TEMPERATURE, Case
 
@@ -67,7 +68,11 @@ def eager_stacked(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tup
     x = torch.stack(tuple(logits))
     branches, batch, classes = x.shape
     logp = torch.log_softmax(x, 2, dtype=torch.float32)
-    rows = F.nll_loss(logp.view(-1, classes), target.repeat(branches), reduction="none").view(branches, batch).mean(1)
+    rows = (
+        F.nll_loss(logp.view(-1, classes), target.repeat(branches), reduction="none")
+        .view(branches, batch)
+        .mean(1)
+    )
     weights = torch.full((branches,), GAMMA, device=x.device)
     weights[0] = 1.0
     loss = rows.dot(weights)
@@ -157,7 +162,13 @@ def plain(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple[Tenso
 
 def by_reference(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple[Tensor, Stats]:
     value, stats = arl_fast.arl_loss(
-        logits[0], list(logits[1:]), target, link=link, gamma=GAMMA, temperature=TEMPERATURE, implementation=reference
+        logits[0],
+        list(logits[1:]),
+        target,
+        link=link,
+        gamma=GAMMA,
+        temperature=TEMPERATURE,
+        implementation=reference,
     )
     return value, _named(stats)
 
@@ -189,18 +200,28 @@ def packages() -> tuple[list[Contender], list[str]]:
     try:
         from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
-        found.append(_called_per_branch("flash-attn CE x (M+1)", lambda x, y: cross_entropy_loss(x, y)[0].mean(), in_place=False))
+        found.append(
+            _called_per_branch(
+                "flash-attn CE x (M+1)", lambda x, y: cross_entropy_loss(x, y)[0].mean(), in_place=False
+            )
+        )
     except Exception as error:
         missing.append(f"flash-attn: {type(error).__name__}: {error}")
     return found, missing
 
 
-COMPILED_SHAPES = {(64, 6), (64, 309), (2048, 1000), (1024, 32000), (8192, 32000)}  # half a minute of compiling each
+COMPILED_SHAPES = {
+    (64, 6),
+    (64, 309),
+    (2048, 1000),
+    (1024, 32000),
+    (8192, 32000),
+}  # half a minute of compiling each
 
 
 def contenders(case: Case, device: str, compile: bool = True) -> list[Contender]:
     """Everybody who can run this case on this type of device; the unit first."""
-    names = [n for n in dispatch.IMPLEMENTATIONS if dispatch.load(n, device)[0] is not None]
+    names = [n for n in dispatch.MODULES if dispatch.load(n, device)[0] is not None]
     served = [ours(n) for n in names]
     everyone = [Contender("torch CE, fused only", unit, fused_only=True, coarse=True), *served, eager(case)]
     if case.suite.startswith("scaling"):
@@ -209,7 +230,12 @@ def contenders(case: Case, device: str, compile: bool = True) -> list[Contender]
     everyone.append(Contender("torch CE x (M+1)", plain, coarse=True))
     if case.modalities == 2 and case.dtype == "float32":
         everyone.append(Contender("release", release, dependence="logit_l1", floor=0.3))
-    if compile and case.modalities == 2 and case.dtype == "float32" and (case.batch, case.classes) in COMPILED_SHAPES:
+    if (
+        compile
+        and case.modalities == 2
+        and case.dtype == "float32"
+        and (case.batch, case.classes) in COMPILED_SHAPES
+    ):
         everyone.append(_compiled("compiled eager ARL", eager_for_compiler))
         everyone.append(_compiled("compiled reference", by_reference))
     return everyone + (packages()[0] if device == "cuda" else [])

@@ -1,11 +1,11 @@
-"""Linear heads: time and peak memory of features -> gradients, for ``linear_arl_loss`` and what it competes with.
+"""Linear heads: time and peak memory of features -> gradients, ``linear_arl_loss`` and its rivals.
 
     python -m benchmarks.linear --device cpu --rows rows.jsonl      measure, one row per shape and contender
-    python -m benchmarks.linear --page                              its tables in docs/performance.md, from benchmarks/results
 
-A step starts at two modalities' features [B, 512] and ends at the gradients of features, weight and bias, upstream 1.
-Contenders take turns in rotated order, each checked against float64 truth before it is timed. On a CPU one thread runs and
-the time is the process's CPU time, which other load on the machine hardly changes.
+A step starts at two modalities' features [B, 512] and ends at the gradients of features, weight and bias,
+upstream 1. Contenders take turns in rotated order, each checked against float64 truth before it is timed. On
+a CPU one thread runs and the time is the process's CPU time, which other load on the machine hardly changes.
+`python -m benchmarks.plot` writes the tables of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.nn import functional as F  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import arl_fast  # noqa: E402
-from arl_fast import dispatch  # noqa: E402
+from arl_fast.implementations import dispatch  # noqa: E402
 
 from . import contenders, machine, rows, tables, truth  # noqa: E402
 from .cases import GAMMA, TEMPERATURE  # noqa: E402
@@ -51,7 +51,9 @@ def ours(z: list[Tensor], weight: Tensor, bias: Tensor, target: Tensor) -> Tenso
 def head(z: list[Tensor], weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
     """ConcatHead and arl_loss."""
     out = _module(weight, bias)(z)
-    return arl_fast.arl_loss(out.fused, out.unimodal, target, out.link, gamma=GAMMA, temperature=TEMPERATURE)[0]
+    return arl_fast.arl_loss(out.fused, out.unimodal, target, out.link, gamma=GAMMA, temperature=TEMPERATURE)[
+        0
+    ]
 
 
 @functools.lru_cache(maxsize=1)
@@ -63,7 +65,7 @@ def _module(weight: Tensor, bias: Tensor) -> arl_fast.ConcatHead:
 
 
 def release(z: list[Tensor], weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    """The release's head: one product of the concatenated features per branch, the others at zero. No gains."""
+    """The release's head: a product of the concatenated features per branch, others at zero. No gains."""
     zero = torch.zeros_like(z[0])
     logits = [F.linear(torch.cat(pair, 1), weight, bias) for pair in (z, [z[0], zero], [zero, z[1]])]
     eager = contenders.eager_stacked if 3 * logits[0].numel() <= 1 << 17 else contenders.eager_split
@@ -102,15 +104,21 @@ def make(batch: int, classes: int, device: str) -> tuple[list[Tensor], Tensor, T
     )
 
 
-def expected(z: list[Tensor], weight: Tensor, bias: Tensor, target: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """In float64, some rows at a time: gradients of z, weight and bias for the ARL loss without gains; the gains; and for CE alone."""
+def expected(
+    z: list[Tensor], weight: Tensor, bias: Tensor, target: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """In float64, some rows at a time: gradients of z, weight and bias for the ARL loss without gains; the
+    gains; and for CE alone.
+    """
     leaves = [x.detach().double().requires_grad_() for x in (*z, weight, bias)]
     batch = len(target)
     sums = [[torch.zeros_like(x) for x in leaves] for _ in range(2)]
     entropy, dependence = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for start in range(0, batch, 512):
         y = target[start : start + 512]
-        parts = [a[start : start + 512] @ w.t() for a, w in zip(leaves[:2], leaves[2].split(SIZE, 1), strict=True)]
+        parts = [
+            a[start : start + 512] @ w.t() for a, w in zip(leaves[:2], leaves[2].split(SIZE, 1), strict=True)
+        ]
         logp = [torch.log_softmax(x + leaves[3], 1) for x in (parts[0] + parts[1], *parts)]
         losses = [F.nll_loss(x, y, reduction="sum") / batch for x in logp]
         for total, loss in zip(sums, (losses[0], losses[0] + GAMMA * (losses[1] + losses[2])), strict=True):
@@ -127,7 +135,13 @@ def expected(z: list[Tensor], weight: Tensor, bias: Tensor, target: Tensor) -> t
 
 def gate(name: str, grads: Sequence[Tensor], plain: Sequence[Tensor], arl: Sequence[Tensor]) -> float:
     """Largest relative error of a contender's gradients; raises truth.Rejected."""
-    want = list(plain) if name.startswith("torch") else [*arl[4:], *arl[2:4]] if name == RELEASE else list(arl[:4])
+    want = (
+        list(plain)
+        if name.startswith("torch")
+        else [*arl[4:], *arl[2:4]]
+        if name == RELEASE
+        else list(arl[:4])
+    )
     error = max(truth.relative(g, w) for g, w in zip(grads, want, strict=True))
     if not error <= LIMIT:
         raise truth.Rejected(f"{name}: relative error {error:.2g} > {LIMIT:.0e}")
@@ -146,7 +160,10 @@ def profiled(call: Callable[[], Any], device: str) -> tuple[int, Any]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     held = peak = 0
-    for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
         held += event.nbytes()
         peak = max(peak, held)
     return peak, result
@@ -165,13 +182,18 @@ def timed(call: Callable[[], Any], loops: int, device: str) -> float:
     return (clock() - begin) / loops
 
 
-def measure(batch: int, classes: int, device: str, seconds: float, wanted: Sequence[str] | None = None) -> list[rows.Row]:
+def measure(
+    batch: int, classes: int, device: str, seconds: float, wanted: Sequence[str] | None = None
+) -> list[rows.Row]:
     """All contenders at one shape, taking turns; about ``seconds`` each, in two rounds at least."""
     z, weight, bias, target = make(batch, classes, device)
     leaves = [*z, weight, bias]
     plain, arl = expected(z, weight, bias, target)
     steps = {name: step for name, step in all_steps().items() if wanted is None or name in wanted}
-    calls = {name: (lambda step=step: torch.autograd.grad(step(z, weight, bias, target), leaves)) for name, step in steps.items()}
+    calls = {
+        name: (lambda step=step: torch.autograd.grad(step(z, weight, bias, target), leaves))
+        for name, step in steps.items()
+    }
     found, loops = {}, {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     small = batch * classes < 1 << 20
@@ -203,7 +225,9 @@ def measure(batch: int, classes: int, device: str, seconds: float, wanted: Seque
             peak_ratio=round(peak / (3 * 4 * batch * classes), 3),
         )
     order, begin = list(calls), time.perf_counter()
-    while min(map(len, samples.values())) < rounds or (time.perf_counter() - begin < seconds * len(calls) and len(samples[OURS]) < 60):
+    while min(map(len, samples.values())) < rounds or (
+        time.perf_counter() - begin < seconds * len(calls) and len(samples[OURS]) < 60
+    ):
         for name in order:
             if not small:
                 calls[name]()  # finds its memory as its own last step left it, not another contender's
@@ -218,7 +242,9 @@ def measure(batch: int, classes: int, device: str, seconds: float, wanted: Seque
 
 
 def table(found: list[rows.Row], kind: str) -> str:
-    """Time relative to head + arl_loss on a CPU, in microseconds on a GPU; peak memory beyond the inputs in MiB."""
+    """Time relative to head + arl_loss on a CPU, in microseconds on a GPU; peak memory beyond the inputs in
+    MiB.
+    """
     chosen = tables.select(found, experiment="linear", kind=kind)
     order = [OURS, HEAD, RELEASE, TORCH, CHUNKED]
     names = [n for n in order if any(r["contender"] == n for r in chosen)]
@@ -226,11 +252,20 @@ def table(found: list[rows.Row], kind: str) -> str:
     for batch, classes in dict.fromkeys((r["batch"], r["classes"]) for r in chosen):
         at = {r["contender"]: r for r in tables.select(chosen, batch=batch, classes=classes)}
         unit = at[HEAD]["ratio"]
-        time_cells = [tables.number(tables.median(at.get(n)), 1) if kind == "cuda" else tables.number(at[n]["ratio"] / unit) for n in names]
-        body.append([f"{batch} x {classes}", *time_cells, *(f"{at[n]['peak_bytes'] / 2**20:.1f}" for n in names)])
+        time_cells = [
+            tables.number(tables.median(at.get(n)), 1)
+            if kind == "cuda"
+            else tables.number(at[n]["ratio"] / unit)
+            for n in names
+        ]
+        body.append(
+            [f"{batch} x {classes}", *time_cells, *(f"{at[n]['peak_bytes'] / 2**20:.1f}" for n in names)]
+        )
     what = "us" if kind == "cuda" else "time"
     return (
-        tables.markdown(["B x C", *(f"{what}: {n}" for n in names), *(f"MiB: {n}" for n in names)], body) if body else "Not measured yet."
+        tables.markdown(["B x C", *(f"{what}: {n}" for n in names), *(f"MiB: {n}" for n in names)], body)
+        if body
+        else "Not measured yet."
     )
 
 
@@ -246,15 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shapes", help="as 64x6,1024x309 instead of all")
     parser.add_argument("--seconds", type=float, default=4.0, help="per contender and shape")
     parser.add_argument("--tiny", action="store_true", help="one small shape, to see that everything runs")
-    parser.add_argument("--page", action="store_true", help="only write the tables of docs/performance.md")
     options = parser.parse_args(arguments)
-    if options.page:
-        from .plot import RESULTS, fill
-
-        found = [row for file in sorted(RESULTS.glob("*.jsonl")) for row in rows.read(file)]
-        page = ROOT / "docs" / "performance.md"
-        page.write_text(fill(page.read_text(), generated(found)))
-        return
     torch.set_num_threads(1)
     shapes = [tuple(map(int, s.split("x"))) for s in options.shapes.split(",")] if options.shapes else SHAPES
     if not options.shapes and options.device == "cpu":
@@ -264,7 +291,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.rows:
             rows.append(options.rows, found)
         unit = next(r["ratio"] for r in found if r["contender"] == HEAD)
-        cells = "; ".join(f"{r['contender']} {r['ratio'] / unit:.2f} ({r['peak_bytes'] / 2**20:.1f} MiB)" for r in found)
+        cells = "; ".join(
+            f"{r['contender']} {r['ratio'] / unit:.2f} ({r['peak_bytes'] / 2**20:.1f} MiB)" for r in found
+        )
         print(f"{batch} x {classes}: {cells}", flush=True)
 
 

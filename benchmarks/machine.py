@@ -1,4 +1,6 @@
-"""Where numbers come from: device, versions, commit; the copy bandwidth that rows are compared with; warm clocks."""
+"""Where numbers come from: device, versions, commit; the copy bandwidth that rows are compared with; warm
+clocks.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,15 @@ def cpu_model() -> str:
 
 @functools.cache
 def commit() -> str:
-    """Short commit hash, with + if the sources differ from it; the environment's ARL_FAST_COMMIT where there is no git."""
+    """Short commit hash, with + if the sources differ from it; the environment's ARL_FAST_COMMIT where there
+    is no git.
+    """
     found = _run("git", "rev-parse", "--short=10", "HEAD")
     if not found:
         return os.environ.get("ARL_FAST_COMMIT", "unknown")
-    return found + ("+" if _run("git", "status", "--porcelain", "-uno", "--", "arl_fast", "csrc", "setup.py") else "")
+    return found + (
+        "+" if _run("git", "status", "--porcelain", "-uno", "--", "arl_fast", "csrc", "setup.py") else ""
+    )
 
 
 @functools.cache
@@ -83,12 +89,16 @@ def slug(device: str) -> str:
 
 
 def timer(device: str, threads: int) -> Callable[[], float]:
-    """The host's clock. One thread on a CPU: its CPU time, which is the same on an idle machine and bears others' load."""
+    """The host's clock. One thread on a CPU: its CPU time, which is the same on an idle machine and bears
+    others' load.
+    """
     return time.process_time if device == "cpu" and threads == 1 else time.perf_counter
 
 
 def copy_bandwidth(device: str, megabytes: int | None = None) -> float:
-    """Bytes per second, read plus written, of the best large copy that torch makes (with the threads now set)."""
+    """Bytes per second, read plus written, of the best large copy that torch makes (with the threads now
+    set).
+    """
     size = (megabytes or (4096 if device == "cuda" else 128)) << 18
     source = torch.randn(size, device=device)
     copy = torch.empty_like(source)

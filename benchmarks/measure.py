@@ -19,7 +19,7 @@ WHATS = ("both", "forward", "backward")
 
 
 class Step:
-    """One contender on one case: forward without gradients, backward alone, or both, on the same tensors every time.
+    """One contender on one case: forward without gradients, backward alone, or both, on the same tensors.
 
     Gradients are asked of the logits and, as in a training step, of the link. The upstream gradient is 1.
     """
@@ -27,12 +27,16 @@ class Step:
     def __init__(self, contender: Contender, case: Case, logits: list[Tensor], target: Tensor) -> None:
         self.contender, self.case, self.target = contender, case, target
         self.given = logits
-        if contender.in_place:  # a repetition then runs on the last one's gradients; memory traffic stays the same
+        if (
+            contender.in_place
+        ):  # a repetition then runs on the last one's gradients; memory traffic stays the same
             logits = [x.clone() for x in logits]
         self.inputs = [x.detach() for x in logits]
         self.leaves = [x.detach().requires_grad_() for x in logits]
         self.link = torch.zeros(case.modalities, device=target.device, requires_grad=True)
-        self.wanted = self.leaves[:1] if contender.fused_only else self.leaves + ([self.link] if contender.ours else [])
+        self.wanted = (
+            self.leaves[:1] if contender.fused_only else self.leaves + ([self.link] if contender.ours else [])
+        )
 
     def forward(self) -> Tensor:
         with torch.no_grad():
@@ -49,7 +53,9 @@ class Step:
         return self.backward(self.record())
 
     def gate(self) -> dict[str, float]:
-        """Relative errors against float64 truth; raises truth.Rejected. Runs the contender for the first time."""
+        """Relative errors against float64 truth; raises truth.Rejected. Runs the contender for the first
+        time.
+        """
         c, device = self.contender, self.target.device
         loss, outcome = c.loss(self.leaves, self.target, self.link)
         stats = statistics(outcome)
@@ -57,7 +63,9 @@ class Step:
         grads = self.backward(loss)[:covered]
         if stats is not None:
             stats = {name: value.to(device) for name, value in stats.items()}
-        return truth.check(self.given, self.target, loss.detach(), grads, stats, c.dependence, c.floor, covered, c.coarse)
+        return truth.check(
+            self.given, self.target, loss.detach(), grads, stats, c.dependence, c.floor, covered, c.coarse
+        )
 
 
 def synchronize(device: str) -> None:
@@ -77,11 +85,13 @@ def loops_for(call: Callable[[], Any], device: str, seconds: float, launches: in
     return min(loops, max(1, 400 // max(1, launches))) if device == "cuda" else loops
 
 
-def host_samples(step: Step, what: str, device: str, loops: int, rounds: int, pedantic: Callable) -> list[float]:
+def host_samples(
+    step: Step, what: str, device: str, loops: int, rounds: int, pedantic: Callable
+) -> list[float]:
     """Seconds per call, one sample per round of ``loops`` calls, after a round that does not count.
 
-    ``pedantic`` is that of pytest-benchmark. The clock stops before the device has finished. For "backward" the graphs
-    are built outside the clock.
+    ``pedantic`` is that of pytest-benchmark. The clock stops before the device has finished. For "backward"
+    the graphs are built outside the clock.
     """
     results: list[Any] = [None] * loops
 
@@ -122,8 +132,9 @@ def cold_samples(step: Step, device: str, rounds: int, timer: Callable[[], float
 class DeviceTimer:
     """The GPU's own time of one call.
 
-    A step that never waits for the device is captured in a CUDA graph, whose replays have no gaps for the host in them.
-    Any other step runs between two events behind a sleeping kernel; if it waits, the gaps are its own.
+    A step that never waits for the device is captured in a CUDA graph, whose replays have no gaps for the
+    host in them. Any other step runs between two events behind a sleeping kernel; if it waits, the gaps are
+    its own.
     """
 
     def __init__(self, call: Callable[[], Any], bytes_per_call: int, syncs: int) -> None:
@@ -158,11 +169,16 @@ class DeviceTimer:
         return graph
 
     def samples(self, cache: str, rounds: int) -> list[float]:
-        """Seconds per call: "warm" back to back on the same tensors, "cold" with the L2 cache flushed before each."""
+        """Seconds per call: "warm" back to back on the same tensors, "cold" with the L2 cache flushed before
+        each.
+        """
         repeat = self.repeat if cache == "warm" else 1
         run = self.graphs[repeat].replay if self.graphs else self.call
         per_sample = repeat if self.graphs else 1
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(rounds)
+        ]
         run()
         for start, end in events:
             if cache == "cold":
@@ -205,8 +221,8 @@ def count_launches(call: Callable[[], Any]) -> int:
 def count_on_cpu(call: Callable[[], Any]) -> dict[str, int]:
     """Of one call: its torch operations, and the most memory it holds at a time.
 
-    Operations are the outermost ones and graph nodes; a fused or compiled one counts once. Memory is what comes on top
-    of what existed before; results count, inputs do not.
+    Operations are the outermost ones and graph nodes; a fused or compiled one counts once. Memory is what
+    comes on top of what existed before; results count, inputs do not.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         keep = call()
@@ -221,13 +237,22 @@ def count_on_cpu(call: Callable[[], Any]) -> dict[str, int]:
         return False
 
     held = peak = 0
-    for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
         held += event.nbytes()
         peak = max(peak, held)
     # memory of an allocator that the profiler does not see counts at least where it is returned
-    results = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (keep if isinstance(keep, tuple) else (keep,))}
+    results = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (keep if isinstance(keep, tuple) else (keep,))
+    }
     peak = max(peak, sum(results.values()))
-    return {"operations": sum(operation(e.name) and not nested(e) for e in profiler.events()), "peak_bytes": peak}
+    return {
+        "operations": sum(operation(e.name) and not nested(e) for e in profiler.events()),
+        "peak_bytes": peak,
+    }
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:

@@ -1,4 +1,6 @@
-"""Models of the end-to-end steps: ResNet-18 encoders for spectrograms and frames, and MLP encoders for features."""
+"""Models of the end-to-end steps: ResNet-18 encoders for spectrograms and frames, and MLP encoders for
+features.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class _Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module | None = None
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
@@ -29,7 +33,9 @@ class _Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """[B, channels, h, w], or [B, channels, frames, h, w] with the features averaged over frames -> [B, 8 width]."""
+    """[B, channels, h, w], or [B, channels, frames, h, w] with the features averaged over frames -> [B, 8
+    width].
+    """
 
     def __init__(self, channels: int, width: int = 64) -> None:
         super().__init__()
@@ -38,7 +44,10 @@ class ResNet18(nn.Module):
         sizes = [width, width, 2 * width, 4 * width, 8 * width]
         blocks = []
         for stage in range(4):
-            blocks += [_Block(sizes[stage], sizes[stage + 1], 1 if stage == 0 else 2), _Block(sizes[stage + 1], sizes[stage + 1], 1)]
+            blocks += [
+                _Block(sizes[stage], sizes[stage + 1], 1 if stage == 0 else 2),
+                _Block(sizes[stage + 1], sizes[stage + 1], 1),
+            ]
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,9 +70,14 @@ class Encoders(nn.Module):
 
 
 def resnets(batch: int, device: str, small: bool = False) -> tuple[Encoders, list[Tensor], int]:
-    """CREMA-D's inputs: a spectrogram 257 x 188 and one frame 224 x 224. ``small`` shrinks everything for a smoke test."""
+    """CREMA-D's inputs: a spectrogram 257 x 188 and one frame 224 x 224. ``small`` shrinks everything for a
+    smoke test.
+    """
     width, spectrogram, frame = (8, (33, 24), (32, 32)) if small else (64, (257, 188), (224, 224))
-    inputs = [torch.randn(batch, 1, *spectrogram, device=device), torch.randn(batch, 3, 1, *frame, device=device)]
+    inputs = [
+        torch.randn(batch, 1, *spectrogram, device=device),
+        torch.randn(batch, 3, 1, *frame, device=device),
+    ]
     return Encoders([ResNet18(1, width), ResNet18(3, width)]).to(device), inputs, 8 * width
 
 
@@ -71,6 +85,12 @@ def mlps(batch: int, device: str, size: int = 512) -> tuple[Encoders, list[Tenso
     """Features of ``size`` through two hidden layers of ``size`` per modality."""
 
     def mlp() -> nn.Module:
-        return nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
+        return nn.Sequential(
+            nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size)
+        )
 
-    return Encoders([mlp(), mlp()]).to(device), [torch.randn(batch, size, device=device) for _ in range(2)], size
+    return (
+        Encoders([mlp(), mlp()]).to(device),
+        [torch.randn(batch, size, device=device) for _ in range(2)],
+        size,
+    )

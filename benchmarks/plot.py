@@ -1,7 +1,7 @@
-"""``python -m benchmarks.plot``: the plots in docs/ and the tables between the markers of docs/performance.md.
+"""``python -m benchmarks.plot``: the plots in docs/ and the tables of docs/performance.md.
 
-Everything comes from the rows in benchmarks/results. Plots have no background and mid-tone colours, so that they read
-on light and dark pages; of a CPU they show ratios, of a GPU times.
+Everything comes from the rows in benchmarks/results. Plots have no background and mid-tone colours, so that
+they read on light and dark pages; of a CPU they show ratios, of a GPU times.
 
     python -m benchmarks.plot --rows FILE --out FOLDER    plots of one file of rows, and no page
 """
@@ -43,9 +43,16 @@ def _matplotlib() -> Any:
 
     pyplot.rcParams.update(
         {
-            **{key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+            **{
+                key: GREY
+                for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+            },
             **{"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False},
-            **{"savefig.transparent": True, "svg.hashsalt": "arl_fast", "figure.constrained_layout.use": True},
+            **{
+                "savefig.transparent": True,
+                "svg.hashsalt": "arl_fast",
+                "figure.constrained_layout.use": True,
+            },
         }
     )
     return pyplot
@@ -70,7 +77,14 @@ def _bars(axis: Any, chosen: list[Row], value: Callable[[Row], float | None], ti
                 heights.append(v)
         bars = axis.bar(places, heights, width * 0.92, color=COLOURS.get(name, GREY), label=name)
         if name == names[0]:
-            axis.bar_label(bars, [f"{v:.2g}" for v in heights], label_type="center", rotation=90, fontsize=7, color="white")
+            axis.bar_label(
+                bars,
+                [f"{v:.2g}" for v in heights],
+                label_type="center",
+                rotation=90,
+                fontsize=7,
+                color="white",
+            )
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axis.set_xticks(range(len(shapes)), [s.replace(", ", "\n") for s in shapes])
@@ -81,7 +95,11 @@ def _bars(axis: Any, chosen: list[Row], value: Callable[[Row], float | None], ti
 def cpu(found: list[Row], folder: Path) -> list[Path]:
     """Ratios to one torch cross-entropy, and scaling."""
     plt = _matplotlib()
-    base = [r for r in tables.select(found, kind="cpu", experiment="micro", what="both", cache="warm") if "rejected" not in r]
+    base = [
+        r
+        for r in tables.select(found, kind="cpu", experiment="micro", what="both", cache="warm")
+        if "rejected" not in r
+    ]
     out = []
     one = tables.select(base, threads=1)
     panels = {
@@ -90,13 +108,19 @@ def cpu(found: list[Row], folder: Path) -> list[Path]:
     }
     panels = {title: chosen for title, chosen in panels.items() if chosen}
     if panels:
-        figure, axes = plt.subplots(1, len(panels), figsize=(10, 3.2), width_ratios=[len(tables.shapes(c)) for c in panels.values()])
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(10, 3.2), width_ratios=[len(tables.shapes(c)) for c in panels.values()]
+        )
         for axis, (title, chosen) in zip([axes] if len(panels) == 1 else axes, panels.items(), strict=True):
             _bars(axis, chosen, lambda r: tables.ratio(found, r), f"CPU, 1 thread, {title}")
             axis.axhline(1, color=GREY, linewidth=0.8)
             axis.set_ylim(bottom=0.1)
         figure.axes[0].set_ylabel("forward + backward\nover one torch cross-entropy")
-        lines = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        lines = {
+            label: handle
+            for axis in figure.axes
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
         figure.legend(lines.values(), lines.keys(), ncols=4, loc="outside lower center")
         out.append(_save(figure, folder / "bench-cpu.svg"))
     return out + _scaling(found, "cpu", folder)
@@ -120,15 +144,33 @@ def _scaling(found: list[Row], kind: str, folder: Path) -> list[Path]:
         own = tables.select(chosen, suite=f"scaling-{column}")
         for name in tables.names(own):
             for threads, style in ((1, "-"), (2, ":")) if kind == "cpu" else ((None, "-"),):
-                line = sorted((r[column], tables.median(r) / scale) for r in tables.select(own, contender=name, threads=threads))
+                line = sorted(
+                    (r[column], tables.median(r) / scale)
+                    for r in tables.select(own, contender=name, threads=threads)
+                )
                 label = name + (f", {threads} threads" if threads == 2 else "")
                 if line:
-                    axis.plot(*zip(*line, strict=True), style, marker="o", markersize=3, color=COLOURS.get(name, GREY), label=label)
+                    axis.plot(
+                        *zip(*line, strict=True),
+                        style,
+                        marker="o",
+                        markersize=3,
+                        color=COLOURS.get(name, GREY),
+                        label=label,
+                    )
         axis.set_yscale("log")
         axis.set_xscale("linear" if column == "modalities" else "log")
         axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-        axis.set_xlabel({"batch": "B (C = 101, M = 2)", "classes": "C (B = 64, M = 2)", "modalities": "M (B = 64, C = 101)"}[column])
-    what = "over one torch cross-entropy\nat B = 64, C = 256, 1 thread" if kind == "cpu" else "device time, us"
+        axis.set_xlabel(
+            {
+                "batch": "B (C = 101, M = 2)",
+                "classes": "C (B = 64, M = 2)",
+                "modalities": "M (B = 64, C = 101)",
+            }[column]
+        )
+    what = (
+        "over one torch cross-entropy\nat B = 64, C = 256, 1 thread" if kind == "cpu" else "device time, us"
+    )
     axes[0].set_ylabel("forward + backward\n" + what)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center")
     return [_save(figure, folder / f"bench-{kind}-scaling.svg")]
@@ -137,14 +179,24 @@ def _scaling(found: list[Row], kind: str, folder: Path) -> list[Path]:
 def gpu(found: list[Row], folder: Path) -> list[Path]:
     """Device and host time, and the share of the copy bandwidth."""
     plt = _matplotlib()
-    base = [r for r in tables.select(found, kind="cuda", experiment="micro", what="both", cache="cold") if "rejected" not in r]
-    warm = [r for r in tables.select(found, kind="cuda", experiment="micro", what="both", cache="warm") if "rejected" not in r]
+    base = [
+        r
+        for r in tables.select(found, kind="cuda", experiment="micro", what="both", cache="cold")
+        if "rejected" not in r
+    ]
+    warm = [
+        r
+        for r in tables.select(found, kind="cuda", experiment="micro", what="both", cache="warm")
+        if "rejected" not in r
+    ]
     out = []
     small = tables.select(warm, suite=("paper", "modalities"))
     large = tables.select(base, suite=("large", "large-bf16", "huge"))
     if small:
         figure, axes = plt.subplots(2, 1, figsize=(10, 5.5), sharex=True)
-        _bars(axes[0], small, lambda r: tables.median(r, "device_us"), f"{small[0]['device']}: device time, us")
+        _bars(
+            axes[0], small, lambda r: tables.median(r, "device_us"), f"{small[0]['device']}: device time, us"
+        )
         _bars(axes[1], small, lambda r: tables.median(r, "host_us"), "host time, us")
         figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside lower center")
         out.append(_save(figure, folder / "bench-gpu-small.svg"))
@@ -152,7 +204,12 @@ def gpu(found: list[Row], folder: Path) -> list[Path]:
         figure, axes = plt.subplots(2, 1, figsize=(10, 5.5), sharex=True)
         title = f"{large[0]['device']}: device time, us, cold caches"
         _bars(axes[0], large, lambda r: tables.median(r, "device_us"), title)
-        _bars(axes[1], large, lambda r: 100 * r["floor_share"] if "floor_share" in r else None, "floor over time, % of copy bandwidth")
+        _bars(
+            axes[1],
+            large,
+            lambda r: 100 * r["floor_share"] if "floor_share" in r else None,
+            "floor over time, % of copy bandwidth",
+        )
         axes[1].set_yscale("linear")
         figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside lower center")
         out.append(_save(figure, folder / "bench-gpu-large.svg"))
@@ -167,7 +224,9 @@ def generated(found: list[Row]) -> dict[str, str]:
         "large": "Device time and share of the copy bandwidth, large logits",
     }
     drawn = [
-        f"![{text}](bench-gpu-{name}.svg)" for name, text in gpu_plots.items() if tables.select(found, kind="cuda", experiment="micro")
+        f"![{text}](bench-gpu-{name}.svg)"
+        for name, text in gpu_plots.items()
+        if tables.select(found, kind="cuda", experiment="micro")
     ]
     return {
         "gpu-plots": "\n".join(drawn),
@@ -192,14 +251,18 @@ def fill(page: str, pieces: dict[str, str]) -> str:
 
     def piece(match: re.Match[str]) -> str:
         name = match[1]
-        return f"<!-- bench:{name} -->\n{pieces[name]}\n<!-- /bench:{name} -->" if name in pieces else match[0]
+        return (
+            f"<!-- bench:{name} -->\n{pieces[name]}\n<!-- /bench:{name} -->" if name in pieces else match[0]
+        )
 
     return re.sub(r"<!-- bench:([\w-]+) -->\n.*?<!-- /bench:\1 -->", piece, page, flags=re.S)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", help="one file of rows instead of benchmarks/results; the page is then left alone")
+    parser.add_argument(
+        "--rows", help="one file of rows instead of benchmarks/results; the page is then left alone"
+    )
     parser.add_argument("--out", default=str(ROOT / "docs"), help="folder of the plots")
     options = parser.parse_args(arguments)
     files = [Path(options.rows)] if options.rows else sorted(RESULTS.glob("*.jsonl"))

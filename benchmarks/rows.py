@@ -1,21 +1,25 @@
-"""One JSON object per line and measurement: written as soon as it is known, so that a run that is cut off keeps its rows.
+"""One JSON object per line and measurement, written at once, so that a run that is cut off keeps its rows.
 
 Columns of a microbenchmark:
-    kind, device, torch, python, triton, cuda, driver, commit, load, date   where it was measured
-    suite, batch, classes, modalities, dtype, threads                  what was measured
-    contender, what                  "forward" without gradients, "backward" alone, or "both"
-    cache                            "warm": repeated on the same tensors; "cold": caches flushed before every call
-    clock                            the host's: perf_counter, or process_time for one thread on a CPU
-    host_us                          {median, q1, q3, n}: the caller's time. On a GPU that of enqueueing, the clock stopped
-                                     before the device has finished; on a CPU the whole time
-    device_us, device_method         {median, q1, q3, n}: the GPU's own time, from the replay of a CUDA graph, or between
-                                     two events behind a sleeping kernel where the step cannot be captured
-    operations                       torch operations called, fused ones of a compiled step counted once (CPU)
-    launches, launches_forward       kernels, memsets and copies enqueued; syncs: waits of the host for the device (GPU)
-    floor_bytes, floor_share         2 (M+1) B C e, and the share of the measured copy bandwidth reached, counted at it
-    peak_bytes                       most memory held at a time beyond the inputs, and as peak_ratio relative to the logits
-    errors                           relative errors against float64 truth: the gate
-    rejected                         instead of all numbers: why the contender was not timed
+    kind, device, torch, python, triton, cuda, driver, commit, load, date
+                             where it was measured
+    suite, batch, classes, modalities, dtype, threads
+                             what was measured
+    contender, what          "forward" without gradients, "backward" alone, or "both"
+    cache                    "warm": repeated on the same tensors; "cold": caches flushed before every call
+    clock                    the host's: perf_counter, or process_time for one thread on a CPU
+    host_us                  {median, q1, q3, n}: the caller's time. On a GPU it is that of enqueueing: the clock
+                             stops before the device has finished. On a CPU it is the whole time
+    device_us, device_method {median, q1, q3, n}: the GPU's own time, from the replay of a CUDA graph, or between
+                             two events behind a sleeping kernel where the step cannot be captured
+    operations               torch operations called, fused ones of a compiled step counted once (CPU)
+    launches, launches_forward
+                             kernels, memsets and copies enqueued
+    syncs                    waits of the host for the device (GPU)
+    floor_bytes, floor_share 2 (M+1) B C e, and the share of the measured copy bandwidth, counted at it
+    peak_bytes, peak_ratio   most memory held at a time beyond the inputs, also relative to the logits
+    errors                   relative errors against float64 truth: the gate
+    rejected                 instead of all numbers: why the contender was not timed
 """
 
 from __future__ import annotations
@@ -27,7 +31,20 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-KEY = ("kind", "device", "experiment", "suite", "batch", "classes", "modalities", "dtype", "threads", "contender", "what", "cache")
+KEY = (
+    "kind",
+    "device",
+    "experiment",
+    "suite",
+    "batch",
+    "classes",
+    "modalities",
+    "dtype",
+    "threads",
+    "contender",
+    "what",
+    "cache",
+)
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:

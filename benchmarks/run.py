@@ -3,8 +3,9 @@
     python benchmarks/run.py                         all phases on the CPU, and on the GPU if there is one
     python benchmarks/run.py --device cuda --phases micro,step --out rows.jsonl
 
-Rows go to benchmarks/results/<device>.jsonl, which replaces that device's last run once this one is complete; what got
-slower since is named. ``python -m benchmarks.plot`` makes the plots and the tables of docs/performance.md from there.
+Rows go to benchmarks/results/<device>.jsonl, which replaces that device's last run once this one is complete;
+what got slower since is named. ``python -m benchmarks.plot`` makes the plots and the tables of
+docs/performance.md from there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ PHASES = ("micro", "step", "scaling", "linear")
 
 def _micro(device: str, out: str, suites: str, *options: str) -> list[str]:
     return [
-        *("-m", "pytest", "-q", "benchmarks/bench_micro.py", "-p", "no:cacheprovider", "--tb=line", "--no-header", "--benchmark-quiet"),
+        *(
+            "-m",
+            "pytest",
+            "-q",
+            "benchmarks/bench_micro.py",
+            "-p",
+            "no:cacheprovider",
+            "--tb=line",
+            "--no-header",
+            "--benchmark-quiet",
+        ),
         *(f"--device={device}", f"--rows={out}", f"--suites={suites}", *options),
     ]
 
@@ -38,7 +49,11 @@ def commands(phase: str, device: str, out: str, tiny: bool) -> list[list[str]]:
     if phase == "linear":  # the benchmark of linear heads writes rows of its own kind
         script = ROOT / "benchmarks" / "linear.py"
         extra = ["--tiny", "--seconds=0.1"] if tiny else [f"--seconds={0.2 if device == 'cuda' else 1}"]
-        return [["-m", "benchmarks.linear", f"--device={device}", f"--rows={out}", *extra]] if script.exists() else []
+        return (
+            [["-m", "benchmarks.linear", f"--device={device}", f"--rows={out}", *extra]]
+            if script.exists()
+            else []
+        )
     if phase == "step":
         step = ["-m", "benchmarks.step", f"--device={device}", f"--rows={out}"]
         if tiny:
@@ -46,7 +61,9 @@ def commands(phase: str, device: str, out: str, tiny: bool) -> list[list[str]]:
         return [step] if device == "cuda" else [[*step, f"--threads={t}"] for t in threads()]
     if phase == "micro":
         if tiny:
-            return [_micro(device, out, "tiny", "--rotations=2", "--rounds=3", "--sample=1e-4", "--no-compile")]
+            return [
+                _micro(device, out, "tiny", "--rotations=2", "--rounds=3", "--sample=1e-4", "--no-compile")
+            ]
         if device == "cuda":
             return [
                 _micro(device, out, "paper,modalities,large,large-bf16", "--rotations=2"),
@@ -58,7 +75,10 @@ def commands(phase: str, device: str, out: str, tiny: bool) -> list[list[str]]:
             _micro(device, out, "large", "--rotations=3"),
             _micro(device, out, "large-bf16", "--rotations=4", "--no-compile"),
         ]
-        more = [[_micro(device, out, "paper,large", "--rotations=2", "--no-compile", f"--threads={t}")] for t in threads()[1:]]
+        more = [
+            [_micro(device, out, "paper,large", "--rotations=2", "--no-compile", f"--threads={t}")]
+            for t in threads()[1:]
+        ]
         return [*first, *(c for cs in more for c in cs)]
     suites = "tiny" if tiny else "scaling-batch,scaling-classes,scaling-modalities"
     options = ["--rotations=2", "--rounds=3", "--sample=1e-4", "--no-compile"] if tiny else ["--rotations=5"]
@@ -75,7 +95,9 @@ def threads() -> list[int]:
 def run(phases: list[str], device: str, out: str, tiny: bool = False) -> list[str]:
     """Run the phases one after the other in processes of their own; returns what failed."""
     failed = []
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
     plugin = machine.have_pytest_benchmark()
     for phase in phases:
         begin = time.perf_counter()
@@ -91,9 +113,13 @@ def run(phases: list[str], device: str, out: str, tiny: bool = False) -> list[st
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the CPU, and the GPU if there is one")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: the CPU, and the GPU if there is one"
+    )
     parser.add_argument("--phases", default=",".join(PHASES))
-    parser.add_argument("--out", help="file to append rows to, instead of replacing the device's file in benchmarks/results")
+    parser.add_argument(
+        "--out", help="file to append rows to, instead of replacing the device's file in benchmarks/results"
+    )
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, to see that everything runs")
     options = parser.parse_args(arguments)
     phases = options.phases.split(",")
@@ -117,7 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"SLOWER than the last run {change.factor:.2f}x {change.measure} {change.name}")
             if set(phases) == set(PHASES) and not options.tiny and not failed:
                 out.replace(final)
-                final.with_name(f"linear-{final.name}").unlink(missing_ok=True)  # of a run of benchmarks.linear alone
+                final.with_name(f"linear-{final.name}").unlink(
+                    missing_ok=True
+                )  # of a run of benchmarks.linear alone
                 print(f"rows: {final.relative_to(ROOT)}")
             else:
                 print(f"rows of this partial run: {out.relative_to(ROOT)}")

@@ -1,19 +1,23 @@
-"""What the Triton kernels compile to, for GPUs that are not here: registers, spills, widths, and a predicted time.
+"""What the Triton kernels compile to, for GPUs that are not here: registers, spills, widths, and a predicted
+time.
 
-    python benchmarks/static_report.py [--targets sm_80 sm_90 sm_100 gfx942] [--classes 6 1000 32000 | --every]
+    python benchmarks/static_report.py [--targets sm_80 sm_90 sm_100 gfx942] [--classes 6 1000 32000 |
+    --every]
 
-Compiles plans that arl_fast/kernels/triton_rule.py can pick, ahead of time, and reads the machine code's properties from
-the compiler. tests/test_triton_static.py keeps the budgets, for every plan. Nothing here is a measurement.
+Compiles plans that arl_fast/implementations/triton/plan.py can pick, ahead of time, and reads the machine
+code's properties from the compiler. tests/test_triton_static.py keeps the budgets, for every plan. Nothing
+here is a measurement.
 
 The model behind the predicted time of one forward launch with gradients (M = 2), `predict`:
-- the kernel runs as long as the slowest of: DRAM traffic at 90 % of the data sheet's bandwidth, counted at the floor
-  (each logit read once, each gradient written once); L2 traffic, which for streamed rows includes the second read, taken
-  to be all hits; instructions at 4 per cycle and multiprocessor; exponentials at 16 per cycle and multiprocessor;
+- the kernel runs as long as the slowest of: DRAM traffic at 90 % of the data sheet's bandwidth, counted at
+  the floor (each logit read once, each gradient written once); L2 traffic, which for streamed rows includes
+  the second read, taken to be all hits; instructions at 4 per cycle and multiprocessor; exponentials at 16
+  per cycle and multiprocessor;
 - float64 is left out: it is there for gradcheck;
-- PTX instructions are counted in the innermost loop around the exponentials, as if each became one machine instruction,
-  which overstates them (moves disappear) by more than the shuffles and barriers understate;
-- occupancy suffices to overlap all of these, and a fixed 4 us are added for the launch, the first loads and the last
-  program's work. That is the term that decides for small batches, and it is a guess.
+- PTX instructions are counted in the innermost loop around the exponentials, as if each became one machine
+  instruction, which overstates them (moves disappear) by more than the shuffles and barriers understate;
+- occupancy suffices to overlap all of these, and a fixed 4 us are added for the launch, the first loads and
+  the last program's work. That is the term that decides for small batches, and it is a guess.
 """
 
 from __future__ import annotations
@@ -36,9 +40,11 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from arl_fast.kernels import triton_rule
-from arl_fast.kernels.triton_forward import forward_kernel
-from arl_fast.kernels.triton_multiply import modulate_kernel, scale_kernel
+from arl_fast._core.options import Options
+from arl_fast.implementations.triton import plan as launch_plan
+from arl_fast.implementations.triton.finish import SUMS, packed_layout
+from arl_fast.implementations.triton.forward import forward_kernel
+from arl_fast.implementations.triton.multiply import modulate_kernel, scale_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -79,12 +85,21 @@ class Case:
     reduction: str = "mean"
 
     @property
-    def plan(self) -> triton_rule.Plan:
-        heavy = triton_rule.heavy(self.soft, self.smoothing, self.dependence)
-        return triton_rule.plan(self.classes, ITEMSIZE[self.dtype], heavy)
+    def plan(self) -> launch_plan.Plan:
+        more_sums = launch_plan.needs_more_sums(self.soft, self.options)
+        return launch_plan.plan(self.classes, ITEMSIZE[self.dtype], more_sums)
 
     @property
-    def options(self) -> str:
+    def options(self) -> Options:
+        return Options(
+            rule=self.rule,
+            dependence=self.dependence,
+            label_smoothing=self.smoothing,
+            reduction=self.reduction,
+        )
+
+    @property
+    def label(self) -> str:
         names = [name for name in ("soft", "mask", "smoothing") if getattr(self, name)]
         names += [] if self.dependence == "confidence" else ["l1"]
         return "+".join(names) or ("loss" if self.grad else "evaluation")
@@ -92,7 +107,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """Properties of one compiled kernel; widths are bytes per thread and tile, counted over 16-byte accesses alone."""
+    """Properties of one compiled kernel; widths are bytes per thread and tile, in 16-byte accesses alone."""
 
     registers: int
     spills: int
@@ -107,10 +122,13 @@ def constant(value: Any) -> tuple[str, Any]:
     return ("constexpr", value)
 
 
-def compile_kernel(kernel: Any, arguments: dict[str, Any], target: GPUTarget, threads: int, registers: int | None) -> tuple[Any, str]:
+def compile_kernel(
+    kernel: Any, arguments: dict[str, Any], target: GPUTarget, threads: int, registers: int | None
+) -> tuple[Any, str]:
     """The compiled kernel and what ptxas said of it, with the options that Triton gives it.
 
-    ``arguments``: a type such as "*fp32" (pointers are 16-byte aligned), a tuple of types, or ``constant(value)``.
+    ``arguments``: a type such as "*fp32" (pointers are 16-byte aligned), a tuple of types, or
+    ``constant(value)``.
     """
     signature: dict[str, Any] = {}
     constants: dict[str, Any] = {}
@@ -122,7 +140,9 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: GPUTarget, th
             signature[name], constants[name] = kind
             continue
         signature[name] = kind
-        for path, one in [((i,), kind)] if isinstance(kind, str) else [((i, j), one) for j, one in enumerate(kind)]:
+        for path, one in (
+            [((i,), kind)] if isinstance(kind, str) else [((i, j), one) for j, one in enumerate(kind)]
+        ):
             if one.startswith("*"):
                 attributes[path] = aligned
     options = {"num_warps": threads // target.warp_size}
@@ -144,40 +164,34 @@ def forward_arguments(case: Case) -> dict[str, Any]:
         target=f"*{compute}" if case.soft else "*i64",
         mask="*i1" if case.mask else none,
         weight=none,
-        norm=none,
-        schedule=none,
+        divisor=none,
+        gamma=none,
+        temperature=none,
+        step=none,
         row_loss=f"*{compute}" if case.reduction == "none" else none,
         work=f"*{compute}",
-        state="*i32",
+        counters="*i32",
         loss=f"*{compute}",
         packed=f"*{compute}",
+        gamma_stride="i64",
+        gammas=("fp32",) * (2 if case.dtype == "fp64" else 1),
+        temperature_number="fp64",
+        warmup="i64",
         rows="i32",
-        gamma="fp64",
-        temperature="fp64",
-        warming="i32",
         C=constant(case.classes),
         STRIDE=constant(case.classes),
         BRANCHES=constant(branches),
         SOFT=constant(case.soft),
-        IGNORE=constant(-100),
-        SMOOTHING=constant(case.smoothing),
-        REDUCTION=constant(case.reduction),
-        DEPENDENCE=constant(case.dependence),
-        RULE=constant(case.rule),
-        GAIN=constant("residual"),
-        FLOOR=constant(None),
-        ONLINE=constant(plan.online),
-        STEPS=constant(plan.steps),
-        OWNERS=constant(plan.owners),
-        LANES=constant(plan.lanes),
-        ALONE=constant(triton_rule.COUNT_ALONE),
-        BLOCK=constant(triton_rule.COUNT_BLOCK),
-        CHUNKS=constant(triton_rule.COUNT_CHUNKS),
+        OPTIONS=constant(case.options),
+        PLAN=constant(plan),
+        COUNTING=constant(launch_plan.COUNTING),
+        SUMS=constant(SUMS),
+        PACKED=constant(packed_layout(case.modalities)),
     )
 
 
 def innermost_loops(ptx: str, marker: str) -> list[list[str]]:
-    """Instructions of the loops that contain ``marker`` and no smaller loop that does; all of the kernel if none does."""
+    """Instructions of the innermost loops that contain ``marker``; all of the kernel if none does."""
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\$L\w+):", line))}
     spans = []
@@ -185,7 +199,9 @@ def innermost_loops(ptx: str, marker: str) -> list[list[str]]:
         jump = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
         if jump and labels.get(jump[1], i) < i and any(marker in x for x in lines[labels[jump[1]] : i]):
             spans.append((labels[jump[1]], i))
-    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)] or [(0, len(lines))]
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)] or [
+        (0, len(lines))
+    ]
     return [[x for x in lines[a:b] if ";" in x and not x.startswith((".", "//"))] for a, b in inner]
 
 
@@ -230,7 +246,9 @@ def inspect(target: GPUTarget, kernel: Any, said: str) -> Report:
 
 def report(case: Case, name: str) -> Report:
     plan, target = case.plan, TARGETS[name]
-    return inspect(target, *compile_kernel(forward_kernel, forward_arguments(case), target, plan.threads, plan.registers))
+    return inspect(
+        target, *compile_kernel(forward_kernel, forward_arguments(case), target, plan.threads, plan.registers)
+    )
 
 
 def reports(wanted: Sequence[tuple[Case, str]]) -> list[Report]:
@@ -244,14 +262,14 @@ EVERYTHING = dict(soft=True, mask=True, smoothing=0.1, dependence="logit_l1")  #
 
 
 def every_plan(largest: int = 40_000) -> list[Case]:
-    """One case for each plan that the rule can pick, with the widths of its accesses, for each dtype: plain, and all sums."""
+    """One case for each plan that can be picked, access width and dtype: the plain loss, and all sums."""
     found = []
     for dtype, size in ITEMSIZE.items():
         for options in ({}, EVERYTHING):
             seen: dict[Any, Case] = {}
             for classes in range(1, largest):
                 case = Case(classes, dtype, **options)
-                seen.setdefault((case.plan, triton_rule.vector(classes, size)), case)
+                seen.setdefault((case.plan, launch_plan.vector(classes, size)), case)
             found += seen.values()
     return found
 
@@ -261,7 +279,7 @@ def backward_reports(name: str, dtype: str = "bf16", modalities: int = 2) -> dic
     target = TARGETS[name]
     branches = modalities + 1
     pointers = (f"*{dtype}",)
-    block, threads = triton_rule.FLAT_BLOCK, triton_rule.FLAT_THREADS
+    block, threads = launch_plan.FLAT_BLOCK, launch_plan.FLAT_THREADS
     scale = dict(
         sources=pointers * branches,
         results=pointers * branches,
@@ -284,8 +302,15 @@ def backward_reports(name: str, dtype: str = "bf16", modalities: int = 2) -> dic
         BLOCK=constant(block),
     )
     per_row = scale | dict(PER_ROW=constant(True), factor="*fp32", IN_PLACE=constant(False))
-    cases = {"scale": (scale_kernel, scale), "scale per row": (scale_kernel, per_row), "modulate": (modulate_kernel, modulate)}
-    return {name: inspect(target, *compile_kernel(kernel, arguments, target, threads, None)) for name, (kernel, arguments) in cases.items()}
+    cases = {
+        "scale": (scale_kernel, scale),
+        "scale per row": (scale_kernel, per_row),
+        "modulate": (modulate_kernel, modulate),
+    }
+    return {
+        name: inspect(target, *compile_kernel(kernel, arguments, target, threads, None))
+        for name, (kernel, arguments) in cases.items()
+    }
 
 
 def per_logit(case: Case, value: int) -> float:
@@ -297,7 +322,7 @@ def per_logit(case: Case, value: int) -> float:
 
 
 def predict(case: Case, found: Report, device: Device, rows: int) -> float:
-    """Seconds of the forward launch for ``rows`` rows of each branch, by the model of the module's docstring."""
+    """Seconds of the forward launch for ``rows`` rows of each branch, by the model above."""
     logits = rows * case.classes * (case.modalities + 1)
     size = ITEMSIZE[case.dtype]
     passes = 1 + case.grad
@@ -308,8 +333,12 @@ def predict(case: Case, found: Report, device: Device, rows: int) -> float:
 
 
 def cases(classes: Sequence[int]) -> list[Case]:
-    """Every kind of plan (several rows, one row, streamed; aligned and odd), plain and with what costs registers."""
-    plain = [Case(c, d) for c in classes for d in ("fp32", "bf16")] + [Case(1000, "fp16"), Case(5, "fp64"), Case(5000, "fp64")]
+    """Every kind of plan (several rows, one row, streamed; aligned, odd), plain and with all sums."""
+    plain = [Case(c, d) for c in classes for d in ("fp32", "bf16")] + [
+        Case(1000, "fp16"),
+        Case(5, "fp64"),
+        Case(5000, "fp64"),
+    ]
     chosen = [c for c in classes if c in (6, 1000, 8192, 32000, 32001)] or list(classes)
     heavy = [
         case
@@ -333,34 +362,56 @@ def line(case: Case, found: Report, device: str | None) -> str:
     time = ""
     if device and case.dtype != "fp64":
         rows = round(2e8 / (case.classes * (case.modalities + 1) * ITEMSIZE[case.dtype]))
-        floor = rows * case.classes * (case.modalities + 1) * ITEMSIZE[case.dtype] * (1 + case.grad) / DEVICES[device].dram
+        floor = (
+            rows
+            * case.classes
+            * (case.modalities + 1)
+            * ITEMSIZE[case.dtype]
+            * (1 + case.grad)
+            / DEVICES[device].dram
+        )
         time = f"{predict(case, found, DEVICES[device], rows) * 1e6:.0f} ({floor * 1e6:.0f})"
     return (
-        f"| {case.classes} | {case.dtype} | {case.options} M={case.modalities} | {tile} | {plan.threads} | {found.registers} | "
-        f"{found.spills} | {found.shared} | {found.loads16} | {found.stores16} | {per_logit(case, found.exponentials):.2f} | "
+        f"| {case.classes} | {case.dtype} | {case.label} M={case.modalities} | {tile} | {plan.threads} | "
+        f"{found.registers} | {found.spills} | {found.shared} | {found.loads16} | {found.stores16} | "
+        f"{per_logit(case, found.exponentials):.2f} | "
         f"{per_logit(case, found.instructions):.1f} | {time} |"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--classes", nargs="+", type=int, default=list(CLASSES))
-    parser.add_argument("--every", action="store_true", help="one class count for each plan that the rule can pick, instead")
+    parser.add_argument(
+        "--every", action="store_true", help="one class count for each plan that the rule can pick, instead"
+    )
     arguments = parser.parse_args()
-    print(f"Triton {version}. ld16/st16: bytes of logits and gradients per thread and tile in 16-byte accesses.")
-    print("ex2, instr: per logit (float64 has no such loop to count). Time: predicted for 200 MB of logits.\n")
+    print(
+        f"Triton {version}. ld16/st16: bytes of logits and gradients per thread and tile in 16-byte accesses."
+    )
+    print(
+        "ex2, instr: per logit (float64 has no such loop to count). Time: predicted for 200 MB of logits.\n"
+    )
     wanted = every_plan() if arguments.every else cases(arguments.classes)
     for name in arguments.targets:
         device = {"sm_80": "A100", "sm_90": "H200"}.get(name)
         print(f"### {name}\n")
-        print(f"| C | dtype | with | tile | threads | regs | spills | smem | ld16 | st16 | ex2 | instr | {device or ''} us (floor) |")
+        print(
+            "| C | dtype | with | tile | threads | regs | spills | smem | ld16 | st16 | ex2 | instr | "
+            f"{device or ''} us (floor) |"
+        )
         print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
         for case, found in zip(wanted, reports([(case, name) for case in wanted]), strict=True):
             print(line(case, found, device))
         print("\n| kernel | regs | spills | smem | ld16 | st16 |\n|---|---|---|---|---|---|")
         for kernel, found in backward_reports(name).items():
-            print(f"| {kernel} | {found.registers} | {found.spills} | {found.shared} | {found.loads16} | {found.stores16} |")
+            print(
+                f"| {kernel} | {found.registers} | {found.spills} | {found.shared} | "
+                f"{found.loads16} | {found.stores16} |"
+            )
         print(flush=True)
 
 

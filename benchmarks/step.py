@@ -1,9 +1,10 @@
 """What ARL adds to a whole training step: ``python -m benchmarks.step --device cuda --rows FILE``.
 
-One set of encoders and one input per model. The ways of training differ only in head, loss and gain: plain joint
-cross-entropy; the release's way; arl_fast. Each has its own copy of the parameters and its SGD. Their steps take turns,
-a few at a time, in an order that is rotated; the overhead is the median over the turns of the ratio to the joint step
-of the same turn. On a GPU the clock stops after the device has finished the turn's steps.
+One set of encoders and one input per model. The ways of training differ only in head, loss and gain: plain
+joint cross-entropy; the release's way; arl_fast. Each has its own copy of the parameters and its SGD. Their
+steps take turns, a few at a time, in an order that is rotated; the overhead is the median over the turns of
+the ratio to the joint step of the same turn. On a GPU the clock stops after the device has finished the
+turn's steps.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class _Gain(torch.autograd.Function):
         return g + g * ctx.coefficient, None
 
 
-def training_step(way: str, encoders: nn.Module, inputs: list[Tensor], target: Tensor, size: int) -> Callable[[], None]:
+def training_step(
+    way: str, encoders: nn.Module, inputs: list[Tensor], target: Tensor, size: int
+) -> Callable[[], None]:
     """One step of training, as a callable: forward, backward, SGD with momentum."""
     encoders = copy.deepcopy(encoders)
     device = target.device
@@ -62,7 +65,10 @@ def training_step(way: str, encoders: nn.Module, inputs: list[Tensor], target: T
             if way == "joint CE":
                 return F.cross_entropy(head(torch.cat(z, 1)), target)
             a, v = (_Gain.apply(x, c) for x, c in zip(z, coefficients, strict=True))
-            logits = [head(torch.cat(pair, 1)) for pair in ((a, v), (a, torch.zeros_like(v)), (torch.zeros_like(a), v))]
+            logits = [
+                head(torch.cat(pair, 1))
+                for pair in ((a, v), (a, torch.zeros_like(v)), (torch.zeros_like(a), v))
+            ]
             total, stats = release(logits, target, torch.empty(0))
             coefficients[:] = stats["coefficients"].tolist()
             return total
@@ -77,8 +83,18 @@ def training_step(way: str, encoders: nn.Module, inputs: list[Tensor], target: T
     return step
 
 
-def measure(model: str, encoders: nn.Module, inputs: list[Tensor], size: int, device: str, seconds: float, threads: int) -> list[rows.Row]:
-    """Time the three ways in turns for about ``seconds``; one row each, with ``added_percent`` over the joint step."""
+def measure(
+    model: str,
+    encoders: nn.Module,
+    inputs: list[Tensor],
+    size: int,
+    device: str,
+    seconds: float,
+    threads: int,
+) -> list[rows.Row]:
+    """Time the three ways in turns for about ``seconds``; one row each, with ``added_percent`` over the joint
+    step.
+    """
     batch = inputs[0].shape[0]
     target = torch.randint(0, CLASSES, (batch,), device=device)
     steps = {way: training_step(way, encoders, inputs, target, size) for way in WAYS}
@@ -105,8 +121,16 @@ def measure(model: str, encoders: nn.Module, inputs: list[Tensor], size: int, de
         shift = i % len(WAYS)
         for way in WAYS[shift:] + WAYS[:shift]:
             samples[way].append(turn(steps[way], times))
-    common = machine.describe(device) | dict(experiment="step", suite=model, batch=batch, classes=CLASSES, modalities=2)
-    common |= dict(dtype="float32", threads=threads if device == "cpu" else None, what="step", cache="warm", clock=clock.__name__)
+    common = machine.describe(device) | dict(
+        experiment="step", suite=model, batch=batch, classes=CLASSES, modalities=2
+    )
+    common |= dict(
+        dtype="float32",
+        threads=threads if device == "cpu" else None,
+        what="step",
+        cache="warm",
+        clock=clock.__name__,
+    )
     out = []
     for way, mine in samples.items():
         added = [100 * (a / b - 1) for a, b in zip(mine, samples["joint CE"], strict=True)]
@@ -133,7 +157,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     try:
         if options.tiny:
-            found = {"resnet18 (tiny)": models.resnets(2, device, small=True), "mlp (tiny)": models.mlps(4, device, 16)}
+            found = {
+                "resnet18 (tiny)": models.resnets(2, device, small=True),
+                "mlp (tiny)": models.mlps(4, device, 16),
+            }
         else:
             found = {"mlp": models.mlps(64, device)}
             if device == "cuda":
@@ -143,7 +170,10 @@ def main(arguments: list[str] | None = None) -> None:
             measured = measure(model, encoders, inputs, size, device, options.seconds, options.threads)
             for row in measured:
                 percent = row["added_percent"]
-                print(f"{model:10} {row['contender']:10} adds {percent['median']:+.1f} % [{percent['q1']:+.1f}, {percent['q3']:+.1f}]")
+                print(
+                    f"{model:10} {row['contender']:10} adds {percent['median']:+.1f} % "
+                    f"[{percent['q1']:+.1f}, {percent['q3']:+.1f}]"
+                )
             if options.rows:
                 rows.append(options.rows, measured)
     finally:

@@ -29,7 +29,11 @@ ORDER = (
 
 def select(found: Iterable[Row], **wanted: object) -> list[Row]:
     """Rows whose columns have these values; a tuple or list allows several."""
-    return [r for r in found if all(r.get(k) in v if isinstance(v, (tuple, list)) else r.get(k) == v for k, v in wanted.items())]
+    return [
+        r
+        for r in found
+        if all(r.get(k) in v if isinstance(v, (tuple, list)) else r.get(k) == v for k, v in wanted.items())
+    ]
 
 
 def names(found: Iterable[Row]) -> list[str]:
@@ -53,7 +57,21 @@ def median(row: Row | None, which: str | None = None) -> float | None:
 
 def ratio(found: list[Row], row: Row) -> float | None:
     """The row's time over the unit's at the same place."""
-    place = {k: row.get(k) for k in ("kind", "device", "suite", "batch", "classes", "modalities", "dtype", "threads", "what", "cache")}
+    place = {
+        k: row.get(k)
+        for k in (
+            "kind",
+            "device",
+            "suite",
+            "batch",
+            "classes",
+            "modalities",
+            "dtype",
+            "threads",
+            "what",
+            "cache",
+        )
+    }
     units = select(found, contender=UNIT, **place)
     mine, base = median(row), median(units[0]) if units else None
     return mine / base if mine and base else None
@@ -91,14 +109,29 @@ def parts(found: list[Row], **wanted: object) -> str:
         both = at.get((name, "both", "warm"), {})
         cells = [number(ratio(found, at[name, w, c])) if (name, w, c) in at else "" for w, c in columns]
         evaluated = at.get((name, "forward", "warm"), {}).get("peak_ratio")
-        body.append([name, *cells, str(both.get("operations", "")), number(both.get("peak_ratio")), number(evaluated)])
-    head = ["", "step", "step, cold caches", "evaluation", "backward alone", "torch operations", "peak memory / logits", "in evaluation"]
+        body.append(
+            [name, *cells, str(both.get("operations", "")), number(both.get("peak_ratio")), number(evaluated)]
+        )
+    head = [
+        "",
+        "step",
+        "step, cold caches",
+        "evaluation",
+        "backward alone",
+        "torch operations",
+        "peak memory / logits",
+        "in evaluation",
+    ]
     return markdown(head, body)
 
 
 def gpu(found: list[Row], **wanted: object) -> str:
     """Absolute times on a GPU: device and host apart, counts, share of the copy bandwidth."""
-    chosen = [r for r in select(found, kind="cuda", experiment="micro", what="both", **wanted) if "rejected" not in r]
+    chosen = [
+        r
+        for r in select(found, kind="cuda", experiment="micro", what="both", **wanted)
+        if "rejected" not in r
+    ]
     at = {(r["contender"], shape(r), r["cache"]): r for r in chosen}
     body = []
     for s in shapes(chosen):
@@ -107,11 +140,27 @@ def gpu(found: list[Row], **wanted: object) -> str:
             if warm is None:
                 continue
             share, cells = (cold or warm).get("floor_share"), [s, name]
-            cells += [number(median(warm, "device_us"), 1), number(median(cold, "device_us"), 1), number(median(warm, "host_us"), 1)]
-            cells += [f"{warm.get('launches', '')} ({warm.get('launches_forward', '')})", str(warm.get("syncs", ""))]
+            cells += [
+                number(median(warm, "device_us"), 1),
+                number(median(cold, "device_us"), 1),
+                number(median(warm, "host_us"), 1),
+            ]
+            cells += [
+                f"{warm.get('launches', '')} ({warm.get('launches_forward', '')})",
+                str(warm.get("syncs", "")),
+            ]
             cells += ["" if share is None else f"{100 * share:.0f} %", number(warm.get("peak_ratio"))]
             body.append([*cells, "yes" if warm.get("device_method") == "graph" else "no"])
-    head = ["shape", "", "device us, warm", "cold", "host us", "launches (forward)", "syncs", "share of copy bandwidth, cold"]
+    head = [
+        "shape",
+        "",
+        "device us, warm",
+        "cold",
+        "host us",
+        "launches (forward)",
+        "syncs",
+        "share of copy bandwidth, cold",
+    ]
     return markdown([*head, "peak memory / logits", "CUDA graph"], body) if body else "Not measured yet."
 
 
@@ -119,7 +168,10 @@ def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Fixed cost and slope of time = fixed + slope * elements, by least squares of the relative error."""
     w = [1 / (t * t) for _, t in points]
     sw = sum(w)
-    mx, mt = sum(a * x for a, (x, _) in zip(w, points, strict=True)) / sw, sum(a * t for a, (_, t) in zip(w, points, strict=True)) / sw
+    mx, mt = (
+        sum(a * x for a, (x, _) in zip(w, points, strict=True)) / sw,
+        sum(a * t for a, (_, t) in zip(w, points, strict=True)) / sw,
+    )
     sxx = sum(a * (x - mx) ** 2 for a, (x, _) in zip(w, points, strict=True))
     slope = sum(a * (x - mx) * (t - mt) for a, (x, t) in zip(w, points, strict=True)) / sxx
     return mt - slope * mx, slope
@@ -128,14 +180,22 @@ def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def fits(found: list[Row], kind: str) -> str:
     """Fitted fixed cost and slope per logit of every scaling suite; on a CPU relative to the unit's fit over the same suite."""
     body = []
-    chosen = [r for r in select(found, kind=kind, experiment="micro", what="both", cache="warm") if r["suite"].startswith("scaling")]
+    chosen = [
+        r
+        for r in select(found, kind=kind, experiment="micro", what="both", cache="warm")
+        if r["suite"].startswith("scaling")
+    ]
     for suite in dict.fromkeys(r["suite"] for r in chosen):
         for threads in dict.fromkeys(r["threads"] for r in chosen):
             own = select(chosen, suite=suite, threads=threads)
             found_fits = {}
             for name in names(own):
                 branches = (lambda r: 1) if name == UNIT else (lambda r: r["modalities"] + 1)
-                points = [(branches(r) * r["batch"] * r["classes"], t) for r in select(own, contender=name) if (t := median(r))]
+                points = [
+                    (branches(r) * r["batch"] * r["classes"], t)
+                    for r in select(own, contender=name)
+                    if (t := median(r))
+                ]
                 if len({x for x, _ in points}) > 1:
                     found_fits[name] = fit(points)
             base = found_fits.get(UNIT)
@@ -146,7 +206,11 @@ def fits(found: list[Row], kind: str) -> str:
                     continue
                 else:
                     base = base or found_fits.get("eager ARL")
-                    cells = [f"{fixed / base[0]:.2f}", f"{slope / base[1]:.2f}"] if base and min(base) > 0 else ["", ""]
+                    cells = (
+                        [f"{fixed / base[0]:.2f}", f"{slope / base[1]:.2f}"]
+                        if base and min(base) > 0
+                        else ["", ""]
+                    )
                 over = {"batch": "B", "classes": "C", "modalities": "M"}[suite.removeprefix("scaling-")]
                 body.append([over, *([str(threads)] if kind == "cpu" else []), name, *cells])
     head = ["over", *(["threads"] if kind == "cpu" else []), "", "fixed cost", "slope per logit"]
@@ -171,9 +235,17 @@ def runs(found: list[Row]) -> str:
     """Where the rows come from."""
     seen = {}
     for r in found:
-        versions = [f"torch {r['torch']}", f"Python {r['python']}"] + [f"{k} {r[k]}" for k in ("triton", "cuda", "driver") if r.get(k)]
+        versions = [f"torch {r['torch']}", f"Python {r['python']}"] + [
+            f"{k} {r[k]}" for k in ("triton", "cuda", "driver") if r.get(k)
+        ]
         threads = sorted({x["threads"] for x in select(found, device=r["device"]) if x.get("threads")})
-        seen[r["device"], r["commit"]] = [r["device"], ", ".join(map(str, threads)), ", ".join(versions), f"`{r['commit']}`", r["date"]]
+        seen[r["device"], r["commit"]] = [
+            r["device"],
+            ", ".join(map(str, threads)),
+            ", ".join(versions),
+            f"`{r['commit']}`",
+            r["date"],
+        ]
     return markdown(["device", "threads", "versions", "commit", "date"], seen.values())
 
 
@@ -183,25 +255,39 @@ def terminal(found: list[Row]) -> str:
     for row in [r for r in found if "rejected" in r]:
         out.append(f"not timed: {row['contender']} at {shape(row)}: {row['rejected']}")
     for kind in ("cpu", "cuda"):
-        chosen = [r for r in select(found, kind=kind, experiment="micro", what="both", cache="warm") if "rejected" not in r]
+        chosen = [
+            r
+            for r in select(found, kind=kind, experiment="micro", what="both", cache="warm")
+            if "rejected" not in r
+        ]
         chosen = [r for r in chosen if not r["suite"].startswith("scaling")]
         for threads in dict.fromkeys(r["threads"] for r in chosen):
             own = select(chosen, threads=threads)
-            what = "device us / host us / launches / share of copy" if kind == "cuda" else f"time over one torch CE, {threads} thread(s)"
+            what = (
+                "device us / host us / launches / share of copy"
+                if kind == "cuda"
+                else f"time over one torch CE, {threads} thread(s)"
+            )
             out.append(f"\n{kind}, forward and backward: {what}")
             for s in shapes(own):
                 cells = []
-                for row in sorted((r for r in own if shape(r) == s), key=lambda r: names(own).index(r["contender"])):
+                for row in sorted(
+                    (r for r in own if shape(r) == s), key=lambda r: names(own).index(r["contender"])
+                ):
                     if kind == "cuda":
                         value = f"{number(median(row), 1)}/{number(median(row, 'host_us'), 1)}/{row.get('launches')}"
                         value += f"/{100 * row.get('floor_share', 0):.0f}%"
                     else:
                         value = number(ratio(found, row))
                     cells.append(f"{row['contender']} {value}")
-                out.append(f"  {s}: " + "; ".join(c for c in cells if not (kind == "cpu" and c.startswith(UNIT))))
+                out.append(
+                    f"  {s}: " + "; ".join(c for c in cells if not (kind == "cpu" and c.startswith(UNIT)))
+                )
         for row in select(found, kind=kind, experiment="step"):
             p = row["added_percent"]
-            out.append(f"  step {row['suite']} {row['contender']}: {p['median']:+.1f} % [{p['q1']:+.1f}, {p['q3']:+.1f}]")
+            out.append(
+                f"  step {row['suite']} {row['contender']}: {p['median']:+.1f} % [{p['q1']:+.1f}, {p['q3']:+.1f}]"
+            )
     return "\n".join(out)
 
 

@@ -1,9 +1,11 @@
-"""Host time of the Triton launches, on any machine: the kernels are compiled for sm_90, and a driver that does nothing runs them.
+"""Host time of the Triton launches, on any machine: the kernels are compiled for sm_90, and a driver that
+does nothing runs them.
 
     python -m benchmarks.triton_host
 
-What is left out is what the driver itself takes for a launch, the same for all ways compared here. Medians of the
-process's CPU time relative to ``F.cross_entropy(x, y).backward()`` on one CPU thread of the same process: B = 64, C = 6, M = 2.
+What is left out is what the driver itself takes for a launch, the same for all ways compared here. Medians of
+the process's CPU time relative to ``F.cross_entropy(x, y).backward()`` on one CPU thread of the same process:
+B = 64, C = 6, M = 2.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ import triton
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 
-from arl_fast.kernels import triton as implementation
-from arl_fast.kernels.triton_launch import launch_options
-from arl_fast.options import Options
+from arl_fast._core.branches import Targets
+from arl_fast._core.options import Options, Schedule
+from arl_fast.implementations.triton import host as implementation
+from arl_fast.implementations.triton.launch import Configuration, launch_options
 
 from .linear import timed
 
-OPTIONS = Options("share", "confidence", None, "residual", -100, 0.0, "mean")
+OPTIONS, SCHEDULE = Options(), Schedule(1.0, 8.0)
 
 
 class Driver:
@@ -76,9 +79,14 @@ def recorded(name: str, step: Callable[[], Any]) -> tuple[Any, tuple[Any, ...]]:
     return launcher, seen[0]
 
 
-def own_launch(kernel: Any, _: Any, grid: Any, threads: int, registers: int | None, depends: Any, arguments: Any, constants: Any) -> Any:
+def own_launch(
+    kernel: Any, device: Any, grid: Any, configuration: Configuration, depends: Any, arguments: Any
+) -> Callable[[], Any]:
     """The same launch as Triton's users write it."""
-    options = launch_options(threads, registers)
+    options, constants = (
+        launch_options(configuration.threads, configuration.registers),
+        configuration.constants,
+    )
     return lambda: kernel[grid](*arguments, *constants, **options)
 
 
@@ -93,7 +101,7 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
     leaf = torch.randn(64, 6, requires_grad=True)
 
     steps = {
-        "forward": lambda: implementation._launch_forward(logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True),
+        "forward": lambda: implementation._launch_forward(logits, Targets(target), SCHEDULE, OPTIONS, True),
         "scale": lambda: implementation.scale(logits, one, None, torch.float32, False),
         "modulate": lambda: implementation.modulate_backward(features, link),
     }
@@ -113,7 +121,10 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
             call()
     found = medians(calls, rounds, loops)
     ratios = {name: seconds / found["torch CE"] for name, seconds in found.items()}
-    print(f"Triton {triton.__version__}, torch {torch.__version__}; over one torch CE ({found['torch CE'] * 1e6:.0f} us of CPU time)")
+    print(
+        f"Triton {triton.__version__}, torch {torch.__version__}; "
+        f"over one torch CE ({found['torch CE'] * 1e6:.0f} us of CPU time)"
+    )
     for name, ratio in ratios.items():
         print(f"{ratio:6.2f}  {name}")
     return ratios

@@ -1,4 +1,6 @@
-"""The correctness gate: the method in vectorised float64, against which every contender is judged before it is timed."""
+"""The correctness gate: the method in vectorised float64, against which every contender is judged before it
+is timed.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def forget() -> None:
 
 
 def _rows(logits: Sequence[Tensor], target: Tensor, dependence: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss, entropy and dependence of every branch [M+1], and the logsumexp of every row [M+1, B], in float64."""
+    """Mean loss, entropy and dependence of every branch [M+1], and the logsumexp of every row [M+1, B], in
+    float64.
+    """
     mark = (*map(id, logits), id(target))  # alive for as long as they are kept here
     if (mark, dependence) in _last:
         return _last[mark, dependence][1]
@@ -78,7 +82,7 @@ def check(
     branches: int | None = None,
     coarse: bool = False,
 ) -> dict[str, float]:
-    """Relative errors of a contender's loss, gradients and statistics; raises Rejected beyond what rounding explains.
+    """Relative errors of a contender's loss, gradients and statistics; raises Rejected if too large.
 
     Args:
         logits, target: what the contender was given.
@@ -109,10 +113,18 @@ def check(
         limits = dict.fromkeys(limits, COARSE)
     if stats is not None:
         entropy, depend = entropies[1:], dependences[1:]
-        want = {"entropy": entropy, "dependence": depend, "coefficients": coefficients(entropy, depend, floor)}
+        want = {
+            "entropy": entropy,
+            "dependence": depend,
+            "coefficients": coefficients(entropy, depend, floor),
+        }
         errors |= {name: relative(stats[name], want[name]) for name in want}
         limits |= dict.fromkeys(want, STATISTICS)
-    wrong = [f"{name}: relative error {e:.2g} > {limits[name]:.0e}" for name, e in errors.items() if not e <= limits[name]]
+    wrong = [
+        f"{name}: relative error {e:.2g} > {limits[name]:.0e}"
+        for name, e in errors.items()
+        if not e <= limits[name]
+    ]
     if wrong:
         raise Rejected("; ".join(wrong))
     return errors

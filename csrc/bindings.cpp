@@ -1,44 +1,49 @@
-// The Python module arl_fast._C. Importing it also registers the ops of ops.cpp with torch.
+// The Python module arl_fast._C. Importing it also registers the kernels of ops.cpp with torch.
 #include <torch/csrc/utils/pybind.h>
+#include <torch/headeronly/version.h>
 
-#include "autograd.h"
 #include "cpu/forward.h"
 #include "cpu/memory.h"
 #include "cuda_ops.h"
-#include "eager.h"
+#include "eager/inputs.h"
+#include "eager/steps.h"
 #include "ops.h"
+#include "spec.h"
 
 namespace {
 
 using Tensors = std::vector<at::Tensor>;
 using MaybeTensor = std::optional<at::Tensor>;
+using pybind11::handle;
 
-arl::Options options_from(int rule, int dependence, double entropy_floor, int gain, int64_t ignore_index, double label_smoothing,
-                          int reduction) {
-  return {rule, dependence, gain, reduction, entropy_floor, label_smoothing, ignore_index};
+arl::Results forward(const Tensors& logits, handle targets, handle schedule, handle options, bool grad) {
+  const arl::Arguments arguments(targets.ptr(), schedule.ptr(), options.ptr());
+  const pybind11::gil_scoped_release release;
+  return arl::forward(logits, arguments.targets, arguments.schedule, arguments.options, grad);
 }
 
-auto forward(const Tensors& logits, const at::Tensor& target, const MaybeTensor& mask, const MaybeTensor& weight,
-             const MaybeTensor& norm, const MaybeTensor& schedule, double gamma, double temperature, bool warming,
-             const arl::Options& options, bool grad) {
-  pybind11::gil_scoped_release release;
-  return arl::forward(logits, target, mask, weight, norm, schedule, gamma, temperature, warming, options, grad);
+Tensors scale(const Tensors& grads, const at::Tensor& upstream, const MaybeTensor& factor,
+              at::ScalarType dtype, bool keep) {
+  const pybind11::gil_scoped_release release;
+  return arl::scale(grads, upstream, factor, dtype, !keep);
 }
 
-auto scale(const Tensors& grads, const at::Tensor& upstream, const MaybeTensor& factor, at::ScalarType dtype, bool reuse) {
-  pybind11::gil_scoped_release release;
-  return arl::scale(grads, upstream, factor, dtype, reuse);
-}
-
-auto modulate_backward(const Tensors& grads, const at::Tensor& link, const std::vector<int64_t>& modality) {
-  pybind11::gil_scoped_release release;
+Tensors modulate_backward(const Tensors& grads, const at::Tensor& link,
+                          const std::vector<int64_t>& modality) {
+  const pybind11::gil_scoped_release release;
   return arl::modulate_backward(grads, link, modality);
 }
 
-// Called with as little in between as CPython allows: pybind11 would cost as much as their own checks.
+// CPython calls these directly: pybind11 would cost as much as their own checks.
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyCFunction as_method(FastCall function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef fast_methods[] = {
-    {"fast_loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&arl::fast_loss)), METH_FASTCALL, nullptr},
-    {"fast_linear_loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&arl::fast_linear_loss)), METH_FASTCALL, nullptr},
+    {"fast_loss", as_method(&arl::fast_loss), METH_FASTCALL, nullptr},
+    {"fast_linear_loss", as_method(&arl::fast_linear_loss), METH_FASTCALL, nullptr},
     {"fast_modulate", &arl::fast_modulate, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -46,9 +51,9 @@ PyMethodDef fast_methods[] = {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.attr("interface") = 2;  // INTERFACE in native.py: raise both whenever what Python calls changes
-  module.doc() = "Native kernels of arl_fast; arl_fast/kernels/native.py is their interface.";
-  pybind11::class_<arl::Options>(module, "Options").def(pybind11::init(&options_from));
+  module.doc() = "Native kernels of arl_fast; arl_fast/implementations/native.py is their interface.";
+  module.attr("spec") = arl::spec();
+  module.attr("torch") = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);
   module.def("forward", &forward);
   module.def("scale", &scale);
   module.def("modulate_backward", &modulate_backward);

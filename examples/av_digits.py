@@ -5,7 +5,7 @@
 FOLDER holds fsdd/recordings/DIGIT_SPEAKER_INDEX.wav and mnist/t10k-images-idx3-ubyte, mnist/t10k-labels-idx1-ubyte (also
 with .gz). A recording is paired with an image of the same digit. Of the six speakers three are for training, one for
 validation and two for testing, and so for the images: no speaker and no image is in two of them. Each method has the
-learning rate that is best for it on the validation data. --noise adds noise to the images, in units of their standard
+learning rate that is best for it on the validation data, and fusion weights come from there too. --noise adds noise to the images, in units of their standard
 deviation, so that one modality becomes much weaker than the other.
 """
 
@@ -17,7 +17,7 @@ import wave
 from pathlib import Path
 
 import torch
-from ladder import Budget, Net, Split, arguments, climb, picture, table
+from ladder import Budget, Net, Split, arguments, climb, picture, table, write_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,9 +33,13 @@ def spectrogram(path: Path) -> Tensor:
     with wave.open(str(path)) as file:
         if (file.getnchannels(), file.getsampwidth()) != (1, 2):
             raise ValueError(f"{path}: expected mono, 16 bit")
-        samples = torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16).float() / 32768
+        samples = (
+            torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16).float() / 32768
+        )
     samples = F.pad(samples[:SAMPLES], (0, max(0, SAMPLES - len(samples))))
-    power = torch.stft(samples, 256, 128, window=torch.hann_window(256), return_complex=True).abs().square()  # [129, 41]
+    power = (
+        torch.stft(samples, 256, 128, window=torch.hann_window(256), return_complex=True).abs().square()
+    )  # [129, 41]
     return torch.log(F.adaptive_avg_pool2d(power[None, :96], 32)[0] + 1e-4)
 
 
@@ -64,7 +68,9 @@ class Digits:
         self.spoken = torch.tensor([int(digit) for digit, _, _ in names])
         speakers = sorted({speaker for _, speaker, _ in names})
         self.speaker = torch.tensor([speakers.index(speaker) for _, speaker, _ in names])
-        self.visual = standardise(idx(folder / "mnist" / "t10k-images-idx3-ubyte").float())  # [10000, 1, 28, 28]
+        self.visual = standardise(
+            idx(folder / "mnist" / "t10k-images-idx3-ubyte").float()
+        )  # [10000, 1, 28, 28]
         self.written = idx(folder / "mnist" / "t10k-labels-idx1-ubyte").long()
         self.noise = noise
 
@@ -73,7 +79,9 @@ class Digits:
         speakers = torch.randperm(int(self.speaker.max()) + 1, generator=generator)
         images = torch.randperm(len(self.written), generator=generator)
         sides = []
-        for side, (people, per_class) in enumerate(((speakers[:3], PER_CLASS), (speakers[3:5], 100), (speakers[5:], 30))):
+        for side, (people, per_class) in enumerate(
+            ((speakers[:3], PER_CLASS), (speakers[3:5], 100), (speakers[5:], 30))
+        ):
             chosen = torch.isin(self.speaker, people)
             sounds, pictures = [], []
             for digit in range(10):
@@ -112,7 +120,13 @@ def main() -> None:
     torch.set_num_threads(1)
     start = time.perf_counter()
     digits = Digits(options.folder, options.noise)
-    results = climb(lambda modalities: Net({m: encoder() for m in modalities}, WIDTH, 10), digits.split, MODALITIES, BUDGET, options.seeds)
+    results = climb(
+        lambda modalities: Net({m: encoder() for m in modalities}, WIDTH, 10),
+        digits.split,
+        MODALITIES,
+        BUDGET,
+        options.seeds,
+    )
     print(
         f"\nSpoken and written digits, image noise {options.noise:g}, {PER_CLASS} training samples per class, {BUDGET.epochs} epochs, ",
         end="",
@@ -120,6 +134,8 @@ def main() -> None:
     print(f"{options.seeds} seeds\n")
     print(table(results.accuracy, MODALITIES))
     picture(results, MODALITIES, options.out)
+    if options.rows:
+        write_rows(results, options.rows, example="av_digits", noise=options.noise)
     print(f"Picture: {options.out}   ({time.perf_counter() - start:.0f} s)")
 
 

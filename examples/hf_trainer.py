@@ -29,8 +29,20 @@ def main(steps: int = 24, rows: int = 256, **arguments):
     items = [{"audio": a, "visual": v, "labels": y} for a, v, y in pairs(rows)]
     held_out = [{"audio": a, "visual": v, "labels": y} for a, v, y in pairs(128, seed=2)]
     with tempfile.TemporaryDirectory() as folder:
-        options = dict(output_dir=folder, max_steps=steps, per_device_train_batch_size=32, gradient_accumulation_steps=2, seed=0)
-        options |= dict(learning_rate=1e-2, report_to="none", save_strategy="no", disable_tqdm=True, remove_unused_columns=False)
+        options = dict(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=32,
+            gradient_accumulation_steps=2,
+            seed=0,
+        )
+        options |= dict(
+            learning_rate=1e-2,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
         options |= dict(use_cpu=not torch.cuda.is_available(), label_names=["labels"], logging_steps=8)
         model = Model()
         trainer = Trainer(

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 import arl_fast
 
 
-def main(epochs: int = 3, rows: int = 512, precision: str = "fp32", accumulate: int = 1, compile: bool = False) -> float:
+def main(
+    epochs: int = 3, rows: int = 512, precision: str = "fp32", accumulate: int = 1, compile: bool = False
+) -> float:
     """Train, and return the accuracy of the fused prediction on held-out rows."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

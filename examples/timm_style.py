@@ -46,7 +46,9 @@ def validate(model, loader, loss_fn, amp_autocast=contextlib.suppress) -> float:
             with amp_autocast():
                 output = model(*inputs)
                 loss_fn(output, target)
-            if isinstance(output, (tuple, list)):  # as timm does; BranchLogits are a tuple with the fused logits first
+            if isinstance(
+                output, (tuple, list)
+            ):  # as timm does; BranchLogits are a tuple with the fused logits first
                 output = output[0]
             correct += int((output.argmax(1) == target).sum())
             rows += len(target)
@@ -66,8 +68,17 @@ def main(epochs: int = 3, rows: int = 512) -> float:
         return torch.autocast("cpu", torch.bfloat16)
 
     for epoch in range(epochs):
-        train_one_epoch(model, DataLoader(pairs(rows), batch_size=32, shuffle=True), optimizer, train_loss_fn, amp_autocast, scaler)
-        accuracy = validate(model, DataLoader(pairs(256, seed=2), batch_size=128), validate_loss_fn, amp_autocast)
+        train_one_epoch(
+            model,
+            DataLoader(pairs(rows), batch_size=32, shuffle=True),
+            optimizer,
+            train_loss_fn,
+            amp_autocast,
+            scaler,
+        )
+        accuracy = validate(
+            model, DataLoader(pairs(256, seed=2), batch_size=128), validate_loss_fn, amp_autocast
+        )
         print(f"epoch {epoch}: accuracy {accuracy:.3f}")
     return accuracy
 

@@ -1,4 +1,4 @@
-"""Fixtures: every test that takes ``implementation`` runs once for each implementation that can serve a CPU tensor here.
+"""Fixtures: a test that takes ``implementation`` runs once for each that can serve a CPU tensor here.
 
 The Triton kernels run on the CPU under Triton's interpreter only: TRITON_INTERPRET=1 pytest -m contract.
 """
@@ -10,10 +10,15 @@ import os
 import pytest
 import torch
 
-from arl_fast import dispatch
+from arl_fast.implementations import dispatch
+from arl_fast.implementations.sharded import Sharded
+
+pytest_plugins = ["tiers"]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-CONTRACT = ["triton"] if INTERPRETING else ["reference", "native"]
+# "sharded" holds all classes in one process here; it serves the tests that are marked `contract`, and no
+# others
+CONTRACT = ["triton"] if INTERPRETING else ["reference", "native", "sharded"]
 
 if INTERPRETING:
     import triton_interpreter
@@ -24,11 +29,25 @@ if INTERPRETING:
 @pytest.fixture(params=CONTRACT)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of the implementation that serves everything in this test."""
+    if request.param == "sharded":
+        monkeypatch.setattr(dispatch, "override", Sharded())
+        return request.param
     module, reason = dispatch.load(request.param, "cpu")
     if module is None:
         pytest.skip(f"{request.param}: {reason}")
     monkeypatch.setattr(dispatch, "override", request.param)
     return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [
+        item for item in items if _implementation(item) != "sharded" or item.get_closest_marker("contract")
+    ]
+
+
+def _implementation(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("implementation")
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +66,17 @@ def poisoned():
 
 @pytest.fixture
 def count_served(monkeypatch):
-    """``count_served(name)``: a list that tells of each call of a native step in one call, as "fast_loss", whether it served."""
-    from arl_fast.kernels import native
+    """``count_served(name)``: a list that tells of each call of a native step in one call, as "fast_loss",
+    whether it served.
+    """
+    from arl_fast.implementations import native
 
     def count(name):
         calls = []
+        original = getattr(native, name)
 
         def counted(*args):
-            result = getattr(native._C, name)(*args)
+            result = original(*args)
             calls.append(result is not None)
             return result
 

@@ -1,4 +1,6 @@
-"""What test_distributed.py runs inside its processes: one function per check, called on every process of a gloo group."""
+"""What test_distributed.py runs inside its processes: one function per check, called on every process of a
+gloo group.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import arl_fast
-import arl_fast.linear
-from arl_fast import dispatch
-from arl_fast.distributed import Group, copy_to_shards, resolve_group, sharded_arl_loss
+from arl_fast._core.collectives import Group, resolve_group
+from arl_fast.implementations import dispatch
 from arl_fast.reference import arl_loss
+from arl_fast.sharded import copy_to_shards, sharded_arl_loss
 
 CLASSES = 5
 
@@ -27,7 +29,9 @@ CLASSES = 5
 def run(rank: int, world: int, store: str, out: str, names: list[str]) -> None:
     """Run the named checks on this process and write what went wrong, by name, to ``out``."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
     failures = {}
     for name in names:
         torch.manual_seed(0)  # all processes draw the same joined batch
@@ -65,7 +69,9 @@ class Model(nn.Module):
     def __init__(self, dtype=torch.float32) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.encoders = nn.ModuleDict({"a": nn.Sequential(nn.Linear(8, 6), nn.Tanh()), "v": nn.Sequential(nn.Linear(8, 4), nn.Tanh())})
+        self.encoders = nn.ModuleDict(
+            {"a": nn.Sequential(nn.Linear(8, 6), nn.Tanh()), "v": nn.Sequential(nn.Linear(8, 4), nn.Tanh())}
+        )
         self.head = arl_fast.ConcatHead({"a": 6, "v": 4}, CLASSES)
         self.to(dtype)
 
@@ -94,7 +100,9 @@ def joined(x, target, dtype, **options):
 def ddp(rank, world, share, x, target, dtype, compiled=False, **options):
     """This process's share of it, under DistributedDataParallel."""
     model = DistributedDataParallel(Model(dtype))
-    criterion = arl_fast.ARLLoss(sync_stats=True, **{name: value for name, value in options.items() if name != "mask"})
+    criterion = arl_fast.ARLLoss(
+        sync_stats=True, **{name: value for name, value in options.items() if name != "mask"}
+    )
     mask = part(share, options).get("mask")
     loss = criterion(model({name: z[share] for name, z in x.items()}), target[share], mask)
     loss.backward()
@@ -109,7 +117,7 @@ def same(a, b, dtype) -> None:
         close(x, y, dtype)
 
 
-# Statistics of all processes ------------------------------------------------------------------------------------------
+# ---- statistics of all processes
 
 
 def check_ddp_equals_one_process_on_the_joined_batch(rank, world):
@@ -131,7 +139,11 @@ def check_ddp_equals_one_process_on_the_joined_batch(rank, world):
                 {"gamma": torch.tensor(2.0), "warmup": 1},
             ):
                 options = options | ({"weight": options["weight"].clone()} if "weight" in options else {})
-                same(ddp(rank, world, shares(world)[rank], x, target, dtype, **options), joined(x, target, dtype, **options), dtype)
+                same(
+                    ddp(rank, world, shares(world)[rank], x, target, dtype, **options),
+                    joined(x, target, dtype, **options),
+                    dtype,
+                )
             dispatch.override = None
         soft = torch.softmax(torch.randn(rows, CLASSES, dtype=dtype), 1)
         same(ddp(rank, world, shares(world)[rank], x, soft, dtype), joined(x, soft, dtype), dtype)
@@ -161,7 +173,11 @@ def check_a_process_whose_rows_weigh_nothing(rank, world):
     target[:] = 1
     target[shares(world)[0]] = 0
     weight = torch.tensor([0.0, 1, 2, 3, 4], dtype=dtype)
-    same(ddp(rank, world, shares(world)[rank], x, target, dtype, weight=weight), joined(x, target, dtype, weight=weight), dtype)
+    same(
+        ddp(rank, world, shares(world)[rank], x, target, dtype, weight=weight),
+        joined(x, target, dtype, weight=weight),
+        dtype,
+    )
 
 
 def check_sum_and_none_stay_local(rank, world):
@@ -170,7 +186,9 @@ def check_sum_and_none_stay_local(rank, world):
     model = Model()
     own = {name: z[share] for name, z in x.items()}
     for reduction in ("sum", "none"):
-        loss, stats = arl_fast.arl_loss(*call(model(own), target[share]), reduction=reduction, sync_stats=True)
+        loss, stats = arl_fast.arl_loss(
+            *call(model(own), target[share]), reduction=reduction, sync_stats=True
+        )
         alone, local = arl_fast.arl_loss(*call(model(own), target[share]), reduction=reduction)
         _, everything = arl_fast.arl_loss(*call(model(x), target), reduction=reduction)
         close(loss, alone, torch.float32)
@@ -178,12 +196,18 @@ def check_sum_and_none_stay_local(rank, world):
             close(a, b, torch.float32)
         assert not torch.equal(local.entropy, stats.entropy)
         head = list(model.head.parameters())
-        for a, b in zip(torch.autograd.grad(loss.sum(), head), torch.autograd.grad(alone.sum(), head), strict=True):
-            close(a, b, torch.float32)  # the head's gradient is this share's own; the encoders' has the joined gain
+        for a, b in zip(
+            torch.autograd.grad(loss.sum(), head), torch.autograd.grad(alone.sum(), head), strict=True
+        ):
+            close(
+                a, b, torch.float32
+            )  # the head's gradient is this share's own; the encoders' has the joined gain
 
 
 def check_sum_with_a_normaliser_is_the_joined_batch(rank, world):
-    """The recipe of HF's Trainer: sum over the share, divided by the number of rows of all, times the processes."""
+    """The recipe of HF's Trainer: sum over the share, divided by the number of rows of all, times the
+    processes.
+    """
     dtype = torch.float64
     x, target = batch(world * world, dtype)
     share = shares(world)[rank]
@@ -221,7 +245,9 @@ def check_callable_rule_sees_the_joined_statistics_once(rank, world):
 
 
 def check_linear_loss(rank, world):
-    """Head and loss in one, in chunks: the joined batch's gradients and statistics as well, with a share without a valid row too."""
+    """Head and loss in one, in chunks: the joined batch's gradients and statistics as well, with a share
+    without a valid row too.
+    """
     dtype = torch.float64
     x, target = batch(world * world, dtype)
     share = shares(world)[rank]
@@ -229,7 +255,9 @@ def check_linear_loss(rank, world):
     class Whole(Model):
         def forward(self, x, target):
             features = {name: encoder(x[name]) for name, encoder in self.encoders.items()}
-            return arl_fast.linear.linear_arl_loss(features, self.head.weight, self.head.bias, target, sync_stats=True, chunk=2)
+            return arl_fast.linear_arl_loss(
+                features, self.head.weight, self.head.bias, target, sync_stats=True, chunk=2
+            )
 
     for ignored in (None, shares(world)[0]):
         if ignored is not None:
@@ -241,7 +269,7 @@ def check_linear_loss(rank, world):
 
 
 def check_compiled(rank, world):
-    """The all-reduce is in the graph: fullgraph, forward and backward, no recompilation through the warm-up."""
+    """The all-reduce is in the graph: fullgraph, both passes, no recompilation through the warm-up."""
     x, target = batch(world * world)
     share = shares(world)[rank]
     own, labels = {name: z[share] for name, z in x.items()}, target[share]
@@ -294,14 +322,20 @@ def check_meshes_and_groups(rank, world):
     assert resolve_group(True) == Group(dist.group.WORLD.group_name, world, rank)
     assert resolve_group(dist.group.WORLD) == resolve_group(True)
     raises(TypeError, "sync_stats: got str, expected True, a ProcessGroup", lambda: resolve_group("all"))
-    raises(ValueError, "DeviceMesh of 2 dimensions", lambda: resolve_group(init_device_mesh("cpu", (world, 1), mesh_dim_names=("a", "b"))))
+    raises(
+        ValueError,
+        "DeviceMesh of 2 dimensions",
+        lambda: resolve_group(init_device_mesh("cpu", (world, 1), mesh_dim_names=("a", "b"))),
+    )
     alone = [dist.new_group([r]) for r in range(world)][rank]
     assert resolve_group(alone) is None  # nothing to add up
     x, target = batch(world * world)
     share = shares(world)[rank]
     out = Model()({name: z[share] for name, z in x.items()})
     for a, b in zip(
-        arl_fast.arl_loss(*call(out, target[share]), sync_stats=alone)[1], arl_fast.arl_loss(*call(out, target[share]))[1], strict=True
+        arl_fast.arl_loss(*call(out, target[share]), sync_stats=alone)[1],
+        arl_fast.arl_loss(*call(out, target[share]))[1],
+        strict=True,
     ):
         close(a, b, torch.float32)
 
@@ -315,11 +349,15 @@ def check_dtensor_logits_raise(rank, world):
     fused, unimodal, link = Model()(x)
     whole = distribute_tensor(fused.detach(), mesh, [Replicate()])
     raises(TypeError, "fused: got a DTensor", lambda: arl_fast.arl_loss(whole, unimodal, target, link))
-    raises(TypeError, "unimodal['a']: got a DTensor", lambda: arl_fast.arl_loss(fused, unimodal | {"a": whole}, target, link))
+    raises(
+        TypeError,
+        "unimodal['a']: got a DTensor",
+        lambda: arl_fast.arl_loss(fused, unimodal | {"a": whole}, target, link),
+    )
     raises(TypeError, "features['a']: got a DTensor", lambda: arl_fast.modulate({"a": whole}))
 
 
-# Classes over processes -----------------------------------------------------------------------------------------------
+# ---- classes over processes
 
 
 def bounds(rank: int, world: int, classes: int, uneven: bool) -> slice:
@@ -343,7 +381,9 @@ def compare_sharded(rank, world, logits, target, uneven=False, tolerance=None, *
     own = bounds(rank, world, logits[0].shape[1], uneven)
 
     leaves = [x.clone().requires_grad_() for x in logits]
-    link = torch.zeros(len(logits) - 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
+    link = torch.zeros(
+        len(logits) - 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True
+    )
     loss, stats = arl_loss(leaves[0], leaves[1:], target, link, **options)
     upstream = torch.randn_like(loss)
     expected = torch.autograd.grad(loss, [link, *leaves], upstream)
@@ -352,11 +392,18 @@ def compare_sharded(rank, world, logits, target, uneven=False, tolerance=None, *
     if "weight" in options:
         options = options | {"weight": options["weight"][own]}
     shard_target = target[:, own] if target.is_floating_point() else target
-    got_loss, got_stats = sharded_arl_loss(mine[0], mine[1:], shard_target, link, offset=own.start if uneven else None, **options)
+    got_loss, got_stats = sharded_arl_loss(
+        mine[0], mine[1:], shard_target, link, offset=own.start if uneven else None, **options
+    )
     got = torch.autograd.grad(got_loss, [link, *mine], upstream)
     torch.testing.assert_close(got_loss, loss, **close)
     for field in stats._fields:
-        torch.testing.assert_close(getattr(got_stats, field), getattr(stats, field), **close, msg=lambda m: f"{field}: {m}")  # noqa: B023
+        torch.testing.assert_close(
+            getattr(got_stats, field),
+            getattr(stats, field),
+            **close,
+            msg=lambda m, field=field: f"{field}: {m}",
+        )
     torch.testing.assert_close(got[0], expected[0], **close)
     for a, b in zip(got[1:], expected[1:], strict=True):
         assert a.dtype == dtype
@@ -390,10 +437,22 @@ def check_sharded_equals_unsharded(rank, world):
             compare_sharded(rank, world, logits[:3], target.int(), uneven, rule="paper")
             probabilities = torch.softmax(torch.randn(7, classes, dtype=dtype), 1)
             probabilities[0] = 0.5 / classes  # ties, and does not sum up to 1
-            for options in ({}, {"weight": weight, "label_smoothing": 0.1, "mask": mask}, {"reduction": "none"}):
+            for options in (
+                {},
+                {"weight": weight, "label_smoothing": 0.1, "mask": mask},
+                {"reduction": "none"},
+            ):
                 compare_sharded(rank, world, logits, probabilities, uneven, **options)
             dense = [torch.randn(2, classes, 3, 2, dtype=dtype) for _ in range(3)]
-            compare_sharded(rank, world, dense, torch.randint(0, classes, (2, 3, 2)), uneven, reduction="none", mask=mask[:2, :2])
+            compare_sharded(
+                rank,
+                world,
+                dense,
+                torch.randint(0, classes, (2, 3, 2)),
+                uneven,
+                reduction="none",
+                mask=mask[:2, :2],
+            )
 
 
 def check_sharded_extreme_logits(rank, world):
@@ -401,7 +460,13 @@ def check_sharded_extreme_logits(rank, world):
     target = torch.randint(0, classes, (6,))
     dtype = torch.float64
     for offset in (-1e4, 1e4):
-        compare_sharded(rank, world, [offset + 3 * torch.randn(6, classes, dtype=dtype) for _ in range(3)], target, tolerance=1e-9)
+        compare_sharded(
+            rank,
+            world,
+            [offset + 3 * torch.randn(6, classes, dtype=dtype) for _ in range(3)],
+            target,
+            tolerance=1e-9,
+        )
     compare_sharded(rank, world, [200 * torch.randn(6, classes, dtype=dtype) for _ in range(3)], target)
     ties = [torch.randint(0, 2, (6, classes)).to(dtype) for _ in range(3)]
     compare_sharded(rank, world, ties, target, label_smoothing=0.1)
@@ -409,7 +474,9 @@ def check_sharded_extreme_logits(rank, world):
     for x in masked:  # a whole shard without a possible class, but never the target
         x[:, bounds(0, world, classes, False)] = -torch.inf
     for offset in (0, -1e4):
-        compare_sharded(rank, world, [x + offset for x in masked], target % (classes // 2) + classes // 2, tolerance=1e-9)
+        compare_sharded(
+            rank, world, [x + offset for x in masked], target % (classes // 2) + classes // 2, tolerance=1e-9
+        )
     nothing = torch.full((6,), -100)
     compare_sharded(rank, world, ties, nothing)
     for x in ties:
@@ -417,7 +484,35 @@ def check_sharded_extreme_logits(rank, world):
     target[1] = -100
     compare_sharded(rank, world, ties, target)
     for dtype in (torch.float16, torch.bfloat16):
-        compare_sharded(rank, world, [torch.randn(6, classes).to(dtype) for _ in range(3)], target, tolerance=1e-2)
+        compare_sharded(
+            rank, world, [torch.randn(6, classes).to(dtype) for _ in range(3)], target, tolerance=1e-2
+        )
+
+
+def check_sharded_float32_extremes(rank, world):
+    """Relative error of float32 gradients against float64, each row by itself, as arl_loss has it; and no row
+    at all.
+    """
+    classes = 16
+    target = torch.randint(0, classes, (6,))
+    own = bounds(rank, world, classes, False)
+    noise = [torch.randn(6, classes) for _ in range(3)]
+    certain = [x.scatter_add(1, target[:, None], torch.full((6, 1), 14.0)) for x in noise]
+    cases = {"offset": [x + 1e4 for x in noise], "certain": certain}
+    for name, logits in cases.items():
+        wide = [x.double().requires_grad_() for x in logits]
+        loss, _ = arl_loss(wide[0], wide[1:], target, reduction="sum", rule="none")
+        truth = torch.autograd.grad(loss, wide)
+        mine = [x[:, own].clone().requires_grad_() for x in logits]
+        loss, _ = sharded_arl_loss(mine[0], mine[1:], target, reduction="sum", rule="none")
+        for got, want in zip(torch.autograd.grad(loss, mine), truth, strict=True):
+            error = (got.double() - want[:, own]).norm(dim=1) / want.norm(dim=1)
+            assert float(error.max()) < 2e-6, (name, error)
+    empty = [x[:0, own].requires_grad_() for x in noise]
+    loss, stats = sharded_arl_loss(empty[0], empty[1:], target[:0], rule="none")
+    assert loss.isnan()
+    assert stats.count.tolist() == [0, 0, 0]
+    assert all(g.shape == x.shape for g, x in zip(torch.autograd.grad(loss, empty), empty, strict=True))
 
 
 def check_sharded_errors(rank, world):
@@ -434,7 +529,9 @@ def check_sharded_errors(rank, world):
 
 
 def check_sharded_head_trains_as_the_unsharded(rank, world):
-    """Column-parallel head: encoders alike on all processes get the gradients of the unsharded model, gains included."""
+    """Column-parallel head: encoders alike on all processes get the gradients of the unsharded model, gains
+    included.
+    """
     dtype, classes = torch.float64, 4 * world
     own = bounds(rank, world, classes, False)
     x = {name: torch.randn(6, 8, dtype=dtype) for name in ("a", "v")}
@@ -473,7 +570,9 @@ def check_sharded_compiled(rank, world):
     got, got_gains = torch.compile(step, fullgraph=True, backend="aot_eager")(target, *logits)
     close(got, expected, torch.float32)
     close(got_gains, gains, torch.float32)
-    for a, b in zip(torch.autograd.grad(got, [link, *logits]), torch.autograd.grad(expected, [link, *logits]), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got, [link, *logits]), torch.autograd.grad(expected, [link, *logits]), strict=True
+    ):
         close(a, b, torch.float32)
 
 
@@ -493,7 +592,9 @@ def check_sharded_classes_and_batch(rank, world):
     rows = slice(0, 2) if mesh.get_local_rank("batch") == 0 else slice(2, 7)
     own = bounds(mesh.get_local_rank("classes"), world // 2, 8, False)
     mine = [x[rows, own].clone().requires_grad_() for x in logits]
-    got_loss, got_stats = sharded_arl_loss(mine[0], mine[1:], target[rows], link, group=mesh["classes"], sync_stats=mesh["batch"])
+    got_loss, got_stats = sharded_arl_loss(
+        mine[0], mine[1:], target[rows], link, group=mesh["classes"], sync_stats=mesh["batch"]
+    )
     got = torch.autograd.grad(got_loss, mine)
     close(got_loss, loss, dtype)
     for a, b in zip(got_stats, stats, strict=True):

@@ -1,19 +1,22 @@
-"""Fixtures that move tests to a GPU: the implementations that serve it, tensors made there, truth computed on the CPU.
+"""Fixtures that move tests to a GPU: tensors are made there, truth is computed on the CPU.
 
-Importing this skips the module without a GPU. ARL_TEST_DEVICE=cpu runs what can run on a CPU, to see that the tests are sound.
+Importing this skips the module without a GPU. ARL_TEST_DEVICE=cpu runs what can run on a CPU, to see that the
+tests are sound.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic matrix products
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # read when cuBLAS starts; deterministic matrix products
 
 import oracle
 import pytest
 import torch
 
-from arl_fast import dispatch
+from arl_fast.implementations import dispatch
 
 DEVICE = os.environ.get("ARL_TEST_DEVICE", "cuda")
 if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -46,7 +49,9 @@ def _truth_on_cpu(logits, target, **options):
         return value.cpu() if isinstance(value, torch.Tensor) else value
 
     with torch.device("cpu"):
-        truth = TRUTH([x.cpu() for x in logits], target.cpu(), **{name: away(value) for name, value in options.items()})
+        truth = TRUTH(
+            [x.cpu() for x in logits], target.cpu(), **{name: away(value) for name, value in options.items()}
+        )
     return oracle.Truth(truth.loss.to(DEVICE), [g.to(DEVICE) for g in truth.grads], truth.stats)
 
 

@@ -1,4 +1,4 @@
-"""The method in float64, written from the formulas of docs/method.md with Python loops: truth, independent of the package.
+"""The method in float64, from the formulas of docs/method.md, with Python loops: truth, not from the package.
 
 Gradients of the logits come from autograd through these formulas, the coefficients from plain Python numbers.
 """
@@ -23,7 +23,7 @@ def arl(
     logits: list[Tensor],
     target: Tensor,
     *,
-    gamma: float = 1.0,
+    gamma: float | tuple[float, ...] | Tensor = 1.0,
     temperature: float = 8.0,
     rule: str = "share",
     dependence: str = "confidence",
@@ -37,7 +37,9 @@ def arl(
     warming: bool = False,
     upstream: Tensor | float = 1.0,
 ) -> Truth:
-    """Loss, gradients (times ``upstream``) and statistics for logits [B, C] or [B, C, d1, ...], the fused branch first."""
+    """Loss, gradients (times ``upstream``) and statistics for logits [B, C] or [B, C, d1, ...], the fused
+    branch first.
+    """
     leaves = [x.detach().double().clone().requires_grad_() for x in logits]
     rows = [x.movedim(1, -1).reshape(-1, x.shape[1]) for x in leaves]
     n, classes = rows[0].shape
@@ -54,8 +56,10 @@ def arl(
         for i, v in enumerate(y):
             if valid[i]:
                 t[i, v] = 1.0
-    if warming:
-        gamma = 1.0
+    modalities = len(rows) - 1
+    gammas = [
+        1.0 if warming else float(g) for g in torch.as_tensor(gamma, dtype=torch.float64).expand(modalities)
+    ]
 
     def present(branch: int, i: int) -> bool:
         return branch == 0 or mask is None or bool(mask[i // positions, branch - 1])
@@ -74,7 +78,9 @@ def arl(
             ce = torch.zeros((), dtype=torch.float64)
             for c in range(classes):
                 coefficient = (
-                    float(w[c] * smoothed[c]) if soft else float((1 - label_smoothing) * t[i][c] * w[c] + label_smoothing / classes * w[c])
+                    float(w[c] * smoothed[c])
+                    if soft
+                    else float((1 - label_smoothing) * t[i][c] * w[c] + label_smoothing / classes * w[c])
                 )
                 if coefficient:
                     ce = ce - coefficient * logp[c]
@@ -84,7 +90,9 @@ def arl(
             p = values.exp()
             # tolerate a certain prediction: 0 log 0 = 0
             stats["entropy"] += -sum(float(p[c] * values[c]) for c in range(classes) if p[c] > 0)
-            stats["dependence"] += float((t[i] * p).sum()) if dependence == "confidence" else float(x[i].detach().abs().sum())
+            stats["dependence"] += (
+                float((t[i] * p).sum()) if dependence == "confidence" else float(x[i].detach().abs().sum())
+            )
             stats["correct"] += float(int(x[i].argmax()) == int(t[i].argmax()))
         total = torch.stack(per_row).sum() if per_row else torch.zeros((), dtype=torch.float64)
         branch_losses.append((total, norm))
@@ -97,13 +105,12 @@ def arl(
             return torch.zeros((), dtype=torch.float64)
         return total / norm if norm else total * math.nan
 
-    modalities = len(rows) - 1
     if reduction == "mean":
-        loss = mean(0) + gamma * sum(mean(m + 1) for m in range(modalities))
+        loss = mean(0) + sum(g * mean(m + 1) for m, g in enumerate(gammas))
     elif reduction == "sum":
-        loss = branch_losses[0][0] + gamma * sum(branch_losses[m + 1][0] for m in range(modalities))
+        loss = branch_losses[0][0] + sum(g * branch_losses[m + 1][0] for m, g in enumerate(gammas))
     else:
-        loss = row_losses[0] + gamma * sum(row_losses[1:])
+        loss = row_losses[0] + sum(g * row for g, row in zip(gammas, row_losses[1:], strict=True))
         loss = loss.reshape(target.shape[:1] + target.shape[2:] if soft else target.shape)
     if n:
         grads = torch.autograd.grad((loss * upstream).sum(), leaves, allow_unused=True)

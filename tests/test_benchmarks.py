@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arl_fast import dispatch
+from arl_fast.implementations import dispatch
 from benchmarks import cases, compare, contenders, measure, models, plot, rows, step, tables, truth
 
 ROOT = Path(__file__).parent.parent
@@ -31,17 +31,29 @@ def gate(contender, case=CASE):
     return measure.Step(contender, case, *cases.make(case, "cpu")).gate()
 
 
-@pytest.mark.parametrize("case", [CASE, cases.Case("tiny", 64, 40, 3, "bfloat16"), cases.Case("large", 8, 5000, 2, "float32")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [CASE, cases.Case("tiny", 64, 40, 3, "bfloat16"), cases.Case("large", 8, 5000, 2, "float32")],
+    ids=str,
+)
 def test_every_contender_passes_the_gate(case):
     everyone = contenders.contenders(case, "cpu", compile=False)
-    assert {c.name for c in everyone} >= {"arl_fast reference", "eager ARL", "torch CE x (M+1)", "torch CE, fused only"}
+    assert {c.name for c in everyone} >= {
+        "arl_fast reference",
+        "eager ARL",
+        "torch CE x (M+1)",
+        "torch CE, fused only",
+    }
     for contender in everyone:
         gate(contender, case)
 
 
 def test_both_forms_of_eager_agree():
     logits, target = cases.make(CASE, "cpu")
-    results = [f(logits, target, torch.zeros(2)) for f in (contenders.eager_stacked, contenders.eager_split, contenders.eager_for_compiler)]
+    results = [
+        f(logits, target, torch.zeros(2))
+        for f in (contenders.eager_stacked, contenders.eager_split, contenders.eager_for_compiler)
+    ]
     for loss, stats in results[1:]:
         torch.testing.assert_close(loss, results[0][0])
         for name, value in stats.items():
@@ -85,7 +97,7 @@ sys.path.insert(0, "tests")
 import pytest, test_benchmarks
 from benchmarks import contenders
 everyone = contenders.contenders
-contenders.contenders = lambda case, device, compile: [*everyone(case, device, compile)[:2], test_benchmarks.WRONG["loss"]]
+contenders.contenders = lambda *args: [*everyone(*args)[:2], test_benchmarks.WRONG["loss"]]
 arguments = "--suites=tiny --rotations=1 --rounds=2 --sample=1e-5 --no-compile -p no:cacheprovider".split()
 sys.exit(pytest.main(["-q", "benchmarks/bench_micro.py", "--rows={path}", *arguments]))
 """
@@ -97,7 +109,12 @@ sys.exit(pytest.main(["-q", "benchmarks/bench_micro.py", "--rows={path}", *argum
     assert all("loss: relative error 0.001" in r["rejected"] and "host_us" not in r for r in wrong)
     assert "not timed: wrong" in tables.terminal(found)
     timed = [r for r in found if r["contender"] == "torch CE, fused only"]
-    assert {(r["what"], r["cache"]) for r in timed} == {("both", "warm"), ("both", "cold"), ("forward", "warm"), ("backward", "warm")}
+    assert {(r["what"], r["cache"]) for r in timed} == {
+        ("both", "warm"),
+        ("both", "cold"),
+        ("forward", "warm"),
+        ("backward", "warm"),
+    }
     for r in timed:
         assert r["host_us"]["q1"] <= r["host_us"]["median"] <= r["host_us"]["q3"]
         assert r["torch"] == torch.__version__
@@ -115,7 +132,9 @@ def test_steps_of_training(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     step.main(["--tiny", "--seconds=0.05", f"--rows={path}"])
     found = rows.read(path)
-    assert {(r["suite"], r["contender"]) for r in found} == {(m, w) for m in ("resnet18 (tiny)", "mlp (tiny)") for w in step.WAYS}
+    assert {(r["suite"], r["contender"]) for r in found} == {
+        (m, w) for m in ("resnet18 (tiny)", "mlp (tiny)") for w in step.WAYS
+    }
     assert all({"median", "q1", "q3"} == set(r["added_percent"]) for r in found)
     assert "arl_fast" in tables.steps(found, "cpu")
 
@@ -140,7 +159,16 @@ def test_fit_finds_fixed_cost_and_slope():
 
 
 def row(contender, median, spread=0.02, **changes):
-    place = dict(kind="cuda", device="GPU", experiment="micro", suite="paper", batch=64, classes=6, modalities=2, dtype="float32")
+    place = dict(
+        kind="cuda",
+        device="GPU",
+        experiment="micro",
+        suite="paper",
+        batch=64,
+        classes=6,
+        modalities=2,
+        dtype="float32",
+    )
     place |= dict(threads=None, contender=contender, what="both", cache="warm")
     times = {"median": median, "q1": median * (1 - spread), "q3": median * (1 + spread), "n": 50}
     return place | {"host_us": times, "device_us": copy.deepcopy(times)} | changes
@@ -160,7 +188,10 @@ def test_comparison_on_a_cpu_is_of_ratios():
     """The whole machine at half speed is no regression; ours slower than the unit is one."""
 
     def file(unit, ours):
-        return [row(name, time, kind="cpu", device="CPU", threads=1) for name, time in ((compare.UNIT, unit), ("arl_fast native", ours))]
+        return [
+            row(name, time, kind="cpu", device="CPU", threads=1)
+            for name, time in ((compare.UNIT, unit), ("arl_fast native", ours))
+        ]
 
     assert compare.slower(file(5, 10), file(10, 20)) == []
     assert {c.factor for c in compare.slower(file(5, 10), file(5, 20))} == {2.0}
@@ -178,7 +209,9 @@ def test_comparison_by_its_command(tmp_path):
 
 
 def test_a_contender_that_newly_fails_the_gate_is_a_regression():
-    rejected = {k: v for k, v in row("arl_fast native", 1.0).items() if not k.endswith("_us")} | {"rejected": "gradients: wrong"}
+    rejected = {k: v for k, v in row("arl_fast native", 1.0).items() if not k.endswith("_us")} | {
+        "rejected": "gradients: wrong"
+    }
     (change,) = compare.slower([row("arl_fast native", 1.0)], [rejected])
     assert "gradients: wrong" in change.measure
 
@@ -187,20 +220,38 @@ def test_tables_and_plots_from_rows(tmp_path):
     """Of a CPU ratios, of a GPU times; nothing is drawn from nothing."""
     pytest.importorskip("matplotlib")
     names = [compare.UNIT, "arl_fast native", "eager ARL"]
-    facts = dict(launches=2, launches_forward=1, syncs=0, floor_share=0.5, peak_ratio=1.0, device_method="graph")
+    facts = dict(
+        launches=2, launches_forward=1, syncs=0, floor_share=0.5, peak_ratio=1.0, device_method="graph"
+    )
     versions = dict(torch="2", python="3", commit="abc", date="2030-01-01", operations=4)
     found = []
     for i, name in enumerate(names):
         for cache in ("warm", "cold"):
             found.append(row(name, 10.0 * (i + 1), cache=cache, **versions, **facts))
             found.append(row(name, 10.0 * (i + 1), cache=cache, suite="large", **versions, **facts))
-            found.append(row(name, 7.0 * (i + 1), cache=cache, kind="cpu", device="CPU", threads=1, peak_ratio=1.0, **versions))
+            found.append(
+                row(
+                    name,
+                    7.0 * (i + 1),
+                    cache=cache,
+                    kind="cpu",
+                    device="CPU",
+                    threads=1,
+                    peak_ratio=1.0,
+                    **versions,
+                )
+            )
         for suite, column in (("batch", "batch"), ("classes", "classes"), ("modalities", "modalities")):
             for n in (2, 64, 256):
                 place = {"suite": f"scaling-{suite}", "kind": "cpu", "device": "CPU", "threads": 1, column: n}
                 found.append(row(name, 3.0 + n, **place, **versions))
     drawn = plot.cpu(found, tmp_path) + plot.gpu(found, tmp_path)
-    assert {p.name for p in drawn} == {"bench-cpu.svg", "bench-cpu-scaling.svg", "bench-gpu-small.svg", "bench-gpu-large.svg"}
+    assert {p.name for p in drawn} == {
+        "bench-cpu.svg",
+        "bench-cpu-scaling.svg",
+        "bench-gpu-small.svg",
+        "bench-gpu-large.svg",
+    }
     assert plot.cpu([], tmp_path) + plot.gpu([], tmp_path) == []
     pieces = plot.generated(found)
     assert "| arl_fast native | 2.00 |" in pieces["cpu-paper"]

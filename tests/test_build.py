@@ -1,4 +1,6 @@
-"""Building: a Python install without the native kernels that works and says why they are absent, and flags of the user."""
+"""Building: a Python install without the native kernels that works and says why they are absent, and flags of
+the user.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "csrc", "arl_fast"):
         target = tmp_path / name
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("_C*", "__pycache__", "native_build.txt"))
+            shutil.copytree(
+                ROOT / name, target, ignore=shutil.ignore_patterns("_C*", "__pycache__", "native_build.txt")
+            )
         else:
             target.write_bytes((ROOT / name).read_bytes())
     return tmp_path
@@ -28,7 +32,9 @@ def checkout(tmp_path: Path) -> Path:
 
 def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return subprocess.run(command, cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True
+    )
 
 
 # An editable install of this checkout would lend its extension to the copy.
@@ -40,7 +46,9 @@ runpy.run_module("arl_fast", run_name="__main__")
 
 
 def report(checkout: Path) -> str:
-    return subprocess.run([sys.executable, "-c", REPORT], cwd=checkout, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", REPORT], cwd=checkout, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_python_only(checkout):
@@ -58,6 +66,17 @@ def test_without_a_compiler(checkout):
     assert "ARL_FAST_BUILD=cpu, but there is no C++ compiler" in done.stderr
 
 
+def test_an_extension_for_another_torch_is_not_used():
+    code = """
+import runpy, sys, types
+sys.modules["arl_fast._C"] = types.SimpleNamespace(torch="1.0")
+runpy.run_module("arl_fast", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "cpu: reference" in done.stdout, done.stderr
+    assert "arl_fast._C was built for torch 1.0, this is torch" in done.stdout
+
+
 def test_a_wrong_mode_is_named(checkout):
     done = build(checkout, ARL_FAST_BUILD="gpu")
     assert done.returncode != 0
@@ -70,10 +89,19 @@ def test_the_note_stays_out_of_version_control():
 
 @pytest.mark.parametrize("name", ["isa_baseline", "isa_avx2"])
 def test_a_users_flags_do_not_change_the_width_of_vectors(name):
-    """CXXFLAGS=-march=native reaches every copy of the row kernels, on a CPU with AVX-512 the narrower ones, too."""
+    """CXXFLAGS=-march=native reaches every copy of the row kernels, on a CPU with AVX-512 the narrower ones,
+    too.
+    """
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("no g++, or no x86-64")
-    command = [compiler, "-std=c++20", "-fsyntax-only", "-w", "-march=skylake-avx512", str(ROOT / f"csrc/cpu/{name}.cpp")]
+    command = [
+        compiler,
+        "-std=c++20",
+        "-fsyntax-only",
+        "-w",
+        "-march=skylake-avx512",
+        str(ROOT / f"csrc/cpu/{name}.cpp"),
+    ]
     checked = subprocess.run(command, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr[-2000:]

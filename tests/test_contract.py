@@ -24,14 +24,19 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2, to
 
 def make(modalities=2, batch=7, classes=5, dtype=torch.float32, scale=2.0, shape=()):
     """Logits (fused first) rounded to dtype, and class indices."""
-    logits = [(scale * torch.randn(batch, classes, *shape, dtype=torch.float64)).to(dtype) for _ in range(modalities + 1)]
+    logits = [
+        (scale * torch.randn(batch, classes, *shape, dtype=torch.float64)).to(dtype)
+        for _ in range(modalities + 1)
+    ]
     return logits, torch.randint(0, classes, (batch, *shape))
 
 
 def run(logits, target, link=True, upstream=None, **options):
     """Loss, gradients of the logits and statistics of the implementation under test."""
     leaves = [x.detach().requires_grad_() for x in logits]
-    zero = torch.zeros(len(logits) - 1, dtype=torch.float64 if logits[0].dtype == torch.float64 else torch.float32)
+    zero = torch.zeros(
+        len(logits) - 1, dtype=torch.float64 if logits[0].dtype == torch.float64 else torch.float32
+    )
     loss, stats = arl_loss(leaves[0], leaves[1:], target, link=zero if link else None, **options)
     grads = torch.autograd.grad(loss, leaves, upstream if upstream is not None else torch.ones_like(loss))
     return loss.detach(), list(grads), stats
@@ -51,14 +56,20 @@ def check(logits, target, tolerance=None, upstream=None, **options):
     statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     assert loss.dtype == statistics_dtype
     assert loss.shape == truth.loss.shape
-    exact = 1e-12 if dtype == torch.float64 else 2e-5  # statistics are computed in float32 whatever the logits' dtype
+    exact = (
+        1e-12 if dtype == torch.float64 else 2e-5
+    )  # statistics are computed in float32 whatever the logits' dtype
     assert relative(loss, truth.loss) < exact
     for name, want in truth.stats.items():
         got = getattr(stats, name)
         assert got.dtype == statistics_dtype
         assert not got.requires_grad
         torch.testing.assert_close(
-            got.double(), torch.tensor(want, dtype=torch.float64), rtol=exact, atol=exact, msg=lambda m, n=name: f"{n}: {m}"
+            got.double(),
+            torch.tensor(want, dtype=torch.float64),
+            rtol=exact,
+            atol=exact,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
     for branch, (got, want) in enumerate(zip(grads, truth.grads, strict=True)):
         assert got.dtype == dtype
@@ -75,11 +86,11 @@ def test_against_truth(implementation, poisoned, modalities, dtype):
 
 @pytest.mark.parametrize(
     ("batch", "classes"),
-    [(1, 1), (1, 2), (5, 1), (3, 2), (64, 6), (9, 33), (4, 130), (3, 1031), (2, 4099)],
+    [(1, 2), (3, 2), (64, 6), (9, 33), (4, 130), (3, 1031), (2, 4099)],
     ids=lambda v: str(v),
 )
 def test_shapes(implementation, poisoned, batch, classes):
-    """One class, fewer classes than a vector, odd tails, more than one tile."""
+    """Fewer classes than a vector, odd tails, more than one tile."""
     check(*make(2, batch, classes))
 
 
@@ -124,9 +135,15 @@ def test_nan_in_one_modality_shows_everywhere(implementation):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("options", [dict(), dict(weight=True), dict(label_smoothing=0.2), dict(weight=True, label_smoothing=0.2)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(weight=True), dict(label_smoothing=0.2), dict(weight=True, label_smoothing=0.2)],
+    ids=str,
+)
 def test_cross_entropy_options(implementation, poisoned, reduction, soft, options):
-    """Each branch follows torch.nn.functional.cross_entropy, with a mask and a non-trivial upstream gradient on top."""
+    """Each branch follows torch.nn.functional.cross_entropy, with a mask and a non-trivial upstream gradient
+    on top.
+    """
     logits, target = make(batch=9)
     options = dict(options)
     if options.pop("weight", False):
@@ -221,7 +238,15 @@ def test_all_ignored(implementation, poisoned, reduction):
     assert loss.isnan().all() if reduction == "mean" else loss.eq(0).all()
     assert all(g.eq(0).all() for g in grads)
     assert stats.gains.tolist() == [1, 1]
-    for name in ("accuracy", "entropy", "dependence", "inverse_variance", "dependence_share", "coefficients", "count"):
+    for name in (
+        "accuracy",
+        "entropy",
+        "dependence",
+        "inverse_variance",
+        "dependence_share",
+        "coefficients",
+        "count",
+    ):
         assert getattr(stats, name).eq(0).all(), name
 
 
@@ -288,7 +313,9 @@ def test_trained_like_and_extreme(implementation, kind, dtype):
         if kind == "right":
             x[torch.arange(batch), target] += torch.linspace(2, 18, batch, dtype=torch.float64) - b
         elif kind == "wrong":
-            x[torch.arange(batch), (target + 1) % classes] += torch.linspace(2, 18, batch, dtype=torch.float64) - b
+            x[torch.arange(batch), (target + 1) % classes] += (
+                torch.linspace(2, 18, batch, dtype=torch.float64) - b
+            )
         elif kind == "tied":
             x.zero_()
         else:
@@ -304,7 +331,9 @@ def test_trained_like_and_extreme(implementation, kind, dtype):
     for got, want in zip(grads, truth.grads, strict=True):
         assert relative(got, want) <= 1.5 * relative(torch_grad, truth.grads[0]) + slack
     torch_error = abs(float(torch_loss.detach()) - truth.stats["loss"][0])
-    assert abs(float(stats.loss[0]) - truth.stats["loss"][0]) <= 1.1 * torch_error + 2e-6 * (1 + truth.stats["loss"][0])
+    assert abs(float(stats.loss[0]) - truth.stats["loss"][0]) <= 1.1 * torch_error + 2e-6 * (
+        1 + truth.stats["loss"][0]
+    )
     wanted = torch.tensor(truth.stats["gains"], dtype=torch.float64)
     torch.testing.assert_close(stats.gains.double(), wanted, rtol=0, atol=1e-4)
 
@@ -333,9 +362,36 @@ def test_schedule_as_tensors(implementation):
     logits, target = make()
     _, _, want = run(logits, target, gamma=2.5, temperature=3.0)
     loss_want, grads_want, _ = run(logits, target, gamma=2.5, temperature=3.0)
-    loss, grads, got = run(logits, target, gamma=torch.tensor(2.5), temperature=torch.tensor(3.0, dtype=torch.float64))
+    loss, grads, got = run(
+        logits, target, gamma=torch.tensor(2.5), temperature=torch.tensor(3.0, dtype=torch.float64)
+    )
     for a, b in zip([loss, *grads, *got], [loss_want, *grads_want, *want], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("tensor", [False, True], ids=["numbers", "tensor"])
+def test_gamma_per_modality(implementation, poisoned, tensor, reduction):
+    """As numbers and as a tensor, also one whose entries are not adjacent; during the warm-up all are 1."""
+    logits, target = make(modalities=3, batch=9)
+    mask = torch.rand(9, 3) > 0.3
+    values = (0.3, 0.0, 2.7)
+    gamma = torch.tensor(values).repeat_interleave(2)[::2] if tensor else values
+    upstream = torch.randn(9) if reduction == "none" else None
+    for options in (dict(), dict(mask=mask, warming=True), dict(warming=torch.tensor(False))):
+        loss, grads, _ = run(logits, target, gamma=gamma, reduction=reduction, upstream=upstream, **options)
+        weights = 1.0 if upstream is None else upstream.double()
+        options["warming"] = bool(options.get("warming", False))
+        truth = oracle.arl(logits, target, gamma=values, reduction=reduction, upstream=weights, **options)
+        assert relative(loss, truth.loss) < 1e-6
+        assert all(relative(g, t) < 3e-6 for g, t in zip(grads, truth.grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    "gamma", [(0.1, 1 / 3), torch.tensor([0.1, 1 / 3], dtype=torch.float64), 1 / 3], ids=str
+)
+def test_gamma_is_not_rounded_for_float64(implementation, gamma):
+    check(*make(dtype=torch.float64), gamma=gamma, temperature=1 / 3)
 
 
 @pytest.mark.parametrize("warming", [True, torch.tensor(True)], ids=["bool", "tensor"])
@@ -362,7 +418,9 @@ def test_custom_rule(implementation):
     _, _, constant = run(logits, target, rule="constant")
     for got, want in zip(uniform, constant, strict=True):
         torch.testing.assert_close(got, want)
-    with pytest.raises(ValueError, match=r"rule: the callable returned a tensor of shape \[4\], expected .* \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"rule: the callable returned a tensor of shape \[4\], expected .* \[3\]"
+    ):
         run(logits, target, rule=lambda s: s.loss)
 
 
@@ -387,7 +445,9 @@ def test_logits_are_read_only(implementation):
 
 
 def test_backward_twice(implementation):
-    """With retain_graph the second backward is as right as the first, whatever was done with the first one's result."""
+    """With retain_graph the second backward is as right as the first, whatever was done with the first one's
+    result.
+    """
     logits, target = make()
     leaves = [x.requires_grad_() for x in logits]
     for scale in (1.0, 0.5):
@@ -430,7 +490,9 @@ def test_gradient_for_some_branches_only(implementation):
 
 @pytest.mark.parametrize("gain", ["residual", "mean_one", "plain"])
 def test_gains_on_encoders_and_one_on_the_head(implementation, gain):
-    """Equation 19 end to end: features times the stated gain, the head's own parameters as if there were none."""
+    """Equation 19 end to end: features times the stated gain, the head's own parameters as if there were
+    none.
+    """
     head = arl_fast.ConcatHead({"audio": 4, "visual": 3}, 5)
     target = torch.randint(0, 5, (6,))
     criterion = ARLLoss(gain=gain, gamma=1.5)
@@ -451,7 +513,10 @@ def test_gains_on_encoders_and_one_on_the_head(implementation, gain):
 def test_modulate_dtypes(implementation):
     """The gain is applied in float32 and rounded once, for features of any shape and dtype."""
     for dtype in DTYPES:
-        z = [torch.randn(3, 4, dtype=dtype, requires_grad=True), torch.randn(2, 2, 2, dtype=dtype, requires_grad=True)]
+        z = [
+            torch.randn(3, 4, dtype=dtype, requires_grad=True),
+            torch.randn(2, 2, 2, dtype=dtype, requires_grad=True),
+        ]
         out, link = arl_fast.modulate(z)
         assert all(torch.equal(a, b) for a, b in zip(out, z, strict=True))
         assert link.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -462,7 +527,9 @@ def test_modulate_dtypes(implementation):
             torch.testing.assert_close(x.grad, (g.to(link.dtype) * a).to(dtype), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(label_smoothing=0.1, reduction="sum"), dict(reduction="none")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(label_smoothing=0.1, reduction="sum"), dict(reduction="none")], ids=str
+)
 def test_gradcheck(implementation, options):
     logits, target = make(batch=3, classes=4, dtype=torch.float64)
     target[0] = -100
@@ -481,7 +548,9 @@ def test_gradcheck_through_the_head(implementation, reduction):
     target = torch.randint(0, 4, (3,))
     z = [torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     criterion = ARLLoss(reduction=reduction)
-    upstream = torch.randn(3, dtype=torch.float64) if reduction == "none" else torch.tensor(1.3, dtype=torch.float64)
+    upstream = (
+        torch.randn(3, dtype=torch.float64) if reduction == "none" else torch.tensor(1.3, dtype=torch.float64)
+    )
     grads = torch.autograd.grad(criterion(head(z), target), z, upstream)
     gains = criterion.stats.gains
 
@@ -497,7 +566,9 @@ def test_gradcheck_through_the_head(implementation, reduction):
             plus.view(-1)[i] += step
             minus.view(-1)[i] -= step
             others = [t.detach() for t in z]
-            numeric.view(-1)[i] = (value(*others[:m], plus, *others[m + 1 :]) - value(*others[:m], minus, *others[m + 1 :])) / (2 * step)
+            numeric.view(-1)[i] = (
+                value(*others[:m], plus, *others[m + 1 :]) - value(*others[:m], minus, *others[m + 1 :])
+            ) / (2 * step)
         torch.testing.assert_close(g, gains[m] * numeric, rtol=1e-6, atol=1e-8)
 
 
@@ -507,4 +578,6 @@ def test_deterministic(implementation):
     for _ in range(3):
         again = run(logits, target)
         assert torch.equal(first[0], again[0])
-        assert all(torch.equal(a, b) for a, b in zip([*first[1], *first[2]], [*again[1], *again[2]], strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip([*first[1], *first[2]], [*again[1], *again[2]], strict=True)
+        )

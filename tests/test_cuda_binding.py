@@ -1,4 +1,6 @@
-"""The binding of the CUDA launchers (csrc/cuda_ops.cpp), linked with their emulation, under the contract's tests."""
+"""The binding of the CUDA launchers (csrc/cuda_ops.cpp), linked with their emulation, under the contract's
+tests.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ if reason:
 import test_contract as contract  # noqa: E402
 from torch.utils.cpp_extension import include_paths, library_paths  # noqa: E402
 
-from arl_fast import dispatch, reference, rules  # noqa: E402
-from arl_fast.kernels import native  # noqa: E402
+from arl_fast._core import rules  # noqa: E402
+from arl_fast._core.checks import check_class_range  # noqa: E402
+from arl_fast.implementations import dispatch, native  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +34,25 @@ def binding(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     shutil.copy(emulated, folder / "libemulated.so")
     built = folder / "arl_cuda_binding.so"
     includes = [f"-I{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
-    libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
-    sources = [str(build.CSRC / "cuda_ops.cpp"), str(build.HERE / "binding.cpp")]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    libraries = [f"-L{path}" for path in library_paths()] + [
+        "-ltorch",
+        "-ltorch_cpu",
+        "-ltorch_python",
+        "-lc10",
+    ]
+    sources = [
+        str(build.CSRC / "cuda_ops.cpp"),
+        str(build.CSRC / "eager/inputs.cpp"),
+        str(build.HERE / "binding.cpp"),
+    ]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-w",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+    ]
     runtime = [f"-L{folder}", "-lemulated", f"-Wl,-rpath,{folder}"]
     command = [build.COMPILER, *flags, *includes, *sources, *runtime, *libraries, "-o", str(built)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -47,34 +66,42 @@ def binding(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.fixture
 def implementation(binding: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What kernels/native.py does on a GPU, on the default stream, over the emulated launchers."""
+    """What implementations/native.py does on a GPU, on the default stream, over the emulated launchers."""
     ticket = torch.zeros(1, dtype=torch.int32)
 
-    def forward(logits, target, mask, weight, norm, schedule, options, grad):
-        if not target.is_floating_point():
-            reference.check_targets(target, logits[0].shape[1], options.ignore_index)
-        tensor, numbers = (schedule, (0.0, 0.0, False)) if isinstance(schedule, torch.Tensor) else (None, schedule)
-        native_options = binding.Options(*native._numbers(options))
-        loss, packed, grads = binding.cuda_forward(logits, target, mask, weight, norm, tensor, *numbers, native_options, grad, 0, ticket)
+    def forward(logits, targets, schedule, options, grad):
+        if not targets.target.is_floating_point():
+            check_class_range(targets.target, logits[0].shape[1], options.ignore_index)
+        loss, packed, grads = binding.cuda_forward(
+            logits, targets, schedule, options.for_kernels, grad, 0, ticket
+        )
         assert int(ticket) == 0
-        return loss, packed if isinstance(options.rule, str) else rules.apply_rule(packed, schedule, options), grads
+        packed = packed if isinstance(options.rule, str) else rules.apply_rule(packed, schedule, options)
+        return loss, packed, grads
 
     def scale(grads, upstream, factor, dtype, keep):
-        return binding.cuda_scale(grads, upstream, factor, dtype, not keep, 0)
+        return binding.cuda_scale(grads, upstream, factor, dtype, keep, 0)
 
     def modulate_backward(grads, link):
         given = [m for m, g in enumerate(grads) if g is not None]
         results = iter(binding.cuda_modulate_backward([grads[m] for m in given], link, given, 0))
         return [None if g is None else next(results) for g in grads]
 
-    bound = SimpleNamespace(forward=forward, scale=scale, modulate_backward=modulate_backward, unavailable=lambda d: None, describe=str)
-    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "cuda_binding", "emulation.module")
+    bound = SimpleNamespace(
+        forward=forward,
+        scale=scale,
+        modulate_backward=modulate_backward,
+        unavailable=lambda d: None,
+        describe=str,
+    )
+    monkeypatch.setitem(dispatch.MODULES, "cuda_binding", "emulation.module")
     monkeypatch.setitem(dispatch._loaded, "cuda_binding", bound)
     monkeypatch.setattr(dispatch, "override", "cuda_binding")
     return "cuda_binding"
 
 
-# What depends on the binding: layouts, dtypes, optional tensors, in-place scaling. The kernels' own cases are elsewhere.
+# What depends on the binding: layouts, dtypes, optional tensors, in-place scaling. The kernels' own cases are
+# elsewhere.
 test_against_truth = contract.test_against_truth
 test_cross_entropy_options = contract.test_cross_entropy_options
 test_ignored_rows_and_ignore_index = contract.test_ignored_rows_and_ignore_index
@@ -93,20 +120,26 @@ test_modulate_dtypes = contract.test_modulate_dtypes
 def test_more_tensors_than_one_launch_takes(implementation, binding):
     grads = [torch.randn(m + 1) for m in range(35)]
     link = torch.randn(35)
-    for got, g, value in zip(binding.cuda_modulate_backward(grads, link, list(range(35)), 0), grads, link, strict=True):
+    for got, g, value in zip(
+        binding.cuda_modulate_backward(grads, link, list(range(35)), 0), grads, link, strict=True
+    ):
         torch.testing.assert_close(got, g * (1 + value))
 
 
 def test_a_dtype_that_no_kernel_takes_is_named(binding):
-    with pytest.raises(TypeError, match=r"arl_fast: got dtype Int, expected float64, float32, bfloat16 or float16"):
-        binding.cuda_scale([torch.ones(2, 2)], torch.ones(()), None, torch.int32, False, 0)
+    with pytest.raises(
+        TypeError, match=r"arl_fast: got dtype Int, expected float64, float32, bfloat16 or float16"
+    ):
+        binding.cuda_scale([torch.ones(2, 2)], torch.ones(()), None, torch.int32, True, 0)
 
 
 def test_more_branches_than_a_launch_holds_are_refused(binding):
-    """The Python side gives these to the reference; the binding must not write past its arrays if it is asked all the same."""
+    """The Python side gives these to the reference; the binding must not write past its arrays if it is asked
+    all the same.
+    """
     grads = [torch.ones(2, 2) for _ in range(17)]
     with pytest.raises(RuntimeError, match=r"arl_fast: got 17 branches, expected at most 16"):
-        binding.cuda_scale(grads, torch.ones(()), None, torch.float32, False, 0)
+        binding.cuda_scale(grads, torch.ones(()), None, torch.float32, True, 0)
 
 
 def test_native_leaves_more_branches_to_the_reference(monkeypatch):

@@ -1,4 +1,6 @@
-"""The CUDA kernels beyond the contract: every path of the launch rule, addresses, order of blocks, tickets. Emulated."""
+"""The CUDA kernels beyond the contract: every path of the launch rule, addresses, order of blocks, tickets.
+Emulated.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,17 @@ if build.unavailable():
 
 from emulation import guarded, module
 
-from arl_fast import reference
-from arl_fast.options import Options
-from arl_fast.rules import finish
-from arl_fast.stats import unpack, unpack_sums
+from arl_fast._core import dtypes
+from arl_fast._core.branches import Targets
+from arl_fast._core.options import Options, Schedule
+from arl_fast._core.stats import unpack
+from arl_fast.implementations import reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 3e-6}
 SMALL, WARP, BLOCK = range(3)
 SHARED = 232448  # what sm_90 and sm_100 allow a block
-SCHEDULE = (1.5, 4.0, False)
+SCHEDULE = Schedule(1.5, 4.0)
 DEVICES = {"sm_90": (132, 232448), "sm_80": (108, 166912), "sm_100": (148, 232448), "sm_89": (24, 101376)}
 
 
@@ -38,7 +41,13 @@ def device():
 
 def options(**given):
     defaults = dict(
-        rule="share", dependence="confidence", entropy_floor=None, gain="residual", ignore_index=-100, label_smoothing=0.0, reduction="mean"
+        rule="share",
+        dependence="confidence",
+        entropy_floor=None,
+        gain="residual",
+        ignore_index=-100,
+        label_smoothing=0.0,
+        reduction="mean",
     )
     return Options(**{**defaults, **given})
 
@@ -46,7 +55,7 @@ def options(**given):
 def make(rows, classes, dtype=torch.float32, branches=3, kind="hard"):
     logits = [(2 * torch.randn(rows, classes, dtype=torch.float64)).to(dtype) for _ in range(branches)]
     if kind == "soft":
-        return logits, torch.softmax(torch.randn(rows, classes), 1).to(reference.compute_dtype(dtype))
+        return logits, torch.softmax(torch.randn(rows, classes), 1).to(dtypes.compute_dtype(dtype))
     target = torch.randint(0, classes, (rows,))
     target[4::5] = -100
     return logits, target
@@ -56,22 +65,28 @@ def relative(got, want):
     return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
 
 
-def compare(logits, target, chosen=None, mask=None, weight=None, norm=None, schedule=SCHEDULE, **more):
+def double(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def compare(logits, target, chosen=None, mask=None, weight=None, divisor=None, schedule=SCHEDULE, **more):
     """The emulated kernels against the reference in float64, on the same rounded logits."""
     chosen = chosen or options()
     dtype = logits[0].dtype
-    loss, packed, grads = module.forward(logits, target, mask, weight, norm, schedule, chosen, True, **more)
-    double = [None if x is None else x.double() for x in (weight, norm)]
-    wide_target = target.double() if target.is_floating_point() else target
-    wide_schedule = schedule.double() if isinstance(schedule, torch.Tensor) else schedule
+    targets = Targets(target, mask, weight, divisor)
+    loss, packed, grads = module.forward(logits, targets, schedule, chosen, True, **more)
     want_loss, want_packed, want_grads = reference.forward(
-        [x.double() for x in logits], wide_target, mask, *double, wide_schedule, chosen, True
+        [x.double() for x in logits],
+        Targets(*map(double, targets)),
+        Schedule(*map(double, schedule)),
+        chosen,
+        True,
     )
     exact = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(loss.double(), want_loss, rtol=exact, atol=exact)
     torch.testing.assert_close(packed.double(), want_packed, rtol=exact, atol=exact)
     for got, want in zip(grads, want_grads, strict=True):
-        assert got.dtype == reference.grad_dtype(dtype)
+        assert got.dtype == dtypes.grad_dtype(dtype)
         assert relative(got, want) < TOLERANCE[dtype]
     return loss, packed, grads
 
@@ -115,12 +130,15 @@ def test_every_family(dtype, rows, classes, family, threads):
     compare(logits, target.int(), options(label_smoothing=0.1, dependence="logit_l1", reduction="sum"))
 
 
-@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 6), (torch.bfloat16, 300), (torch.float64, 700), (torch.float16, 5000)])
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(torch.float32, 6), (torch.bfloat16, 300), (torch.float64, 700), (torch.float16, 5000)],
+)
 @pytest.mark.parametrize("kind", ["soft", "weighted", "soft weighted"])
 def test_dense_targets(dtype, classes, kind):
     """Class probabilities, and class weights under label smoothing, in every family."""
     logits, target = make(11, classes, dtype, kind=kind.split()[0])
-    weight = torch.rand(classes, dtype=reference.compute_dtype(dtype)) + 0.1 if "weighted" in kind else None
+    weight = torch.rand(classes, dtype=dtypes.compute_dtype(dtype)) + 0.1 if "weighted" in kind else None
     mask = torch.rand(11, 2) > 0.3
     for reduction in ("mean", "none"):
         compare(logits, target, options(label_smoothing=0.1, reduction=reduction), mask=mask, weight=weight)
@@ -152,26 +170,37 @@ def test_rows_beyond_the_registers(dtype, classes, shared, vectors):
 def test_no_access_out_of_range(dtype, classes, monkeypatch):
     """Every buffer ends at a forbidden page, then starts after one; rows that are misaligned in every way."""
     logits, target = make(7, classes, dtype)
-    weight = torch.rand(classes, dtype=reference.compute_dtype(dtype))
+    weight = torch.rand(classes, dtype=dtypes.compute_dtype(dtype))
     mask = torch.rand(7, 2) > 0.3
     for at_start in (False, True):
-        monkeypatch.setattr(module, "allocate", lambda shape, dtype, a=at_start: guarded.empty(shape, dtype, a or dtype == torch.uint8))
+        monkeypatch.setattr(
+            module,
+            "allocate",
+            lambda shape, dtype, a=at_start: guarded.empty(shape, dtype, a or dtype == torch.uint8),
+        )
         inputs = [guarded.copy(x, at_start) for x in logits]
         given = [guarded.copy(x, at_start) for x in (target, mask, weight)]
         _, _, grads = compare(inputs, given[0], mask=given[1], weight=given[2])
         upstream = guarded.copy(torch.rand(7, dtype=weight.dtype), at_start)
         scaled = module.scale(grads, upstream, guarded.copy(weight[:3], at_start), dtype, True)
         for m, (g, s) in enumerate(zip(grads, scaled, strict=True)):
-            torch.testing.assert_close(s, (g.to(weight.dtype) * (upstream * weight[m])[:, None]).to(dtype), rtol=0, atol=0)
+            torch.testing.assert_close(
+                s, (g.to(weight.dtype) * (upstream * weight[m])[:, None]).to(dtype), rtol=0, atol=0
+            )
         for g, s in zip(grads, module.modulate_backward(grads, given[2][:3]), strict=True):
             assert g.shape == s.shape
 
 
-@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 7), (torch.float32, 600), (torch.bfloat16, 2500), (torch.float16, 2500)])
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(torch.float32, 7), (torch.float32, 600), (torch.bfloat16, 2500), (torch.float16, 2500)],
+)
 @pytest.mark.parametrize("gap", [0, 1, 3])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_strides(dtype, classes, gap, offset):
-    """Rows with a gap of NaN, at any alignment relative to their gradients; strided targets and masks; expanded rows."""
+    """Rows with a gap of NaN, at any alignment relative to their gradients; strided targets and masks;
+    expanded rows.
+    """
     logits, target = make(6, classes, dtype)
     wide = [torch.full((6, classes + gap + offset), torch.nan, dtype=dtype) for _ in logits]
     for w, x in zip(wide, logits, strict=True):
@@ -202,7 +231,7 @@ def test_same_bits_whatever_the_order_of_the_blocks(reduction, classes):
     results = []
     for seed in range(4):
         module.library().set_seed(seed)
-        loss, packed, grads = module.forward(logits, target, None, None, None, SCHEDULE, chosen, True)
+        loss, packed, grads = module.forward(logits, Targets(target), SCHEDULE, chosen, True)
         results.append([loss, packed, *grads])
     assert plan(torch.float32, len(target), classes, device=(4, SHARED)).grid_x >= 2
     for other in results[1:]:
@@ -210,7 +239,8 @@ def test_same_bits_whatever_the_order_of_the_blocks(reduction, classes):
 
 
 def test_ticket_or_memset(monkeypatch):
-    """A kept counter is 0 again after each launch; without one it lives in the workspace and costs a memset."""
+    """A kept counter is 0 again after each launch; without one it lives in the workspace and costs a memset.
+    """
     logits, target = make(20, 6)
     lib = module.library()
     launches, memsets = lib.launches(), lib.memsets()
@@ -232,10 +262,10 @@ def test_counting_launch(weighted):
     before = module.library().launches()
     compare(logits, target, mask=mask, weight=weight)
     assert module.library().launches() == before + 2
-    compare(logits, target, mask=mask, weight=weight, norm=torch.tensor([11.0, 7.0]))
+    compare(logits, target, mask=mask, weight=weight, divisor=torch.tensor([11.0, 7.0]))
     compare(*make(rows, 2, branches=2, kind="soft"))
     compare(logits, target, options(reduction="sum"), mask=mask)
-    module.forward(logits, target, mask, weight, None, SCHEDULE, options(), False)
+    module.forward(logits, Targets(target, mask, weight), SCHEDULE, options(), False)
     assert module.library().launches() == before + 6
 
 
@@ -247,7 +277,7 @@ def test_target_out_of_range_is_nan(classes):
     for bad, kind in itertools.product([-1, classes, 2**31 - 1], [torch.int64, torch.int32]):
         target[3] = bad
         loss, packed, grads = module.forward(
-            logits, target.to(kind), None, None, None, SCHEDULE, options(reduction="none"), True, check=False
+            logits, Targets(target.to(kind)), SCHEDULE, options(reduction="none"), True, check=False
         )
         stats = unpack(packed)
         assert loss.isnan().tolist() == [n == 3 for n in range(8)]
@@ -263,17 +293,26 @@ def test_row_of_nan_shows():
     logits, target = make(6, 40)
     target[:] = 2
     logits[1][4, 7] = torch.nan
-    loss, packed, grads = module.forward(logits, target, None, None, None, SCHEDULE, options(), True)
+    loss, packed, grads = module.forward(logits, Targets(target), SCHEDULE, options(), True)
     assert loss.isnan()
     assert unpack(packed).entropy.isnan().tolist() == [True, False]
     assert grads[1].isnan().all(1).tolist() == [False] * 4 + [True, False]
     assert not grads[0].isnan().any()
 
 
-def test_schedule_on_the_device():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_schedule_on_the_device(reduction):
+    """Each number by itself as a tensor, one gamma or one per modality; the counter before, at and after its
+    limit.
+    """
     logits, target = make(9, 12)
-    for warming in (0.0, 1.0):
-        compare(logits, target, schedule=torch.tensor([2.5, 3.0, warming]))
+    three = torch.tensor(3.0)
+    for gamma in (2.5, (0.5, 2.0), torch.tensor(2.5), torch.tensor([[0.5, 7.0], [2.0, 7.0]])[:, 0]):
+        for temperature in (3.0, three):
+            compare(logits, target, options(reduction=reduction), schedule=Schedule(gamma, temperature))
+        for step in (None, *map(torch.tensor, (0, 4, 5, 2**40))):
+            chosen = options(reduction=reduction, gain="mean_one")
+            compare(logits, target, chosen, schedule=Schedule(gamma, three, 5, step))
 
 
 @pytest.mark.parametrize("branches", [2, 9, 16])
@@ -289,10 +328,10 @@ def test_too_many_branches_are_refused():
 
 def test_no_rows():
     logits, target = make(0, 6)
-    loss, packed, grads = module.forward(logits, target, None, None, None, SCHEDULE, options(), True)
+    loss, packed, grads = module.forward(logits, Targets(target), SCHEDULE, options(), True)
     assert loss.isnan()
     assert unpack(packed).count.tolist() == [0, 0, 0]
-    loss, _, _ = module.forward(logits, target, None, None, None, SCHEDULE, options(reduction="none"), True)
+    loss, _, _ = module.forward(logits, Targets(target), SCHEDULE, options(reduction="none"), True)
     assert loss.shape == (0,)
     assert module.scale(grads, torch.ones(()), None, torch.float32, True)[0].shape == (0, 6)
 
@@ -310,11 +349,16 @@ def test_scale_leaves_early():
 @pytest.mark.parametrize("shape", [(1, 1), (9, 1), (5, 3), (3, 700), (1, 12000)])
 @pytest.mark.parametrize("upstream", ["scalar", "row", "strided", "expanded"])
 def test_scale(dtype, shape, upstream):
-    compute = reference.compute_dtype(dtype)
-    grads = [torch.randn(shape, dtype=torch.float64).to(reference.grad_dtype(dtype)) for _ in range(3)]
+    compute = dtypes.compute_dtype(dtype)
+    grads = [torch.randn(shape, dtype=torch.float64).to(dtypes.grad_dtype(dtype)) for _ in range(3)]
     factor = torch.rand(3, dtype=compute)
     up = torch.randn(shape[0], 2, dtype=compute)
-    up = {"scalar": up[0, 0], "row": up[:, 0].clone(), "strided": up[:, 1], "expanded": up[:1, 0].expand(shape[0])}[upstream]
+    up = {
+        "scalar": up[0, 0],
+        "row": up[:, 0].clone(),
+        "strided": up[:, 1],
+        "expanded": up[:1, 0].expand(shape[0]),
+    }[upstream]
     want = reference.scale(grads, up, factor, dtype, True)
     for keep in (True, False):
         copies = [g.clone() for g in grads]
@@ -326,28 +370,30 @@ def test_scale(dtype, shape, upstream):
 def test_modulate_backward():
     """Any mix of dtypes, sizes (0 too), alignments and missing gradients."""
     for link_dtype in (torch.float32, torch.float64):
-        grads = [torch.randn(n, dtype=torch.float64).to(d) for n, d in zip([3000, 1, 0, 17, 260, 33], DTYPES[-3:] * 2, strict=True)]
+        grads = [
+            torch.randn(n, dtype=torch.float64).to(d)
+            for n, d in zip([3000, 1, 0, 17, 260, 33], DTYPES[-3:] * 2, strict=True)
+        ]
         grads[4] = grads[4][1:]
         if link_dtype == torch.float64:
             grads.append(torch.randn(5000, dtype=torch.float64))
         grads.insert(2, None)
         link = torch.randn(len(grads), dtype=link_dtype)
-        for got, want in zip(module.modulate_backward(grads, link), reference.modulate_backward(grads, link), strict=True):
+        for got, want in zip(
+            module.modulate_backward(grads, link), reference.modulate_backward(grads, link), strict=True
+        ):
             assert (got is None) == (want is None)
             assert got is None or torch.equal(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("modalities", [1, 2, 15])
-def test_finish(dtype, modalities):
-    """Sums that several launches added up."""
-    logits, target = make(9, 5, dtype, branches=modalities + 1)
-    chosen = options(gain="mean_one")
-    _, packed, _ = reference.forward(logits, target, None, None, None, SCHEDULE, chosen, False)
-    sums = unpack_sums(packed) * 2
-    for schedule in (SCHEDULE, torch.tensor([2.0, 3.0, 1.0], dtype=dtype)):
-        for got, want in zip(module.finish(sums, schedule, chosen), finish(sums, schedule, chosen), strict=True):
-            torch.testing.assert_close(got, want)
+@pytest.mark.parametrize("rule", ["share", "paper", "constant", "none"])
+@pytest.mark.parametrize("gain", ["residual", "mean_one", "plain"])
+@pytest.mark.parametrize("floor", [None, 0.0, 0.4])
+def test_finish(rule, gain, floor):
+    """Every rule, gain and floor, beside a modality that is absent."""
+    logits, target = make(9, 5, torch.float64)
+    for mask in (None, torch.tensor([[True, False]]).expand(9, 2)):
+        compare(logits, target, options(rule=rule, gain=gain, entropy_floor=floor), mask=mask)
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())

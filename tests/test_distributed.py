@@ -1,4 +1,6 @@
-"""Several processes on one machine (gloo): each check of distributed_checks.py runs on every process of its group."""
+"""Several processes on one machine (gloo): each check of distributed_checks.py runs on every process of its
+group.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +30,7 @@ PAIR = ["check_compiled_ddp", "check_fsdp2", "check_meshes_and_groups", "check_d
 SHARDED = [
     "check_sharded_equals_unsharded",
     "check_sharded_extreme_logits",
+    "check_sharded_float32_extremes",
     "check_sharded_errors",
     "check_sharded_head_trains_as_the_unsharded",
 ]
@@ -60,10 +63,16 @@ def failures(request, tmp_path_factory):
 
 def _belongs(item: pytest.Item, world: int) -> bool:
     callspec = getattr(item, "callspec", None)
-    return item.path.name == "test_distributed.py" and callspec is not None and callspec.params.get("world") == world
+    return (
+        item.path.name == "test_distributed.py"
+        and callspec is not None
+        and callspec.params.get("world") == world
+    )
 
 
-@pytest.mark.parametrize(("world", "name"), [(world, name) for world, names in PLAN.items() for name in names])
+@pytest.mark.parametrize(
+    ("world", "name"), [(world, name) for world, names in PLAN.items() for name in names]
+)
 def test_processes(failures, world, name):
     texts = failures(world).get(name, [])
     assert not texts, "\n".join(texts)
@@ -72,7 +81,9 @@ def test_processes(failures, world, name):
 def test_not_initialised_raises():
     x = torch.randn(2, 3)
     target = torch.tensor([0, 1])
-    with pytest.raises(RuntimeError, match=r"sync_stats: got True, but torch\.distributed is not initialised: start"):
+    with pytest.raises(
+        RuntimeError, match=r"sync_stats: got True, but torch\.distributed is not initialised: start"
+    ):
         arl_fast.arl_loss(x, [x, x], target, sync_stats=True)
     with pytest.raises(RuntimeError, match=r"group: got True, but torch\.distributed is not initialised"):
         sharded_arl_loss(x, [x, x], target)

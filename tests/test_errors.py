@@ -23,39 +23,119 @@ CASES = {
     "unimodal type": (dict(unimodal=X), TypeError, r"unimodal: got Tensor, expected a dict or a sequence"),
     "unimodal empty": (dict(unimodal=[]), ValueError, r"unimodal: got no logits"),
     "unimodal entry": (dict(unimodal={"a": 3}), TypeError, r"unimodal\['a'\]: got int, expected a Tensor"),
-    "unimodal shape": (dict(unimodal={"a": X[:2]}), ValueError, r"unimodal\['a'\]: got shape \[2, 3\], expected .* \[4, 3\]"),
-    "unimodal dtype": (dict(unimodal=[X, X.double()]), TypeError, r"unimodal\[1\]: got dtype torch.float64, expected .*float32"),
-    "unimodal device": (dict(unimodal=[X.to("meta")]), ValueError, r"unimodal\[0\]: got device meta, expected .* cpu"),
+    "unimodal shape": (
+        dict(unimodal={"a": X[:2]}),
+        ValueError,
+        r"unimodal\['a'\]: got shape \[2, 3\], expected .* \[4, 3\]",
+    ),
+    "unimodal dtype": (
+        dict(unimodal=[X, X.double()]),
+        TypeError,
+        r"unimodal\[1\]: got dtype torch.float64, expected .*float32",
+    ),
+    "unimodal device": (
+        dict(unimodal=[X.to("meta")]),
+        ValueError,
+        r"unimodal\[0\]: got device meta, expected .* cpu",
+    ),
     "target type": (dict(target=[0, 1, 2, 0]), TypeError, r"target: got list, expected a Tensor"),
-    "target shape": (dict(target=Y[:2]), ValueError, r"target: got class indices of shape \[2\], expected \[4\]"),
-    "target dtype": (dict(target=Y.to(torch.int16)), TypeError, r"target: got dtype torch.int16, expected int64 or int32"),
-    "target probabilities": (dict(target=torch.rand(4)), ValueError, r"target: got probabilities of shape \[4\], expected \[4, 3\]"),
+    "target shape": (
+        dict(target=Y[:2]),
+        ValueError,
+        r"target: got class indices of shape \[2\], expected \[4\]",
+    ),
+    "target dtype": (
+        dict(target=Y.to(torch.int16)),
+        TypeError,
+        r"target: got dtype torch.int16, expected int64 or int32",
+    ),
+    "target floats": (
+        dict(target=Y.float()),
+        TypeError,
+        r"target: got dtype torch.float32 in the shape of class .*: pass integers",
+    ),
+    "target probabilities": (
+        dict(target=torch.rand(4, 2)),
+        ValueError,
+        r"target: got probabilities of shape \[4, 2\], expected \[4, 3\]",
+    ),
     "target grad": (dict(target=torch.rand(4, 3, requires_grad=True)), ValueError, r"target: .*require grad"),
     "target device": (dict(target=Y.to("meta")), ValueError, r"target: got device meta"),
-    "target range": (dict(target=torch.tensor([0, 1, 2, 3])), IndexError, r"target: got class 3, expected 0 <= target < 3"),
+    "target range": (
+        dict(target=torch.tensor([0, 1, 2, 3])),
+        IndexError,
+        r"target: got class 3, expected 0 <= target < 3",
+    ),
     "link type": (dict(link=3), TypeError, r"link: got int, expected .*modulate"),
     "link shape": (dict(link=torch.zeros(3)), ValueError, r"link: got shape \[3\], expected \[2\]"),
     "link device": (dict(link=torch.zeros(2, device="meta")), ValueError, r"link: got device meta"),
     "mask type": (dict(mask=[[True]]), TypeError, r"mask: got list, expected a bool Tensor \[B, M\]"),
     "mask dtype": (dict(mask=torch.ones(4, 2)), TypeError, r"mask: got dtype torch.float32, expected bool"),
-    "mask shape": (dict(mask=torch.ones(4, 3, dtype=torch.bool)), ValueError, r"mask: got shape \[4, 3\], expected \[B, M\] = \[4, 2\]"),
+    "mask shape": (
+        dict(mask=torch.ones(4, 3, dtype=torch.bool)),
+        ValueError,
+        r"mask: got shape \[4, 3\], expected \[B, M\] = \[4, 2\]",
+    ),
     "weight type": (dict(weight=[1.0]), TypeError, r"weight: got list"),
-    "weight dtype": (dict(weight=torch.ones(3, dtype=torch.int64)), TypeError, r"weight: got dtype torch.int64"),
-    "weight shape": (dict(weight=torch.ones(4)), ValueError, r"weight: got shape \[4\], expected \[C\] = \[3\]"),
+    "weight dtype": (
+        dict(weight=torch.ones(3, dtype=torch.int64)),
+        TypeError,
+        r"weight: got dtype torch.int64",
+    ),
+    "weight shape": (
+        dict(weight=torch.ones(4)),
+        ValueError,
+        r"weight: got shape \[4\], expected \[C\] = \[3\]",
+    ),
     "weight device": (dict(weight=torch.ones(3, device="meta")), ValueError, r"weight: got device meta"),
     "gamma range": (dict(gamma=-1.0), ValueError, r"gamma: got -1.0, expected a finite number >= 0"),
     "gamma nan": (dict(gamma=float("nan")), ValueError, r"gamma: got nan"),
-    "gamma type": (dict(gamma="4"), TypeError, r"gamma: got str '4', expected a number or a 0-d tensor"),
-    "gamma shape": (dict(gamma=torch.ones(2)), ValueError, r"gamma: got a tensor of shape \[2\]"),
+    "gamma type": (
+        dict(gamma="4"),
+        TypeError,
+        r"gamma: got str '4', expected a number, one per modality, or a tensor",
+    ),
+    "gamma shape": (dict(gamma=torch.ones(2, 1)), ValueError, r"gamma: got a tensor of shape \[2, 1\]"),
+    "gamma number": (
+        dict(gamma=[1.0, 2.0, 3.0]),
+        ValueError,
+        r"gamma: got 3 values, expected .* 2 modalities",
+    ),
+    "gamma vector": (dict(gamma=torch.ones(3)), ValueError, r"gamma: got 3 values, expected .* 2 modalities"),
+    "gamma entry": (
+        dict(gamma=[1.0, -2.0]),
+        ValueError,
+        r"gamma\[1\]: got -2.0, expected a finite number >= 0",
+    ),
     "gamma grad": (dict(gamma=torch.ones((), requires_grad=True)), ValueError, r"gamma: .*requires grad"),
-    "temperature": (dict(temperature=float("inf")), ValueError, r"temperature: got inf, expected a finite number"),
-    "rule": (dict(rule="share "), ValueError, r"rule: got 'share ', expected one of 'share', 'paper', 'constant', 'none' or a callable"),
+    "temperature": (
+        dict(temperature=float("inf")),
+        ValueError,
+        r"temperature: got inf, expected a finite number",
+    ),
+    "rule": (
+        dict(rule="share "),
+        ValueError,
+        r"rule: got 'share ', expected one of 'share', 'paper', 'constant', 'none' or a callable",
+    ),
     "rule paper": (dict(rule="paper", unimodal=[X]), ValueError, r"rule: 'paper' .* two modalities, got 1"),
-    "rule result": (dict(rule=lambda s: 1.0), ValueError, r"rule: the callable returned float, expected coefficients of shape \[2\]"),
-    "dependence": (dict(dependence="l1"), ValueError, r"dependence: got 'l1', expected one of 'confidence', 'logit_l1'"),
+    "rule result": (
+        dict(rule=lambda s: 1.0),
+        ValueError,
+        r"rule: the callable returned float, expected coefficients of shape \[2\]",
+    ),
+    "dependence": (
+        dict(dependence="l1"),
+        ValueError,
+        r"dependence: got 'l1', expected one of 'confidence', 'logit_l1'",
+    ),
     "gain": (dict(gain=1), ValueError, r"gain: got 1, expected one of"),
     "reduction": (dict(reduction="avg"), ValueError, r"reduction: got 'avg'"),
-    "floor": (dict(entropy_floor=1.5), ValueError, r"entropy_floor: got 1.5, expected a number in \[0.0, 1.0\]"),
+    "floor": (
+        dict(entropy_floor=1.5),
+        ValueError,
+        r"entropy_floor: got 1.5, expected a number in \[0.0, 1.0\]",
+    ),
     "floor type": (dict(entropy_floor="0.3"), TypeError, r"entropy_floor: got str"),
     "smoothing": (dict(label_smoothing=-0.1), ValueError, r"label_smoothing: got -0.1"),
     "ignore_index": (dict(ignore_index=None), TypeError, r"ignore_index: got NoneType"),
@@ -127,7 +207,9 @@ def test_presets():
 
 def test_heads():
     head = arl_fast.ConcatHead({"a": 3, "b": 2}, 4)
-    with pytest.raises(ValueError, match=r"features: got a dict with the keys \['a'\], expected .* \['a', 'b'\]"):
+    with pytest.raises(
+        ValueError, match=r"features: got a dict with the keys \['a'\], expected .* \['a', 'b'\]"
+    ):
         head({"a": X})
     with pytest.raises(ValueError, match=r"features\['b'\]: got shape \[4, 3\], expected \[B, 2\]"):
         head({"a": X, "b": X})

@@ -25,7 +25,9 @@ def example(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"precision": "fp16", "accumulate": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "bf16"}, {"precision": "fp16", "accumulate": 2}], ids=str
+)
 def test_plain(example, options):
     assert example("plain").main(**options) > 4 * CHANCE
 
@@ -36,7 +38,16 @@ def test_timm_style(example):
 
 def test_ddp():
     """As its first line says, on two processes; it checks itself that all processes see the same."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "--standalone",
+    ]
     command += ["--no-python", sys.executable, "-c", WITHOUT_TEARDOWN, str(ROOT / "examples" / "ddp.py")]
     path = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -61,7 +72,11 @@ def test_lightning_resumes_in_mid_warmup(example, tmp_path):
     module = lightning_module.ARLModule()
     module.criterion.steps.fill_(3)
     trainer = lightning.Trainer(
-        max_steps=0, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False
+        max_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
     )
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "state.ckpt", weights_only=True)
@@ -74,12 +89,16 @@ def test_hf_trainer(example):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     trainer, metrics = example("hf_trainer").main()
     assert metrics["eval_accuracy"] > 4 * CHANCE
-    assert int(trainer.model.criterion.steps) == 48  # two micro-batches for each of 24 steps, none for evaluation
+    assert (
+        int(trainer.model.criterion.steps) == 48
+    )  # two micro-batches for each of 24 steps, none for evaluation
     assert 0 < metrics["eval_loss"] < 6
 
 
 def test_hf_accumulation_equals_one_batch(example):
-    """Two micro-batches of 16, divided by the 32 items in both, are the gradients of one batch of 32 (constant rule)."""
+    """Two micro-batches of 16, divided by the 32 items in both, are the gradients of one batch of 32
+    (constant rule).
+    """
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     hf_trainer = example("hf_trainer")
@@ -87,8 +106,17 @@ def test_hf_accumulation_equals_one_batch(example):
     for size, accumulate in ((32, 1), (16, 2)):
         torch.manual_seed(0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hf_trainer.arl_fast, "ARLLoss", lambda **options: arl_fast.loss.ARLLoss(reduction="sum", rule="constant"))
-            options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate, "optim": "sgd", "max_grad_norm": 0.0}
+            patch.setattr(
+                hf_trainer.arl_fast,
+                "ARLLoss",
+                lambda **options: arl_fast.loss.ARLLoss(reduction="sum", rule="constant"),
+            )
+            options = {
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": accumulate,
+                "optim": "sgd",
+                "max_grad_norm": 0.0,
+            }
             trainer, _ = hf_trainer.main(steps=3, rows=96, **options)
         states.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
     for name, p in states[0].items():
@@ -96,7 +124,9 @@ def test_hf_accumulation_equals_one_batch(example):
 
 
 def test_hf_adapter():
-    """Sum over the micro-batch divided by the Trainer's count; the count has no influence on the coefficients."""
+    """Sum over the micro-batch divided by the Trainer's count; the count has no influence on the
+    coefficients.
+    """
     criterion = arl_fast.ARLLoss(reduction="sum")
     loss = compute_loss_func(criterion)
     head = arl_fast.ConcatHead({"audio": 4, "visual": 4}, 3)

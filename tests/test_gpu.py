@@ -1,4 +1,6 @@
-"""What only a GPU can get wrong: launch plans, waiting, graphs, streams, launches, memory, sizes. Skipped without one."""
+"""What only a GPU can get wrong: launch plans, waiting, graphs, streams, launches, memory, sizes. Skipped
+without one.
+"""
 # ruff: noqa: F811, the fixtures of gpu.py are parameters here
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from gpu import DEVICE, gpu_only, implementation, on_device, plain_device, poiso
 from test_contract import relative, run
 
 import arl_fast
-from arl_fast import ARLLoss, BranchLogits, ConcatHead, arl_loss, reference
+from arl_fast import ARLLoss, BranchLogits, ConcatHead, arl_loss
+from arl_fast.implementations import reference
 
 
 @pytest.fixture
@@ -22,10 +25,22 @@ def kernels(implementation):
 
 def branches(batch, classes, modalities=2, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    return [torch.randn(batch, classes, dtype=dtype) * 2 for _ in range(modalities + 1)], torch.randint(0, classes, (batch,))
+    return [torch.randn(batch, classes, dtype=dtype) * 2 for _ in range(modalities + 1)], torch.randint(
+        0, classes, (batch,)
+    )
 
 
-SIZES = [(64, 6), (64, 309), (333, 1001), (2048, 1000), (129, 32000), (8192, 8), (5, 128256), (300, 9), (3, 50257)]
+SIZES = [
+    (64, 6),
+    (64, 309),
+    (333, 1001),
+    (2048, 1000),
+    (129, 32000),
+    (8192, 8),
+    (5, 128256),
+    (300, 9),
+    (3, 50257),
+]
 MANY_ROWS = [(8193, 9), (50_000, 6), (300_000, 19)]  # which no program counts alone
 
 
@@ -40,12 +55,18 @@ def test_parity_with_float64(kernels, poisoned, batch, classes, modalities, dtyp
     upstream = torch.tensor(1.7)
     options = dict(gamma=1.3, label_smoothing=0.1, mask=mask, weight=torch.rand(classes) + 0.5)
     loss, grads, stats = run(logits, target, upstream=upstream, **options)
-    want_loss, want, want_stats = run([x.double() for x in logits], target, upstream=upstream.double(), **options, implementation=reference)
+    want_loss, want, want_stats = run(
+        [x.double() for x in logits], target, upstream=upstream.double(), **options, implementation=reference
+    )
     assert relative(loss, want_loss) < 2e-5
-    limit = {torch.float32: 5e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]  # rounded twice, before and after the upstream gradient
+    limit = {torch.float32: 5e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[
+        dtype
+    ]  # rounded twice, before and after the upstream gradient
     assert all(relative(g, w) < limit for g, w in zip(grads, want, strict=True))
     for name, got, expected in zip(stats._fields, stats, want_stats, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got.double(), expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_int32_targets(implementation):
@@ -139,7 +160,7 @@ def test_captured_in_a_graph_and_replayed(implementation, name):
 
 @gpu_only
 def test_other_streams(implementation):
-    """On a stream of its own, and on two at once without a wait between: no workspace is shared by mistake."""
+    """On a stream of its own, and on two at once without a wait between: no workspace is shared."""
     cases = [branches(512, 309, seed=s) for s in range(2)] + [branches(64, 32000, seed=9)]
     cases += [branches(60_000, 19, seed=s) for s in range(2)]  # whose programs wait for each other
     want = [run(*case) for case in cases]
@@ -155,7 +176,9 @@ def test_other_streams(implementation):
     torch.cuda.synchronize()
     for round_ in found:
         for got, expected in zip(round_, want, strict=True):
-            for a, b in zip([got[0], *got[1], *got[2]], [expected[0], *expected[1], *expected[2]], strict=True):
+            for a, b in zip(
+                [got[0], *got[1], *got[2]], [expected[0], *expected[1], *expected[2]], strict=True
+            ):
                 assert torch.equal(a, b)
 
 
@@ -183,7 +206,7 @@ def test_compiled_in_one_graph(implementation, dynamic):
 @gpu_only
 @pytest.mark.parametrize(("batch", "classes"), [(64, 6), (64, 309), (2048, 1000), (20_000, 6)])
 def test_launches(kernels, batch, classes):
-    """Forward is one launch, backward for an upstream gradient of 1 at most two, torch's own fill of it included.
+    """Forward is one launch, backward for an upstream gradient of 1 at most two, torch's own fill included.
 
     The native kernels count more than 8192 rows in a launch before.
     """
@@ -229,7 +252,14 @@ def test_what_comes_from_the_cpu(implementation, plain_device):
     logits = [torch.randn(8, 5, device="cuda") for _ in range(3)]
     target = torch.randint(0, 5, (8,), device="cuda")
     want = arl_loss(logits[0], logits[1:], target, gamma=2.0, temperature=3.0)
-    got = arl_loss(logits[0], logits[1:], target, gamma=torch.tensor(2.0), temperature=torch.tensor(3.0), warming=torch.tensor(False))
+    got = arl_loss(
+        logits[0],
+        logits[1:],
+        target,
+        gamma=torch.tensor(2.0),
+        temperature=torch.tensor(3.0),
+        warming=torch.tensor(False),
+    )
     torch.testing.assert_close(got[0], want[0])
     with pytest.raises(ValueError, match="target: got device cpu"):
         arl_loss(logits[0], logits[1:], target.cpu())
@@ -270,19 +300,30 @@ def test_on_the_second_device_while_the_first_is_current(implementation, plain_d
     logits = [torch.randn(64, 101, device="cuda:1") for _ in range(3)]
     target = torch.randint(0, 101, (64,), device="cuda:1")
     loss, stats = arl_loss(logits[0], logits[1:], target)
-    want, _ = arl_loss(*([logits[0].cpu(), [x.cpu() for x in logits[1:]], target.cpu()]), implementation=reference)
+    want, _ = arl_loss(
+        *([logits[0].cpu(), [x.cpu() for x in logits[1:]], target.cpu()]), implementation=reference
+    )
     torch.testing.assert_close(loss.cpu(), want)
     assert stats.gains.device.index == 1
 
 
-@pytest.mark.parametrize(("batch", "classes", "dtype"), [(5, 3, torch.float32), (33, 129, torch.bfloat16), (3, 5000, torch.float16)])
+@pytest.mark.parametrize(
+    ("batch", "classes", "dtype"),
+    [(5, 3, torch.float32), (33, 129, torch.bfloat16), (3, 5000, torch.float16)],
+)
 def test_small_steps(implementation, batch, classes, dtype):
     """Few, small and of every kind: what compute-sanitizer is run on."""
     logits, target = branches(batch, classes, 3, dtype)
     mask = torch.ones(batch, 3, dtype=torch.bool)
     mask[0, 1] = False
     run(logits, target, mask=mask, upstream=torch.tensor(2.0))
-    run(logits, torch.softmax(torch.randn(batch, classes), 1), reduction="none", weight=torch.ones(classes), upstream=torch.ones(batch))
+    run(
+        logits,
+        torch.softmax(torch.randn(batch, classes), 1),
+        reduction="none",
+        weight=torch.ones(classes),
+        upstream=torch.ones(batch),
+    )
     wide = [torch.cat([x[:, :1], x], 1)[:, 1:] for x in logits]
     run(wide, target, label_smoothing=0.1)
     with torch.no_grad():

@@ -14,7 +14,7 @@ pytestmark: list = []  # not that of test_contract
 
 
 def test_target_out_of_range(implementation):
-    """Checking would stall: the row's loss is NaN, and so is everything it enters; nothing outside is read."""
+    """Checking would stall: the row's loss and what it enters is NaN; nothing outside is read."""
     if DEVICE == "cpu":
         pytest.skip("an error on a CPU")
     logits, target = make()

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from arl_fast import ARLLoss, arl_loss, reference, rules
-from arl_fast.options import make_options
-from arl_fast.stats import unpack
+from arl_fast import ARLLoss, arl_loss
+from arl_fast._core import dtypes, rules
+from arl_fast._core.branches import Targets
+from arl_fast._core.options import Schedule, make_options
+from arl_fast._core.stats import unpack
+from arl_fast.implementations import reference
 
 finite = st.floats(-30, 30, width=32)
 
@@ -33,7 +36,12 @@ def batches(draw, fewest=1, most=5):
 
 
 @settings(max_examples=60, deadline=None)
-@given(batches(), st.sampled_from(["share", "constant", "none"]), st.sampled_from(["residual", "mean_one", "plain"]), st.floats(-50, 50))
+@given(
+    batches(),
+    st.sampled_from(["share", "constant", "none"]),
+    st.sampled_from(["residual", "mean_one", "plain"]),
+    st.floats(-50, 50),
+)
 def test_shares_and_coefficients_sum_to_one(batch, rule, gain, temperature):
     logits, target = batch
     stats = stats_of(logits, target, rule=rule, gain=gain, temperature=temperature)
@@ -47,7 +55,9 @@ def test_shares_and_coefficients_sum_to_one(batch, rule, gain, temperature):
     elif gain == "mean_one":
         torch.testing.assert_close(stats.gains.mean(), torch.ones(()))
     else:
-        torch.testing.assert_close(stats.gains.sum(), torch.tensor(1.0 + (len(stats.gains) if gain == "residual" else 0)))
+        torch.testing.assert_close(
+            stats.gains.sum(), torch.tensor(1.0 + (len(stats.gains) if gain == "residual" else 0))
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -120,7 +130,10 @@ def test_uniform_exactly_when_shares_agree(modalities):
 
 def test_the_papers_rule_depends_on_the_order():
     torch.manual_seed(3)
-    logits, target = [torch.randn(16, 4), 3 * torch.randn(16, 4), torch.randn(16, 4)], torch.randint(0, 4, (16,))
+    logits, target = (
+        [torch.randn(16, 4), 3 * torch.randn(16, 4), torch.randn(16, 4)],
+        torch.randint(0, 4, (16,)),
+    )
     plain = stats_of(logits, target, rule="paper")
     swapped = stats_of([logits[0], logits[2], logits[1]], target, rule="paper")
     assert not torch.allclose(plain.coefficients, swapped.coefficients.flip(0), atol=1e-2)
@@ -132,40 +145,47 @@ def test_the_papers_rule_depends_on_the_order():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_plain_cross_entropy_bit_for_bit(weighted, smoothing, dtype, reduction, kind):
-    """gamma = 0 and rule "none" is the baseline of every comparison: torch's own cross-entropy, value and gradient."""
+    """gamma = 0 and rule "none" is the baseline of every comparison: torch's own cross-entropy, value and
+    gradient.
+    """
     x, other = torch.randn(50, 9, dtype=dtype, requires_grad=True), torch.randn(50, 9, dtype=dtype)
     target = torch.randint(0, 9, (50,))
     target[::7] = -100
-    options = dict(weight=torch.rand(9, dtype=dtype) if weighted else None, label_smoothing=smoothing, reduction=reduction)
+    options = dict(
+        weight=torch.rand(9, dtype=dtype) if weighted else None,
+        label_smoothing=smoothing,
+        reduction=reduction,
+    )
     if kind == "probabilities":
         target = torch.softmax(torch.randn(50, 9, dtype=dtype), 1)
     given = x
     if kind == "ignored rows of NaN":
         given = torch.where((target == -100).unsqueeze(1), torch.nan, x).detach().requires_grad_()
-    ours, torchs = ARLLoss(gamma=0.0, rule="none", **options)((given, [other, other]), target), F.cross_entropy(x, target, **options)
+    ours, torchs = (
+        ARLLoss(gamma=0.0, rule="none", **options)((given, [other, other]), target),
+        F.cross_entropy(x, target, **options),
+    )
     assert torch.equal(ours, torchs)
     ones = torch.ones_like(ours)
     assert torch.equal(torch.autograd.grad(ours, given, ones)[0], torch.autograd.grad(torchs, x, ones)[0])
 
 
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1), dict(dependence="logit_l1"), dict(reduction="none")], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(label_smoothing=0.1), dict(dependence="logit_l1"), dict(reduction="none")], ids=str
+)
 @pytest.mark.parametrize("block", [1, 12, 40])
 def test_blocks_of_the_reference_do_not_matter(monkeypatch, soft, options, block):
-    """Rows are worked on in blocks of a size that fits the machine: no statistic and no gradient may depend on it."""
+    """Rows are worked on in blocks of a size that fits the machine: no statistic and no gradient may depend
+    on it.
+    """
     logits, target = [3 * torch.randn(11, 4) for _ in range(3)], torch.randint(0, 4, (11,))
     target[3] = -100
     if soft:
         target = torch.softmax(torch.randn(11, 4), 1)
     mask, weight = torch.rand(11, 2) > 0.3, torch.rand(4)
     logits[2][~mask[:, 1]] = torch.nan
-    chosen = make_options(
-        **dict(
-            dict(rule="share", dependence="confidence", entropy_floor=None, gain="residual", ignore_index=-100, label_smoothing=0.0),
-            **{"reduction": "mean", **options},
-        )
-    )
-    arguments = (logits, target, mask, weight, None, (0.7, 8.0, False), chosen, True)
+    arguments = (logits, Targets(target, mask, weight), Schedule(0.7, 8.0), make_options(**options), True)
     loss, packed, grads = reference.forward(*arguments)
     monkeypatch.setattr(reference, "_BLOCK", block)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -173,31 +193,41 @@ def test_blocks_of_the_reference_do_not_matter(monkeypatch, soft, options, block
     for got, want in zip([*again[:2], *again[2]], [loss, packed, *grads], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
         assert got.isfinite().all()
-    empty = reference.forward([x[:0] for x in logits], target[:0], None, None, None, (1.0, 8.0, False), chosen, True)
+    empty = reference.forward(
+        [x[:0] for x in logits], Targets(target[:0]), Schedule(1.0, 8.0), arguments[3], True
+    )
     assert [g.shape for g in empty[2]] == [(0, 4)] * 3
 
 
 @pytest.mark.parametrize("rule", ["share", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weight", [None, torch.tensor([0.3, 2.0, 0.7, 1.1], dtype=torch.float64)], ids=["", "weighted"])
+@pytest.mark.parametrize(
+    "weight", [None, torch.tensor([0.3, 2.0, 0.7, 1.1], dtype=torch.float64)], ids=["", "weighted"]
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_where_the_reference_cannot_raise_a_wrong_class_is_nan(monkeypatch, rule, smoothing, reduction, weight):
-    """As on a GPU, where looking would stall: that row's loss and gradients are NaN in the branches where it is valid."""
+def test_where_the_reference_cannot_raise_a_wrong_class_is_nan(
+    monkeypatch, rule, smoothing, reduction, weight
+):
+    """As on a GPU, where looking would stall: that row's loss and gradients are NaN in the branches where it
+    is valid.
+    """
     logits, target = [torch.randn(6, 4, dtype=torch.float64) for _ in range(3)], torch.randint(0, 4, (6,))
     target[1], target[4] = 4, -100
     mask = torch.ones(6, 2, dtype=torch.bool)
     mask[1, 1] = False
-    chosen = make_options(rule, "confidence", None, "residual", -100, smoothing, reduction)
+    chosen = make_options(rule=rule, label_smoothing=smoothing, reduction=reduction)
     gamma = 0.0 if rule == "none" else 1.0
     monkeypatch.setattr(reference, "_on_host", lambda target: False)
-    loss, packed, grads = reference.forward(logits, target, mask, weight, None, (gamma, 8.0, False), chosen, True)
+    loss, packed, grads = reference.forward(
+        logits, Targets(target, mask, weight), Schedule(gamma, 8.0), chosen, True
+    )
     assert loss.isnan().tolist() == ([b == 1 for b in range(6)] if reduction == "none" else True)
     assert [g.isnan().all(1).tolist() for g in grads] == [[b == 1 for b in range(6)]] * 2 + [[False] * 6]
     stats = unpack(packed)
     assert stats.loss.isnan().tolist() == [True, True, False]
     assert stats.dependence.isnan().tolist() == [True, False]
     target[1] = -100
-    _, _, want = reference.forward(logits, target, mask, weight, None, (gamma, 8.0, False), chosen, True)
+    _, _, want = reference.forward(logits, Targets(target, mask, weight), Schedule(gamma, 8.0), chosen, True)
     for g, w in zip(grads, want, strict=True):
         torch.testing.assert_close(g[[0, 2, 3, 4, 5]], w[[0, 2, 3, 4, 5]])
 
@@ -205,7 +235,7 @@ def test_where_the_reference_cannot_raise_a_wrong_class_is_nan(monkeypatch, rule
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_reference_scales_in_float32_and_rounds_once(dtype, keep):
-    grads = [torch.randn(5, 3).to(reference.grad_dtype(dtype)) for _ in range(2)]
+    grads = [torch.randn(5, 3).to(dtypes.grad_dtype(dtype)) for _ in range(2)]
     before = [g.clone() for g in grads]
     for upstream in (torch.tensor(0.7), torch.rand(5)):
         for factor in (None, torch.tensor([1.3, 0.1])):

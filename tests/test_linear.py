@@ -1,4 +1,6 @@
-"""Linear head and loss in one: equal to head + arl_loss whatever the chunks, and never more than a chunk of logits."""
+"""Linear head and loss in one: equal to head + arl_loss whatever the chunks, and never more than a chunk of
+logits.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from processes import needs_gloo, spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import arl_fast
-from arl_fast import ARLLoss, ConcatHead, LinearARLLoss, SharedHead, SumHead, arl_loss, dispatch, linear, linear_arl_loss
+from arl_fast import ARLLoss, ConcatHead, SharedHead, SumHead, arl_loss, linear_arl_loss
+from arl_fast._autograd import products
+from arl_fast.implementations import dispatch
 
 CLASSES = 6
 CHUNKS = [None, 1, 4, 9]  # as many as fit the budget; row by row; a short last chunk; exactly the batch
@@ -34,20 +38,23 @@ def make(kind="concat-full", modalities=2, batch=9, dtype=torch.float64, shape=(
         for p in head.parameters():
             p.copy_(torch.randn(p.shape))
     head = head.to(dtype)
-    features = [torch.randn(batch, *shape, dim, dtype=torch.float64).to(dtype).requires_grad_() for dim in head.dims]
+    features = [
+        torch.randn(batch, *shape, dim, dtype=torch.float64).to(dtype).requires_grad_() for dim in head.dims
+    ]
     return head, features, torch.randint(0, CLASSES, (batch, *shape))
 
 
 def gradients(loss, head, features, upstream=None):
     leaves = [*features, *head.parameters()]
-    return torch.autograd.grad(loss, leaves, torch.ones_like(loss) if upstream is None else upstream, allow_unused=True)
+    return torch.autograd.grad(
+        loss, leaves, torch.ones_like(loss) if upstream is None else upstream, allow_unused=True
+    )
 
 
 def composed(head, features, target, upstream=None, **options):
     """The oracle: the head's logits, then arl_loss. Dense features [B, T, D] give logits [B, C, T]."""
     out = head(features)
-    fused, *unimodal = (x.movedim(-1, 1) for x in (out.fused, *out.unimodal))
-    loss, stats = arl_loss(fused, unimodal, target, out.link, **options)
+    loss, stats = arl_loss(out.fused, out.unimodal, target, out.link, **options)
     return loss, stats, gradients(loss, head, features, upstream)
 
 
@@ -62,7 +69,9 @@ def check(head, features, target, chunk, upstream=None, tolerance=1e-10, **optio
     want_loss, want_stats, want = composed(head, features, target, upstream, **options)
     torch.testing.assert_close(loss, want_loss, rtol=tolerance, atol=tolerance, equal_nan=True)
     for name, value in want_stats._asdict().items():
-        torch.testing.assert_close(getattr(stats, name), value, rtol=tolerance, atol=tolerance, equal_nan=True)
+        torch.testing.assert_close(
+            getattr(stats, name), value, rtol=tolerance, atol=tolerance, equal_nan=True
+        )
         assert not getattr(stats, name).requires_grad
     got = gradients(loss, head, features, upstream)
     for g, w in zip(got, want, strict=True):
@@ -86,13 +95,26 @@ def test_equals_head_and_loss(implementation, poisoned, kind, modalities, chunk)
 @pytest.mark.parametrize("rule", ["share", "paper", "constant", "none"])
 @pytest.mark.parametrize("gain", ["residual", "mean_one", "plain"])
 def test_rules(implementation, rule, gain, chunk):
-    check(*make(), chunk, rule=rule, gain=gain, dependence="logit_l1", temperature=3.0, gamma=2.5, entropy_floor=0.1)
+    check(
+        *make(),
+        chunk,
+        rule=rule,
+        gain=gain,
+        dependence="logit_l1",
+        temperature=3.0,
+        gamma=2.5,
+        entropy_floor=0.1,
+    )
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("options", [dict(), dict(weight=True), dict(label_smoothing=0.2), dict(weight=True, label_smoothing=0.2)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(weight=True), dict(label_smoothing=0.2), dict(weight=True, label_smoothing=0.2)],
+    ids=str,
+)
 def test_cross_entropy_options(implementation, reduction, soft, options, chunk):
     head, features, target = make()
     options = dict(options)
@@ -103,7 +125,9 @@ def test_cross_entropy_options(implementation, reduction, soft, options, chunk):
     else:
         target[[2, 5]] = 3
         options["ignore_index"] = 3
-    upstream = torch.randn(9, dtype=torch.float64) if reduction == "none" else torch.tensor(0.7, dtype=torch.float64)
+    upstream = (
+        torch.randn(9, dtype=torch.float64) if reduction == "none" else torch.tensor(0.7, dtype=torch.float64)
+    )
     mask = torch.rand(9, 2) > 0.3
     check(head, features, target, chunk, upstream, reduction=reduction, mask=mask, **options)
 
@@ -120,8 +144,10 @@ def test_dense(implementation, reduction, soft, chunk):
     upstream = torch.randn(3, 2, 4, dtype=torch.float64) if reduction == "none" else None
     check(head, features, target, chunk, upstream, reduction=reduction, mask=mask)
     weights, bias = head.weights_and_bias()
-    *_, logits = linear_arl_loss(features, weights, bias, target, fusion="sum", chunk=chunk, return_logits=True)
-    torch.testing.assert_close(logits.fused, head(features).fused.detach().movedim(-1, 1))
+    *_, logits = linear_arl_loss(
+        features, weights, bias, target, fusion="sum", chunk=chunk, return_logits=True
+    )
+    torch.testing.assert_close(logits.fused, head(features).fused.detach())
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -154,7 +180,9 @@ def test_empty_batch(implementation, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", HEADS)
 def test_gradcheck(kind, reduction, chunk):
-    """Numerical derivatives of the loss; a gain is not part of the loss, so with one the gradients divided by it."""
+    """Numerical derivatives of the loss; a gain is not part of the loss, so with one the gradients divided by
+    it.
+    """
     head, features, target = make(kind, batch=5)
     weights, bias = head.weights_and_bias()
     leaves = [*features, *head.parameters()]
@@ -162,7 +190,16 @@ def test_gradcheck(kind, reduction, chunk):
 
     def loss(*_, rule="none"):
         return linear_arl_loss(
-            features, weights, bias, target, fusion=head.fusion, bias_mode=mode, chunk=chunk, rule=rule, reduction=reduction, gamma=1.7
+            features,
+            weights,
+            bias,
+            target,
+            fusion=head.fusion,
+            bias_mode=mode,
+            chunk=chunk,
+            rule=rule,
+            reduction=reduction,
+            gamma=1.7,
         )
 
     assert torch.autograd.gradcheck(lambda *x: loss(*x)[0], leaves)
@@ -183,7 +220,9 @@ def test_error_is_that_of_torch(kind, chunk, dtype):
     exact = HEADS[kind](head.dims).double()
     exact.load_state_dict({name: p.double() for name, p in head.state_dict().items()})
     upstream = torch.tensor(64.0)
-    _, _, truth = composed(exact, [z.detach().double().requires_grad_() for z in features], target, upstream.double())
+    _, _, truth = composed(
+        exact, [z.detach().double().requires_grad_() for z in features], target, upstream.double()
+    )
     *_, torchs = composed(head, features, target, upstream)
     loss, _ = head.loss(features, target, chunk=chunk)
     for g, t, want in zip(gradients(loss, head, features, upstream), torchs, truth, strict=True):
@@ -280,7 +319,10 @@ def test_retained_graph_survives(implementation, chunk, reduction):
 def test_accumulation(implementation, chunk):
     """Two micro-batches into .grad, one forward before the other's backward."""
     head, features, target = make()
-    want = [a + b for a, b in zip(*(composed(head, features, y)[2] for y in (target, target.flip(0))), strict=True)]
+    want = [
+        a + b
+        for a, b in zip(*(composed(head, features, y)[2] for y in (target, target.flip(0))), strict=True)
+    ]
     losses = [head.loss(features, y, chunk=chunk)[0] for y in (target, target.flip(0))]
     for loss in losses:
         loss.backward()
@@ -301,7 +343,9 @@ def test_only_wanted_gradients(kind, reduction, chunk):
             leaf.requires_grad_(i not in frozen)
         loss, _ = head.loss(features, target, chunk=chunk, reduction=reduction)
         wanted = [i for i in range(len(leaves)) if i not in frozen]
-        got = torch.autograd.grad(loss, [leaves[i] for i in wanted], torch.full_like(loss, 1 / 9 if reduction == "none" else 1))
+        got = torch.autograd.grad(
+            loss, [leaves[i] for i in wanted], torch.full_like(loss, 1 / 9 if reduction == "none" else 1)
+        )
         for i, g in zip(wanted, got, strict=True):
             torch.testing.assert_close(g, want[i])
 
@@ -318,7 +362,9 @@ def test_concat_weights_in_a_list_and_dicts():
         torch.testing.assert_close(got.gains, stats.gains)
         assert list(logits.unimodal) == ["a", "b"]
         grads = torch.autograd.grad(loss, pieces)
-        torch.testing.assert_close(torch.cat(grads, 1), torch.autograd.grad(want, head.weight, retain_graph=True)[0])
+        torch.testing.assert_close(
+            torch.cat(grads, 1), torch.autograd.grad(want, head.weight, retain_graph=True)[0]
+        )
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -327,7 +373,9 @@ def test_returned_logits(kind, chunk):
     head, features, target = make(kind)
     weights, bias = head.weights_and_bias()
     mode = "split" if kind == "concat-split" else "full"
-    loss, _, logits = linear_arl_loss(features, weights, bias, target, fusion=head.fusion, bias_mode=mode, chunk=chunk, return_logits=True)
+    loss, _, logits = linear_arl_loss(
+        features, weights, bias, target, fusion=head.fusion, bias_mode=mode, chunk=chunk, return_logits=True
+    )
     want = head(features)
     for got, x in zip([logits.fused, *logits.unimodal], [want.fused, *want.unimodal], strict=True):
         assert not got.requires_grad
@@ -371,12 +419,12 @@ def test_chunk_follows_the_memory_budget():
     ):
         size = 6 if dtype == torch.float16 else 2 * dtype.itemsize
         for rows in (1, 64, 4096, 100_000):
-            chunk = linear.chunk_rows(rows, classes, modalities, dtype, "cpu")
+            chunk = products.chunk_rows(rows, classes, modalities, dtype, "cpu")
             held = min(chunk, rows) * (modalities + 1) * classes * size
-            assert held <= linear.BUDGET["cpu"]
+            assert held <= products.BUDGET["cpu"]
             number = -(-rows // chunk)
             assert chunk * number - rows < max(16 * number, chunk)  # chunks of about one size
-    assert linear.chunk_rows(10**9, 10**9, 4, torch.float32, "cpu") == 1
+    assert products.chunk_rows(10**9, 10**9, 4, torch.float32, "cpu") == 1
 
 
 def test_evaluation_makes_no_gradients(implementation, monkeypatch):
@@ -386,7 +434,9 @@ def test_evaluation_makes_no_gradients(implementation, monkeypatch):
     module = dispatch.load(implementation, "cpu")[0]
     forward = module.forward
     monkeypatch.setattr(module, "forward", lambda *args: asked.append(args[-1]) or forward(*args))
-    monkeypatch.setattr(linear._Sums, "__init__", lambda *args: pytest.fail("gradient buffers in evaluation"))
+    monkeypatch.setattr(
+        products.GradientSums, "__init__", lambda *args: pytest.fail("gradient buffers in evaluation")
+    )
     for chunk in (None, 4):
         with torch.no_grad():
             loss, stats = head.loss(features, target, chunk=chunk)
@@ -448,13 +498,12 @@ def test_criterion(implementation, chunk):
     head, features, target = make()
     weight = torch.rand(CLASSES, dtype=torch.float64) + 0.1
     options = dict(gamma=2.0, rule="constant", gain="plain", warmup=1, weight=weight, label_smoothing=0.1)
-    fused, plain = ARLLoss(**options), ARLLoss(**options)
-    module = LinearARLLoss(chunk=chunk, **options)
+    fused, plain, module = ARLLoss(**options), ARLLoss(**options), ARLLoss(**options)
     assert set(module.state_dict()) == {"weight", "steps"}
     for step in range(2):
         want = plain(head(features), target)
         loss, stats = head.loss(features, target, fused, chunk=chunk)
-        other = module(features, head.weight, head.bias, target)
+        other = module.linear(features, head.weight, head.bias, target, chunk=chunk)
         torch.testing.assert_close(loss, want)
         torch.testing.assert_close(other, want)
         assert torch.equal(stats.gains, fused.stats.gains)
@@ -462,17 +511,19 @@ def test_criterion(implementation, chunk):
         assert stats.gains[0] == (1.0 if step == 0 else 0.5)
         for got in (loss, other):
             for g, w in zip(
-                gradients(got, head, features), gradients(plain_loss(plain, head, features, target, step), head, features), strict=True
+                gradients(got, head, features),
+                gradients(plain_loss(plain, head, features, target, step), head, features),
+                strict=True,
             ):
                 torch.testing.assert_close(g, w)
     assert int(fused.steps) == int(module.steps) == 2
-    assert LinearARLLoss.paper("crema-d", fusion="sum").gamma == 4.0
-    assert "chunk=8" in repr(LinearARLLoss(chunk=8))
 
 
 def plain_loss(criterion, head, features, target, step):
     """The criterion's loss in its state of ``step``, without counting."""
-    again = ARLLoss(**{**criterion.options._asdict(), "gamma": criterion.gamma, "weight": criterion.weight, "warmup": 1})
+    again = ARLLoss(
+        **{**criterion.options._asdict(), "gamma": criterion.gamma, "weight": criterion.weight, "warmup": 1}
+    )
     again.steps.fill_(step)
     return again(head(features), target)
 
@@ -533,7 +584,9 @@ def _process(rank: int, store: str, out: str) -> None:
     own = [z.detach()[share].requires_grad_() for z in features]
     found = []
     for reduction, chunk in itertools.product(["mean", "none"], [None, 3]):
-        loss, stats = head.loss(own, target[share], mask=mask[share], chunk=chunk, sync_stats=True, reduction=reduction)
+        loss, stats = head.loss(
+            own, target[share], mask=mask[share], chunk=chunk, sync_stats=True, reduction=reduction
+        )
         found.append([loss.detach(), stats.gains, stats.loss, *gradients(loss, head, own)])
     torch.save(found, f"{out}/{rank}.pt")
     dist.destroy_process_group()
@@ -541,7 +594,7 @@ def _process(rank: int, store: str, out: str) -> None:
 
 @needs_gloo
 def test_statistics_of_two_processes(tmp_path):
-    """Unequal shares, one of them in chunks: averaged over the processes, the gradients of the joined batch."""
+    """Unequal shares, one in chunks: averaged over the processes, the gradients of the joined batch."""
     spawn(_process, (str(tmp_path / "store"), str(tmp_path)), 2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
@@ -573,7 +626,7 @@ def test_refuses_what_it_cannot_differentiate():
         torch.func.grad(lambda z: head.loss([z, features[1]], target)[0])(features[0])
 
 
-# ---- the usual step on a CPU, one call and one node (csrc/linear.cpp) ------------------------------------------------
+# ---- the usual step on a CPU, one call and one node (csrc/eager/linear.cpp)
 
 native, REASON = dispatch.load("native", "cpu")
 NODE = "ARLLinearLossBackward"
@@ -614,8 +667,15 @@ ONE_CALL = {
     "warming": dict(warming=True, gamma=3.0),
     "tensors": dict(gamma=torch.tensor(2.0), temperature=torch.tensor(3), warming=torch.tensor(False)),
     "no-unimodal": dict(gamma=0),
-    "masked": dict(mask=torch.tensor([[True, False], [False, True], [True, True]]).repeat(3, 1), ignore_index=3),
-    "weighted": dict(weight=torch.rand(CLASSES, dtype=torch.float64) + 0.1, label_smoothing=0.2, dependence="logit_l1", ignore_index=2),
+    "masked": dict(
+        mask=torch.tensor([[True, False], [False, True], [True, True]]).repeat(3, 1), ignore_index=3
+    ),
+    "weighted": dict(
+        weight=torch.rand(CLASSES, dtype=torch.float64) + 0.1,
+        label_smoothing=0.2,
+        dependence="logit_l1",
+        ignore_index=2,
+    ),
 }
 
 
@@ -656,7 +716,11 @@ def test_one_call_for_any_number_of_modalities(served, poisoned, monkeypatch, ki
         torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
 
 
-WIDE = {"few": (9, 6, [5, 3]), "many": (130, 301, [40, 72]), "wide": (24, 3000, [520, 410])}  # batch, classes, feature sizes
+WIDE = {
+    "few": (9, 6, [5, 3]),
+    "many": (130, 301, [40, 72]),
+    "wide": (24, 3000, [520, 410]),
+}  # batch, classes, feature sizes
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
@@ -664,7 +728,9 @@ WIDE = {"few": (9, 6, [5, 3]), "many": (130, 301, [40, 72]), "wide": (24, 3000, 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fusion", ["concat", "sum", "shared"])
 def test_one_call_at_any_size_and_stride(served, poisoned, fusion, dtype, shape, layout):
-    """Against float64: the error of the products is that of the dtype, whatever the memory of features and weights."""
+    """Against float64: the error of the products is that of the dtype, whatever the memory of features and
+    weights.
+    """
     batch, classes, dims = WIDE[shape]
     if fusion == "shared":
         dims = [dims[0]] * 2
@@ -688,7 +754,9 @@ def test_one_call_at_any_size_and_stride(served, poisoned, fusion, dtype, shape,
     target = torch.randint(0, classes, (batch,))
 
     def grads(z, w, b):
-        loss, stats = linear_arl_loss(z, w if fusion == "sum" else w[0], b if fusion == "sum" else b[0], target, fusion=fusion)
+        loss, stats = linear_arl_loss(
+            z, w if fusion == "sum" else w[0], b if fusion == "sum" else b[0], target, fusion=fusion
+        )
         return [loss.detach(), stats.gains, *torch.autograd.grad(loss, [*z, *w, *b])]
 
     got = grads(z, w, b)
@@ -702,24 +770,35 @@ def test_one_call_at_any_size_and_stride(served, poisoned, fusion, dtype, shape,
 USUAL = {
     "dict of features": lambda h, z, y: linear_arl_loss(dict(zip("ab", z, strict=True)), h.weight, h.bias, y),
     "tuple of features": lambda h, z, y: linear_arl_loss(tuple(z), h.weight, h.bias, y),
-    "list of weights": lambda h, z, y: linear_arl_loss(z, [w.detach() for w in h.weight.split(h.dims, 1)], h.bias, y),
+    "list of weights": lambda h, z, y: linear_arl_loss(
+        z, [w.detach() for w in h.weight.split(h.dims, 1)], h.bias, y
+    ),
     "a chunk of all rows": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, chunk=9),
     "int32 targets": lambda h, z, y: linear_arl_loss(z, h.weight, None, y.int()),
-    "module": lambda h, z, y: (LinearARLLoss(warmup=2)(z, h.weight, h.bias, y),),
+    "module": lambda h, z, y: (ARLLoss(warmup=2).linear(z, h.weight, h.bias, y),),
     "head": lambda h, z, y: h.loss(z, y, ARLLoss(gamma=2.0)),
 }
 UNUSUAL = {
-    "callable rule": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, rule=lambda stats: torch.softmax(stats.entropy, 0)),
-    "soft targets": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, torch.softmax(torch.randn(9, CLASSES, dtype=torch.float64), 1)),
+    "callable rule": lambda h, z, y: linear_arl_loss(
+        z, h.weight, h.bias, y, rule=lambda stats: torch.softmax(stats.entropy, 0)
+    ),
+    "soft targets": lambda h, z, y: linear_arl_loss(
+        z, h.weight, h.bias, torch.softmax(torch.randn(9, CLASSES, dtype=torch.float64), 1)
+    ),
     "a loss per row": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, reduction="none"),
     "several chunks": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, chunk=8),
     "positions": lambda h, z, y: linear_arl_loss([x[:, None] for x in z], h.weight, h.bias, y[:, None]),
     "dict of weights": lambda h, z, y: linear_arl_loss(
-        dict(zip("ab", z, strict=True)), dict(zip("ba", h.weight.split(h.dims, 1)[::-1], strict=True)), h.bias, y
+        dict(zip("ab", z, strict=True)),
+        dict(zip("ba", h.weight.split(h.dims, 1)[::-1], strict=True)),
+        h.bias,
+        y,
     ),
     "float16": lambda h, z, y: linear_arl_loss([x.half() for x in z], h.weight.half(), h.bias.half(), y),
     "plain cross-entropy": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, gamma=0.0, rule="none"),
-    "float32 class weights": lambda h, z, y: linear_arl_loss(z, h.weight, h.bias, y, weight=torch.ones(CLASSES)),
+    "float32 class weights": lambda h, z, y: linear_arl_loss(
+        z, h.weight, h.bias, y, weight=torch.ones(CLASSES)
+    ),
 }
 
 
@@ -738,7 +817,9 @@ def test_which_steps_are_one_call(served, monkeypatch, case):
     other = step(head, features, target)[0]
     torch.testing.assert_close(loss, other)
     upstream = torch.rand_like(loss)
-    for g, w in zip(gradients(loss, head, features, upstream), gradients(other, head, features, upstream), strict=True):
+    for g, w in zip(
+        gradients(loss, head, features, upstream), gradients(other, head, features, upstream), strict=True
+    ):
         assert (g is None) == (w is None)
         if g is not None:
             torch.testing.assert_close(g, w)
@@ -748,10 +829,10 @@ def test_more_than_the_budget_is_not_one_call(served, monkeypatch):
     head, features, target = make()
     row = 3 * CLASSES * 2 * 8
     for rows, one in ((9, True), (8, False)):
-        monkeypatch.setitem(linear.BUDGET, "cpu", rows * row)
+        monkeypatch.setitem(products.BUDGET, "cpu", rows * row)
         call(head, features, target)
         assert served.pop() == one
-    monkeypatch.setitem(linear.BUDGET, "cpu", 1)
+    monkeypatch.setitem(products.BUDGET, "cpu", 1)
     call(head, [z[:1] for z in features], target[:1])
     assert served == [True]  # less than a row cannot be held
 
@@ -768,7 +849,9 @@ def test_modes_are_not_bypassed(served):
 
 
 def test_one_call_checks_what_was_saved(served):
-    """As autograd does: features where the weights, weights where the features need a gradient, must not change meanwhile."""
+    """As autograd does: features where the weights, weights where the features need a gradient, must not
+    change meanwhile.
+    """
     for frozen, changed, fails in (
         ((), "features", True),
         ((), "weight", True),
@@ -845,7 +928,9 @@ def test_one_call_in_evaluation_keeps_nothing(served):
     target = torch.randint(0, 5000, (64,))
     loss, _ = call(head, features, target)
     loss.backward()
-    assert native._C.kept_memory() >= 3 * 64 * 5000 * 4  # given back for the next step, while `loss` still holds the node
+    assert (
+        native._C.kept_memory() >= 3 * 64 * 5000 * 4
+    )  # given back for the next step, while `loss` still holds the node
     with torch.no_grad():
         loss, _ = call(head, features, target)
     assert loss.grad_fn is None
@@ -858,7 +943,9 @@ def test_one_call_in_evaluation_keeps_nothing(served):
 
 
 def test_memory_of_one_call_is_that_of_the_logits(served):
-    """Logits and gradients share a buffer, which a profiler sees; in backward the gradients of features and weights come on top."""
+    """Logits and gradients share a buffer, which a profiler sees; in backward the gradients of features and
+    weights come on top.
+    """
     from benchmarks.linear import profiled
 
     head = ConcatHead([512, 512], 3000)
@@ -879,16 +966,44 @@ B = torch.randn(CLASSES)
 ERRORS = {
     "features-tensor": (dict(features=Z[0]), TypeError, "features: got a Tensor of shape"),
     "features-none": (dict(features=[]), TypeError, "features: got list"),
-    "features-vector": (dict(features=[Z[0], Z[1][0]]), ValueError, r"features\[1\]: got a Tensor of shape \[3\], expected \[4, D_m\]"),
+    "features-vector": (
+        dict(features=[Z[0], Z[1][0]]),
+        ValueError,
+        r"features\[1\]: got a Tensor of shape \[3\], expected \[4, D_m\]",
+    ),
     "features-batch": (dict(features=[Z[0], Z[1][:2]]), ValueError, r"features\[1\].*expected \[4, D_m\]"),
     "features-type": (dict(features=[Z[0], 3]), TypeError, r"features\[1\]: got int"),
     "features-int": (dict(features=[Z[0].long(), Z[1]]), TypeError, r"features\[0\]: got dtype torch.int64"),
-    "features-dtype": (dict(features=[Z[0], Z[1].double()]), TypeError, r"features\[1\]: got dtype torch.float64.*torch.autocast"),
-    "features-device": (dict(features=[Z[0], Z[1].to("meta")]), ValueError, r"features\[1\]: got device meta"),
-    "shared-sizes": (dict(fusion="shared", weights=W), ValueError, r"one feature size for all modalities, got \[5, 3\]"),
-    "weights-shape": (dict(weights=W[:, :7]), ValueError, r"weights: got a Tensor of shape \[6, 7\], expected \[C, 8\]"),
-    "weights-number": (dict(weights=[W[:, :5]]), ValueError, "weights: got 1 tensors, expected one for each of the 2 modalities"),
-    "weights-classes": (dict(weights=[W[:, :5], W[:5, 5:]]), ValueError, r"weights\[1\].*expected C = 6 rows"),
+    "features-dtype": (
+        dict(features=[Z[0], Z[1].double()]),
+        TypeError,
+        r"features\[1\]: got dtype torch.float64.*torch.autocast",
+    ),
+    "features-device": (
+        dict(features=[Z[0], Z[1].to("meta")]),
+        ValueError,
+        r"features\[1\]: got device meta",
+    ),
+    "shared-sizes": (
+        dict(fusion="shared", weights=W),
+        ValueError,
+        r"one feature size for all modalities, got \[5, 3\]",
+    ),
+    "weights-shape": (
+        dict(weights=W[:, :7]),
+        ValueError,
+        r"weights: got a Tensor of shape \[6, 7\], expected \[C, 8\]",
+    ),
+    "weights-number": (
+        dict(weights=[W[:, :5]]),
+        ValueError,
+        "weights: got 1 tensors, expected one for each of the 2 modalities",
+    ),
+    "weights-classes": (
+        dict(weights=[W[:, :5], W[:5, 5:]]),
+        ValueError,
+        r"weights\[1\].*expected C = 6 rows",
+    ),
     "weights-type": (dict(weights=3), TypeError, "weights: got int"),
     "weights-dtype": (dict(weights=W.bfloat16()), TypeError, "weights: got dtype torch.bfloat16"),
     "weights-keys": (
@@ -896,12 +1011,28 @@ ERRORS = {
         ValueError,
         r"weights: got a dict with the keys",
     ),
-    "sum-weights": (dict(fusion="sum"), TypeError, r"weights: got a Tensor of shape \[6, 8\], expected a dict or a sequence"),
-    "bias-shape": (dict(bias=B[:5]), ValueError, r"bias: got a Tensor of shape \[5\], expected \[C\] = \[6\]"),
-    "sum-bias": (dict(fusion="sum", weights=[W[:, :5], W[:, 5:]], bias=B), TypeError, r"bias: got a Tensor of shape \[6\]"),
+    "sum-weights": (
+        dict(fusion="sum"),
+        TypeError,
+        r"weights: got a Tensor of shape \[6, 8\], expected a dict or a sequence",
+    ),
+    "bias-shape": (
+        dict(bias=B[:5]),
+        ValueError,
+        r"bias: got a Tensor of shape \[5\], expected \[C\] = \[6\]",
+    ),
+    "sum-bias": (
+        dict(fusion="sum", weights=[W[:, :5], W[:, 5:]], bias=B),
+        TypeError,
+        r"bias: got a Tensor of shape \[6\]",
+    ),
     "bias-sequence": (dict(bias=[B, B]), TypeError, "bias: got list"),
     "target-shape": (dict(target=Y[:3]), ValueError, "target: got class indices of shape"),
-    "fusion": (dict(fusion="gated"), ValueError, "fusion: got 'gated', expected one of 'concat', 'sum', 'shared'"),
+    "fusion": (
+        dict(fusion="gated"),
+        ValueError,
+        "fusion: got 'gated', expected one of 'concat', 'sum', 'shared'",
+    ),
     "bias_mode": (dict(bias_mode="half"), ValueError, "bias_mode: got 'half'"),
     "chunk": (dict(chunk=0), ValueError, "chunk: got 0, expected a number of rows >= 1"),
     "chunk-bool": (dict(chunk=True), ValueError, "chunk: got True"),
@@ -927,6 +1058,6 @@ def test_errors_of_heads_and_modules():
     with pytest.raises(ValueError, match=r"features\[0\]: got shape \[9, 4\], expected \[B, 5\]"):
         head.loss([features[0][:, :4], features[1]], target)
     with pytest.raises(ValueError, match="fusion: got 'cat'"):
-        LinearARLLoss(fusion="cat")
+        ARLLoss().linear(features, head.weight, head.bias, target, fusion="cat")
     with pytest.raises(ValueError, match="chunk: got -1"):
-        LinearARLLoss(chunk=-1)
+        ARLLoss().linear(features, head.weight, head.bias, target, chunk=-1)

@@ -200,5 +200,9 @@ def test_missing_link_raises_only_where_it_would_silently_do_nothing():
 
 def test_swapped_modalities_raise():
     z, link = modulate({"a": torch.randn(4, 3, requires_grad=True), "b": torch.randn(4, 3)})
-    with pytest.raises(ValueError, match=r"unimodal: got the modalities \['b', 'a'\], expected .*\['a', 'b'\]"):
-        ARLLoss()(arl_fast.BranchLogits(z["a"], {"b": z["b"], "a": z["a"]}, link), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r"unimodal: got the modalities \['b', 'a'\], expected .*\['a', 'b'\]"
+    ):
+        ARLLoss()(
+            arl_fast.BranchLogits(z["a"], {"b": z["b"], "a": z["a"]}, link), torch.zeros(4, dtype=torch.int64)
+        )

@@ -1,4 +1,6 @@
-"""Autocast in float16 with a loss scaler, and in bfloat16; fused and unimodal logits of either type; statistics in float32."""
+"""Autocast in float16 with a loss scaler, and in bfloat16; fused and unimodal logits of either type;
+statistics in float32.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ DTYPES = [torch.float16, torch.bfloat16]
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6)) for name in ("a", "v")})
+        self.encoders = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6)) for name in ("a", "v")}
+        )
         self.head = arl_fast.ConcatHead({"a": 6, "v": 6}, 5)
 
     def forward(self, x):
@@ -28,7 +32,9 @@ def batch(rows=16):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_loss_and_statistics(implementation, dtype):
-    """The head's logits are of the autocast type, loss and statistics float32; gradients close to those of float32."""
+    """The head's logits are of the autocast type, loss and statistics float32; gradients close to those of
+    float32.
+    """
     model, criterion = Model(), ARLLoss()
     x, target = batch()
     with torch.autocast("cpu", dtype):
@@ -51,7 +57,9 @@ def test_logits_loss_and_statistics(implementation, dtype):
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**8, 2.0**16])
 def test_loss_scale_does_not_touch_the_gains(implementation, scale):
-    """The same statistics, and the same gradients after unscaling, whatever GradScaler multiplies the loss with."""
+    """The same statistics, and the same gradients after unscaling, whatever GradScaler multiplies the loss
+    with.
+    """
     model, criterion = Model(), ARLLoss()
     x, target = batch()
     results = []
@@ -70,7 +78,9 @@ def test_loss_scale_does_not_touch_the_gains(implementation, scale):
 
 
 def test_loss_scale_saves_small_float16_gradients(implementation):
-    """Gradients below float16's range: lost without a scale, as ever, and exact with one, since it is applied before rounding."""
+    """Gradients below float16's range: lost without a scale, as ever, and exact with one, since it is applied
+    before rounding.
+    """
     # rows of 4096: a mean gradient of about 1e-4 / 4096 is far below 6e-8, float16's smallest number
     logits = [torch.randn(4096, 5).half().requires_grad_() for _ in range(3)]
     target = torch.randint(0, 5, (4096,))
@@ -78,7 +88,9 @@ def test_loss_scale_saves_small_float16_gradients(implementation):
     options = {"weight": torch.full((5,), 1e-3), "reduction": "sum"}
     loss, _ = arl_fast.arl_loss(logits[0], logits[1:], target, torch.zeros(2), **options)
     scale = 1e-3 / 4096
-    truth, _ = arl_fast.reference.arl_loss(double[0], double[1:], target, torch.zeros(2, dtype=torch.float64), **options)
+    truth, _ = arl_fast.reference.arl_loss(
+        double[0], double[1:], target, torch.zeros(2, dtype=torch.float64), **options
+    )
     expected = torch.autograd.grad(truth * scale, double)
     lost = torch.autograd.grad(loss * scale, logits, retain_graph=True)
     assert all(g.abs().sum() == 0 for g in lost)

@@ -28,7 +28,9 @@ def batch(rows):
 
 
 def same_steps(compiled, plain, sizes, recompiles_at=()):
-    """Compiled and eager training side by side: loss, gradients, statistics and counter, and no recompilation after the first step."""
+    """Compiled and eager training side by side: loss, gradients, statistics and counter, and no recompilation
+    after the first step.
+    """
     (model, criterion, step), (other, eager) = compiled, plain
     for i, rows in enumerate(sizes):
         a, v, target = batch(rows)
@@ -60,7 +62,9 @@ def test_whole_step_in_one_graph(implementation, backend, dynamic, sizes):
     torch._dynamo.reset()
     model, criterion = Model(), ARLLoss(gamma=2.0, warmup=2)
     plain = copy.deepcopy(model), copy.deepcopy(criterion)
-    step = torch.compile(lambda a, v, y: criterion(model(a, v), y), fullgraph=True, backend=backend, dynamic=dynamic)
+    step = torch.compile(
+        lambda a, v, y: criterion(model(a, v), y), fullgraph=True, backend=backend, dynamic=dynamic
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lru_cache.*")
         same_steps((model, criterion, step), plain, sizes)
@@ -78,7 +82,12 @@ def test_batch_size_becomes_dynamic_by_itself(implementation):
 @pytest.mark.parametrize(
     "options",
     [
-        {"gamma": torch.tensor(2.0), "temperature": torch.tensor(3.0), "label_smoothing": 0.1, "weight": torch.rand(5)},
+        {
+            "gamma": torch.tensor(2.0),
+            "temperature": torch.tensor(3.0),
+            "label_smoothing": 0.1,
+            "weight": torch.rand(5),
+        },
         {"rule": lambda stats: stats.entropy / stats.entropy.sum(), "reduction": "sum"},
         {"rule": "paper", "dependence": "logit_l1", "reduction": "none"},
     ],
@@ -97,7 +106,9 @@ def test_options_in_one_graph(implementation, options):
     torch.testing.assert_close(gains, criterion.stats.gains)
     parameters = list(model.parameters())
     for x, y in zip(
-        torch.autograd.grad(got.sum(), parameters, retain_graph=True), torch.autograd.grad(expected.sum(), parameters), strict=True
+        torch.autograd.grad(got.sum(), parameters, retain_graph=True),
+        torch.autograd.grad(expected.sum(), parameters),
+        strict=True,
     ):
         torch.testing.assert_close(x, y)
 
@@ -137,7 +148,9 @@ def test_export_of_a_model_with_a_head(strict):
         program = torch.export.export(model, (a, v), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
     a, v, _ = batch(12)
     torch.testing.assert_close(program.module()(a, v), model(a, v))
-    assert not any("arl_fast" in str(node.target) for node in program.graph.nodes)  # what it runs in needs no arl_fast
+    assert not any(
+        "arl_fast" in str(node.target) for node in program.graph.nodes
+    )  # what it runs in needs no arl_fast
 
 
 def test_export_of_a_model_with_its_loss():
@@ -166,15 +179,27 @@ def test_torch_func_transforms_say_why_not(implementation):
         return criterion(torch.func.functional_call(model, parameters, (a, v)), target)
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    torch.testing.assert_close(loss(parameters), criterion(model(a, v), target))  # functional_call alone works
+    torch.testing.assert_close(
+        loss(parameters), criterion(model(a, v), target)
+    )  # functional_call alone works
     logits = [torch.randn(4, 5) for _ in range(3)]
     for what, call in (
         ("modulate", lambda: torch.func.grad(loss)(parameters)),
         ("modulate", lambda: torch.func.vmap(lambda z: model(z, z).fused)(torch.randn(3, 4, 8))),
-        ("arl_loss", lambda: torch.func.vmap(lambda x: arl_fast.arl_loss(x, [x, x], target)[0])(torch.randn(3, 4, 5))),
-        ("arl_loss", lambda: torch.func.jvp(lambda x: arl_fast.arl_loss(x, logits, target)[0], (logits[0],), (logits[1],))),
+        (
+            "arl_loss",
+            lambda: torch.func.vmap(lambda x: arl_fast.arl_loss(x, [x, x], target)[0])(torch.randn(3, 4, 5)),
+        ),
+        (
+            "arl_loss",
+            lambda: torch.func.jvp(
+                lambda x: arl_fast.arl_loss(x, logits, target)[0], (logits[0],), (logits[1],)
+            ),
+        ),
     ):
-        with pytest.raises(RuntimeError, match=rf"{what}: called inside a transform of torch\.func .*loss\.backward\(\)"):
+        with pytest.raises(
+            RuntimeError, match=rf"{what}: called inside a transform of torch\.func .*loss\.backward\(\)"
+        ):
             call()
     # predictions alone are ordinary functions
     ensemble = torch.func.vmap(lambda z: model.head.branches([z, z])[0])(torch.randn(3, 4, 6))
@@ -185,7 +210,9 @@ def test_second_derivatives_raise(implementation):
     """Gradients that are computed in forward have no graph: silently they would count as constants."""
     x = torch.randn(4, 5, requires_grad=True)
     loss, _ = arl_fast.arl_loss(x, [x, x], torch.randint(0, 5, (4,)), torch.zeros(2))
-    with pytest.raises(RuntimeError, match="create_graph=True, but its gradients are computed in the forward pass"):
+    with pytest.raises(
+        RuntimeError, match="create_graph=True, but its gradients are computed in the forward pass"
+    ):
         torch.autograd.grad(loss, x, create_graph=True)
 
 

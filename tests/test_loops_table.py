@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 def test_what_the_table_names_exists():
     text = (ROOT / "docs" / "loops.md").read_text()
     file, seen = "", 0
-    for module, first, other, check in re.findall(r"(test_\w+\.py)(?:::(\w+))?|::(\w+)|\[(check_\w+)\]", text):
+    for module, first, other, check in re.findall(
+        r"(test_\w+\.py)(?:::(\w+))?|::(\w+)|\[(check_\w+)\]", text
+    ):
         file = module or file
         source = (ROOT / "tests" / ("distributed_checks.py" if check else file)).read_text()
         name = check or first or other

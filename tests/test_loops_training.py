@@ -1,4 +1,6 @@
-"""Accumulation, normalisers, checkpoints, several losses, resuming, DataParallel: training loops as people write them."""
+"""Accumulation, normalisers, checkpoints, several losses, resuming, DataParallel: training loops as people
+write them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from arl_fast import ARLLoss, BranchLogits
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 6)) for name in ("a", "v")})
+        self.encoders = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 6)) for name in ("a", "v")}
+        )
         self.head = arl_fast.ConcatHead({"a": 6, "v": 6}, 5)
 
     def forward(self, x):
@@ -47,7 +51,9 @@ def slices(x, target, *sizes):
 
 
 def test_accumulation_with_a_given_normaliser(implementation):
-    """Unequal micro-batches with reduction "sum" over the number of all rows: the gradients of one batch, at equal gains."""
+    """Unequal micro-batches with reduction "sum" over the number of all rows: the gradients of one batch, at
+    equal gains.
+    """
     model, (x, target) = Model(), batch()
     target[3] = -100
     expected = grads(model, ARLLoss(rule="constant")(model(x), target))
@@ -81,7 +87,9 @@ def test_coefficients_are_those_of_each_micro_batch(implementation):
 
 
 def test_sum_has_the_statistics_of_mean(implementation):
-    """And the loss and the gradients of mean times the rows; so does a division of the loss leave the gains alone."""
+    """And the loss and the gradients of mean times the rows; so does a division of the loss leave the gains
+    alone.
+    """
     model, (x, target) = Model(), batch()
     total, mean = ARLLoss(reduction="sum"), ARLLoss()
     summed = grads(model, total(model(x), target) / len(target))
@@ -96,8 +104,15 @@ def test_checkpointed_encoders(implementation, reentrant):
     expected = grads(model, ARLLoss()(model(x), target))
 
     def forward(x):
-        leaf = {name: z.clone().requires_grad_() for name, z in x.items()}  # reentrant checkpointing asks for such an input
-        return model.head({name: checkpoint(encoder, leaf[name], use_reentrant=reentrant) for name, encoder in model.encoders.items()})
+        leaf = {
+            name: z.clone().requires_grad_() for name, z in x.items()
+        }  # reentrant checkpointing asks for such an input
+        return model.head(
+            {
+                name: checkpoint(encoder, leaf[name], use_reentrant=reentrant)
+                for name, encoder in model.encoders.items()
+            }
+        )
 
     equal(grads(model, ARLLoss()(forward(x), target)), expected)
 
@@ -109,14 +124,17 @@ def test_checkpointed_encoders_compiled(implementation):
     criterion = ARLLoss()
 
     def step(x, target):
-        features = {name: checkpoint(encoder, x[name], use_reentrant=False) for name, encoder in model.encoders.items()}
+        features = {
+            name: checkpoint(encoder, x[name], use_reentrant=False)
+            for name, encoder in model.encoders.items()
+        }
         return criterion(model.head(features), target)
 
     equal(grads(model, torch.compile(step, fullgraph=True, backend="aot_eager")(x, target)), expected)
 
 
 def test_two_tasks_with_a_head_each(implementation):
-    """Two losses on features that each task modulates on its own: gradients add up, each with its own gains."""
+    """Two losses on features that each task modulates: gradients add up, each with its own gains."""
     model, (x, target) = Model(), batch()
     second, other = arl_fast.SumHead({"a": 6, "v": 6}, 3), torch.randint(0, 3, (12,))
 
@@ -165,7 +183,9 @@ def test_resume_in_mid_warmup(implementation):
             criterion(model(x), target).backward()
             optimizer.step()
         file = io.BytesIO()
-        torch.save({"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": steps}, file)
+        torch.save(
+            {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": steps}, file
+        )
         file.seek(0)
         return [p.detach() for p in model.parameters()], file
 
@@ -177,7 +197,9 @@ def test_resume_in_mid_warmup(implementation):
 
 
 def test_only_training_steps_count_for_the_warmup():
-    """Neither evaluation nor a call without gradients, as a Trainer's validation of a criterion outside the model is."""
+    """Neither evaluation nor a call without gradients, as a Trainer's validation of a criterion outside the
+    model is.
+    """
     model, (x, target) = Model(), batch()
     criterion = ARLLoss(warmup=5)
     criterion(model(x), target)
@@ -214,7 +236,9 @@ def test_data_parallel_wraps_the_model(implementation):
 
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_gathered_replicas(implementation, replicas):
-    """DataParallel concatenates what its replicas return, the links too: each gets the gains of the whole batch."""
+    """DataParallel concatenates what its replicas return, the links too: each gets the gains of the whole
+    batch.
+    """
     model, (x, target) = Model(), batch()
     criterion = ARLLoss()
     expected = grads(model, criterion(model(x), target))

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import arl_fast
-from arl_fast import ARLLoss, BranchLogits, BranchStats, ConcatHead, dispatch, reference
+from arl_fast import ARLLoss, BranchLogits, BranchStats, ConcatHead
+from arl_fast._core.options import Schedule
+from arl_fast.implementations import dispatch, reference
 
 
 def example():
@@ -35,13 +37,18 @@ def test_stats_of_the_last_call():
 def test_outputs_of_every_form_give_the_same():
     head, z, target = example()
     out = head(z)
-    forms = [out, tuple(out), (out.fused, list(out.unimodal.values()), out.link), {"fused": out.fused, **out.unimodal, "link": out.link}]
+    forms = [
+        out,
+        tuple(out),
+        (out.fused, list(out.unimodal.values()), out.link),
+        {"fused": out.fused, **out.unimodal, "link": out.link},
+    ]
     losses = [ARLLoss()(form, target) for form in forms]
     assert all(torch.equal(loss, losses[0]) for loss in losses)
 
 
 def test_warmup_lives_in_the_state_dict():
-    """gamma = 1 and gain = 1 before `warmup` steps have passed; evaluation does not count; a restart goes on."""
+    """gamma = 1 and gain = 1 during the warm-up; evaluation does not count; a restart goes on."""
     head, z, target = example()
     criterion = ARLLoss(gamma=3.0, warmup=2)
 
@@ -84,7 +91,11 @@ def test_presets_name_the_published_settings():
     for name, (gamma, temperature) in {"crema-d": (4, 8), "ave": (5, 4), "ks": (3, 4)}.items():
         release = ARLLoss.release(name, warmup=10)
         assert (release.gamma, release.temperature, release.warmup) == (gamma, temperature, 10)
-        assert (release.options.rule, release.options.dependence, release.options.entropy_floor) == ("constant", "logit_l1", 0.3)
+        assert (release.options.rule, release.options.dependence, release.options.entropy_floor) == (
+            "constant",
+            "logit_l1",
+            0.3,
+        )
     assert ARLLoss.paper("ks", gamma=1.0).gamma == 1
 
 
@@ -98,7 +109,7 @@ def test_release_preset_is_a_constant_one_and_a_half():
 def test_reference_is_selectable():
     head, z, target = example()
     out = head(z)
-    loss, stats = reference.arl_loss(*out[:2], target, out.link, temperature=4.0)
+    loss, stats = arl_fast.reference.arl_loss(*out[:2], target, out.link, temperature=4.0)
     want, want_stats = arl_fast.arl_loss(*out[:2], target, out.link, temperature=4.0)
     torch.testing.assert_close(loss, want)
     for got, expected in zip(stats, want_stats, strict=True):
@@ -108,11 +119,13 @@ def test_reference_is_selectable():
 def test_plain_cross_entropy_goes_to_torch():
     x = torch.randn(2, 3)
     options = ARLLoss(rule="none").options
-    assert dispatch.for_loss(x, options, 0.0) is reference
+    assert dispatch.for_loss(x, options, Schedule(0.0, 8.0)) is reference
 
 
 def run_python(*arguments, **environment):
-    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **environment})
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+    )
     return result.returncode, result.stdout + result.stderr
 
 
@@ -131,9 +144,8 @@ def test_command_line_names_implementation_and_reason():
 def test_import_is_light():
     """Nothing optional is imported before it is needed."""
     heavy = "triton numpy matplotlib transformers lightning torch._inductor torch._dynamo"
-    script = (
-        f"import torch, sys; before = set(sys.modules); import arl_fast; print(sorted(({set(heavy.split())} & set(sys.modules)) - before))"
-    )
+    script = "import torch, sys; before = set(sys.modules); import arl_fast; "
+    script += f"print(sorted(({set(heavy.split())} & set(sys.modules)) - before))"
     code, text = run_python("-c", script)
     assert code == 0
     assert text.strip() == "[]"

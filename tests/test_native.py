@@ -1,17 +1,24 @@
-"""What only the native CPU implementation promises: instruction sets, threads, memory, and the eager step in one call."""
+"""What only the native CPU implementation promises: instruction sets, threads, memory, and the eager step in
+one call.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import arl_fast
-from arl_fast import ARLLoss, BranchLogits, arl_loss, dispatch, functional, modulate, reference
-from arl_fast.options import Options
-from arl_fast.stats import SUMS, unpack_sums
+from arl_fast import ARLLoss, BranchLogits, arl_loss, modulate
+from arl_fast._core import dtypes
+from arl_fast._core.branches import Targets
+from arl_fast._core.options import Options, Schedule
+from arl_fast._core.spec import SUMS
+from arl_fast._core.stats import unpack_sums
+from arl_fast.implementations import dispatch, reference
 
 native, REASON = dispatch.load("native", "cpu")
 pytestmark = pytest.mark.skipif(native is None, reason=REASON)
@@ -38,7 +45,11 @@ def inputs(batch=33, classes=37, modalities=2, dtype=torch.float32, target_dtype
 def step(logits, target, upstream=None, **options):
     """Loss, packed statistics and gradients of logits and link by the public way."""
     leaves = [x.detach().clone().requires_grad_() for x in logits]
-    link = torch.zeros(len(logits) - 1, dtype=torch.float64 if logits[0].dtype == torch.float64 else torch.float32, requires_grad=True)
+    link = torch.zeros(
+        len(logits) - 1,
+        dtype=torch.float64 if logits[0].dtype == torch.float64 else torch.float32,
+        requires_grad=True,
+    )
     loss, stats = arl_loss(leaves[0], leaves[1:], target, link, **options)
     loss.backward(upstream)
     return loss.detach(), torch.cat(list(stats)), [x.grad for x in leaves], link.grad
@@ -46,11 +57,14 @@ def step(logits, target, upstream=None, **options):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "classes"), [(64, 6), (5, 1), (0, 4), (70, 16), (70, 37), (129, 48), (7, 49), (33, 309), (3, 2000)])
+@pytest.mark.parametrize(
+    ("batch", "classes"),
+    [(64, 6), (5, 1), (0, 4), (70, 16), (70, 37), (129, 48), (7, 49), (33, 309), (3, 2000)],
+)
 def test_every_instruction_set(isa, dtype, batch, classes):
     native._C.set_isa(isa)
     logits, target = inputs(batch, classes, dtype=dtype, target_dtype=torch.int32)
-    weight = torch.rand(classes, dtype=reference.compute_dtype(dtype))
+    weight = torch.rand(classes, dtype=dtypes.compute_dtype(dtype))
     mask = torch.rand(batch, 2) > 0.3
     soft = torch.softmax(torch.randn(batch, classes), 1).to(dtype)
     exact = 1e-12 if dtype == torch.float64 else 2e-5
@@ -59,8 +73,8 @@ def test_every_instruction_set(isa, dtype, batch, classes):
         for smoothing in (0.0, 0.1):
             for y in (target, soft):
                 options = Options("share", "logit_l1", None, "residual", -100, smoothing, reduction)
-                got = native.forward(logits, y, mask, weight, None, (2.0, 8.0, False), options, True)
-                want = reference.forward(logits, y, mask, weight, None, (2.0, 8.0, False), options, True)
+                got = native.forward(logits, Targets(y, mask, weight), Schedule(2.0, 8.0), options, True)
+                want = reference.forward(logits, Targets(y, mask, weight), Schedule(2.0, 8.0), options, True)
                 torch.testing.assert_close(got[0], want[0], rtol=exact, atol=exact, equal_nan=True)
                 torch.testing.assert_close(got[1], want[1], rtol=exact, atol=exact, equal_nan=True)
                 for g, w in zip(got[2], want[2], strict=True):
@@ -90,15 +104,22 @@ def test_error_is_not_above_torch(isa, batch, classes):
 def test_infinities_and_nan_agree_with_reference(isa):
     native._C.set_isa(isa)
     inf = float("inf")
-    rows = [[0.0, -inf, 1.0], [-inf, -inf, 0.0], [inf, 0.0, 1.0], [float("nan"), 0.0, 1.0], [-inf] * 3, [1e4, -1e4, 0.0]]
+    rows = [
+        [0.0, -inf, 1.0],
+        [-inf, -inf, 0.0],
+        [inf, 0.0, 1.0],
+        [float("nan"), 0.0, 1.0],
+        [-inf] * 3,
+        [1e4, -1e4, 0.0],
+    ]
     for width in (3, 17, 60):
         x = torch.tensor([row + [-inf] * (width - 3) for row in rows])
         for y in range(3):
             target = torch.full((6,), y)
             for reduction in ("sum", "none"):
                 options = Options("share", "confidence", None, "residual", -100, 0.0, reduction)
-                got = native.forward([x, x], target, None, None, None, (1.0, 8.0, False), options, True)
-                want = reference.forward([x, x], target, None, None, None, (1.0, 8.0, False), options, True)
+                got = native.forward([x, x], Targets(target), Schedule(1.0, 8.0), options, True)
+                want = reference.forward([x, x], Targets(target), Schedule(1.0, 8.0), options, True)
                 torch.testing.assert_close(got[0], want[0], equal_nan=True)
                 torch.testing.assert_close(unpack_sums(got[1]), unpack_sums(want[1]), equal_nan=True)
                 torch.testing.assert_close(got[2][0], want[2][0], equal_nan=True)
@@ -109,7 +130,9 @@ def test_infinities_and_nan_agree_with_reference(isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("classes", [3, 17, 60])
 def test_which_is_the_first_largest(isa, classes):
-    """Ties, in logits and in soft targets, and a NaN, which counts as the largest: accuracy as torch.argmax has it."""
+    """Ties, in logits and in soft targets, and a NaN, which counts as the largest: accuracy as torch.argmax
+    has it.
+    """
     native._C.set_isa(isa)
     x = torch.randint(0, 3, (200, classes)).float()
     soft = torch.randint(0, 3, (200, classes)).float()
@@ -118,10 +141,17 @@ def test_which_is_the_first_largest(isa, classes):
     for row in range(0, 200, 5):
         soft[row, row % classes] = float("nan")
     options = Options("share", "confidence", None, "residual", -100, 0.0, "none")
-    for target in (torch.randint(0, classes, (200,)), x.argmax(1), soft, torch.where(soft.isnan(), soft, x.nan_to_num(5.0))):
-        _, packed, _ = native.forward([x, x], target, None, None, None, (1.0, 8.0, False), options, True)
+    for target in (
+        torch.randint(0, classes, (200,)),
+        x.argmax(1),
+        soft,
+        torch.where(soft.isnan(), soft, x.nan_to_num(5.0)),
+    ):
+        _, packed, _ = native.forward([x, x], Targets(target), Schedule(1.0, 8.0), options, True)
         label = target if target.dim() == 1 else target.argmax(1)
-        assert unpack_sums(packed)[SUMS.index("correct")].tolist() == [float((x.argmax(1) == label).sum())] * 2
+        assert (
+            unpack_sums(packed)[SUMS.index("correct")].tolist() == [float((x.argmax(1) == label).sum())] * 2
+        )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -154,7 +184,9 @@ def test_threads_do_not_change_a_bit(shape):
 
 
 def test_large_logits_use_more_threads_than_one():
-    """Seen in the CPU time of the process's threads: a parallel loop that is compiled without its runtime still computes."""
+    """Seen in the CPU time of the process's threads: a parallel loop that is compiled without its runtime
+    still computes.
+    """
     tasks = Path("/proc/self/task")
     if not next(tasks.glob("*/schedstat"), None):
         pytest.skip("needs /proc/self/task/*/schedstat")
@@ -185,7 +217,9 @@ def test_rows_of_any_stride():
     for got, want in zip(step_of_views(views, target), step_of_views(logits, target), strict=True):
         assert torch.equal(got, want)
     expanded = logits[0][:1].expand(20, 60)
-    assert torch.equal(step_of_views([expanded] * 3, target)[0], step_of_views([expanded.contiguous()] * 3, target)[0])
+    assert torch.equal(
+        step_of_views([expanded] * 3, target)[0], step_of_views([expanded.contiguous()] * 3, target)[0]
+    )
     strided_target = torch.stack([target, target], 1)[:, 0]
     assert torch.equal(step_of_views(logits, strided_target)[0], step_of_views(logits, target)[0])
 
@@ -196,7 +230,8 @@ def step_of_views(views, target):
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-# ---- the step in one call ------------------------------------------------------------------------------------------
+# ---- the step in one call
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -213,6 +248,9 @@ OPTIONS = [
     dict(warming=True),
     dict(gamma=torch.tensor(2.0), temperature=torch.tensor(3), warming=torch.tensor(False)),
     dict(ignore_index=-100, gamma=0.0),
+    dict(gamma=[0.5, 2.0]),
+    dict(gamma=torch.tensor([0.5, 2.0]), warming=torch.tensor(True)),
+    dict(gamma=(0.0, 0.0), rule="none"),
 ]
 
 
@@ -222,13 +260,17 @@ OPTIONS = [
 def test_fast_step_equals_the_general_one(options, dtype, extras, fast_calls, monkeypatch):
     logits, target = inputs(dtype=dtype)
     if extras:
-        options = options | dict(mask=torch.rand(33, 2) > 0.5, weight=torch.rand(37, dtype=reference.compute_dtype(dtype)))
-    upstream = torch.tensor(0.5, dtype=reference.compute_dtype(dtype))
+        options = options | dict(
+            mask=torch.rand(33, 2) > 0.5, weight=torch.rand(37, dtype=dtypes.compute_dtype(dtype))
+        )
+    upstream = torch.tensor(0.5, dtype=dtypes.compute_dtype(dtype))
     fast = step(logits, target, upstream, **options)
     assert fast_calls == [True]
     monkeypatch.setattr(dispatch, "native_steps", lambda: None)
     general = step(logits, target, upstream, **options)
-    for got, want in zip([*fast[:2], *fast[2], fast[3]], [*general[:2], *general[2], general[3]], strict=True):
+    for got, want in zip(
+        [*fast[:2], *fast[2], fast[3]], [*general[:2], *general[2], general[3]], strict=True
+    ):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, equal_nan=True)
 
@@ -236,7 +278,10 @@ def test_fast_step_equals_the_general_one(options, dtype, extras, fast_calls, mo
 @pytest.mark.parametrize(
     "unusual",
     [
-        lambda x, y: ([t.to(torch.float32).requires_grad_() for t in x], y.float().softmax(0).expand(37, 33).t()),
+        lambda x, y: (
+            [t.to(torch.float32).requires_grad_() for t in x],
+            y.float().softmax(0).expand(37, 33).t(),
+        ),
         lambda x, y: ([t.reshape(33, 37, 1) for t in x], y.reshape(33, 1)),
         lambda x, y: ([t.t().contiguous().t() for t in x], y),
     ],
@@ -273,7 +318,9 @@ def test_missing_link_and_bad_arguments_still_raise():
         arl_loss(leaves[0], [leaves[1][:, :3], leaves[2]], target, rule="none")
     bad = target.clone()
     bad[2] = 37
-    with pytest.raises(IndexError, match=r"target: got class 37, expected 0 <= target < 37 or ignore_index=-100"):
+    with pytest.raises(
+        IndexError, match=r"target: got class 37, expected 0 <= target < 37 or ignore_index=-100"
+    ):
         arl_loss(leaves[0], leaves[1:], bad, rule="none")
     features, link = modulate({"a": torch.randn(33, 3, requires_grad=True), "b": torch.randn(33, 3)})
     assert list(features) == ["a", "b"]
@@ -348,7 +395,9 @@ def test_saved_tensor_hooks_and_checkpoint():
     assert len(held) == 3
     before = [t.clone() for t in held]
     loss.backward(torch.tensor(3.0))
-    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))  # what the hook holds stays as it was
+    assert all(
+        torch.equal(a, b) for a, b in zip(held, before, strict=True)
+    )  # what the hook holds stays as it was
     torch.testing.assert_close([x.grad for x in leaves], [3 * g for g in full])
     from torch.utils.checkpoint import checkpoint
 
@@ -364,10 +413,17 @@ def test_modulate_node_equals_the_function(monkeypatch):
         torch.manual_seed(1)
         if not fast:
             monkeypatch.setattr(dispatch, "native_steps", lambda: None)
-        z = [torch.randn(5, 4, requires_grad=True), torch.randn(5, 3, 2, dtype=torch.bfloat16, requires_grad=True)]
+        z = [
+            torch.randn(5, 4, requires_grad=True),
+            torch.randn(5, 3, 2, dtype=torch.bfloat16, requires_grad=True),
+        ]
         features, link = modulate([z[0] * 1, z[1] * 1])
         assert features[0].grad_fn.name().startswith("ARLModulate" if fast else "_Modulate")
-        total = (features[0] * torch.randn(5, 4)).sum() + features[1].float().square().sum() + (link * torch.tensor([0.5, -0.25])).sum()
+        total = (
+            (features[0] * torch.randn(5, 4)).sum()
+            + features[1].float().square().sum()
+            + (link * torch.tensor([0.5, -0.25])).sum()
+        )
         total.backward()
         results.append([t.grad for t in z])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -393,7 +449,9 @@ def test_modulate_then_loss_scales_the_encoders():
     for rule in ("share", "none"):
         criterion = ARLLoss(rule=rule)
         encoders.zero_grad()
-        criterion(head({name: f(x) for f, (name, x) in zip(encoders, data.items(), strict=True)}), target).backward()
+        criterion(
+            head({name: f(x) for f, (name, x) in zip(encoders, data.items(), strict=True)}), target
+        ).backward()
         grads.append([f.weight.grad.clone() for f in encoders])
         gains = criterion.stats.gains
         if rule == "share":
@@ -402,10 +460,51 @@ def test_modulate_then_loss_scales_the_encoders():
         torch.testing.assert_close(grads[0][m], grads[1][m] * share[m])
 
 
+def test_gamma_per_modality():
+    logits, target = inputs()
+    for reduction in ("mean", "sum", "none"):
+        options = Options(reduction=reduction)
+        for gamma in ((0.5, 2.0), torch.tensor([0.5, 2.0]), torch.tensor([[0.5, 2.0]] * 2).t()[:, 0]):
+            got = native.forward(logits, Targets(target), Schedule(gamma, 8.0), options, True)
+            want = reference.forward(logits, Targets(target), Schedule(gamma, 8.0), options, True)
+            torch.testing.assert_close([*got[:2], *got[2]], [*want[:2], *want[2]])
+
+
+def changed(name, value):
+    facts = dict(native._C.spec)
+    facts[name] = value
+    return SimpleNamespace(spec=facts)
+
+
+def test_an_extension_of_other_sources_is_noticed():
+    assert native._stale(native._C) == ""
+    assert "does not know RULES" in native._stale(SimpleNamespace())
+    stale = native._stale(changed("RULES", ("share", "paper", "constant", "zero")))
+    assert "RULES = ('share', 'paper', 'constant', 'zero')" in stale
+    assert stale.endswith("build it again")
+    for name in native._C.spec:
+        assert name in native._stale(changed(name, None)), name
+
+
+def test_what_the_extension_does_not_take():
+    logits, target = inputs()
+    schedule, options = Schedule(1.0, 8.0), Options()
+    for arguments in (
+        ((target,), schedule, options),
+        (Targets(None), schedule, options),
+        (Targets(target), Schedule("1", 8.0), options),
+        (Targets(target), schedule, options._replace(rule=len)),
+    ):
+        with pytest.raises(TypeError, match="expected"):
+            native._C.forward(logits, *arguments, True)
+    with pytest.raises(ValueError, match="gamma: got 3 values, expected one, or one for each of the 2"):
+        native._C.forward(logits, Targets(target), Schedule((1.0, 1.0, 1.0), 8.0), options, True)
+
+
 def test_names_of_the_contract():
     assert native.unavailable("cpu") is None
     assert "avx" in native.describe("cpu") or "baseline" in native.describe("cpu")
     with pytest.raises(ValueError, match="ARL_FAST_ISA: got mmx"):
         native._C.set_isa("mmx")
-    assert functional.dispatch.native_steps() is native
+    assert dispatch.native_steps() is native
     assert isinstance(BranchLogits(*(torch.zeros(1, 1),) * 2), tuple)

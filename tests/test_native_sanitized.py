@@ -1,4 +1,5 @@
-"""The CPU row kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without torch (tests/cpp/rows_sanitized.cpp)."""
+"""The CPU row kernels under AddressSanitizer and UndefinedBehaviorSanitizer (tests/cpp/rows_sanitized.cpp).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).parent / "cpp" / "rows_sanitized.cpp"
 FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-psabi"]
 
@@ -16,7 +19,11 @@ FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-saniti
 VECTORS = {
     "sse2": (16, [], set()),
     "avx2": (32, ["-mavx2", "-mfma"], {"avx2", "fma"}),
-    "avx512": (64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"], {"avx512f", "avx512dq", "avx512bw", "avx512vl"}),
+    "avx512": (
+        64,
+        ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
+        {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
+    ),
 }
 
 
@@ -35,7 +42,9 @@ def test_rows_under_sanitizers(tmp_path, name):
         pytest.skip("no g++")
     vector = [f"-DARL_VECTOR_BYTES={size}", *options]
     program = tmp_path / "rows"
-    built = subprocess.run([compiler, *FLAGS, *vector, str(SOURCE), "-o", str(program)], capture_output=True, text=True)
+    built = subprocess.run(
+        [compiler, *FLAGS, *vector, str(SOURCE), "-o", str(program)], capture_output=True, text=True
+    )
     if "cannot find" in built.stderr and "san" in built.stderr:
         pytest.skip("the compiler has no sanitizer libraries")
     assert built.returncode == 0, built.stderr[-3000:]

@@ -18,7 +18,9 @@ CLASSES = 4
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)) for name in ("a", "v")})
+        self.encoders = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)) for name in ("a", "v")}
+        )
         self.head = arl_fast.ConcatHead({"a": 5, "v": 5}, CLASSES)
 
     def forward(self, x):
@@ -72,24 +74,34 @@ def test_adaptive_optimizers_cancel_a_constant_scale(name):
 
 
 def test_sgd_does_not():
-    plain, scaled = (train(lambda groups: torch.optim.SGD(groups, lr=0.1), rule) for rule in ("none", "constant"))
+    plain, scaled = (
+        train(lambda groups: torch.optim.SGD(groups, lr=0.1), rule) for rule in ("none", "constant")
+    )
     moved = (plain[-1] - plain[0]).abs().max()
     assert (plain[-1] - scaled[-1]).abs().max() > 0.1 * moved
 
 
 def test_update_gains_are_not_cancelled():
-    """With gains on the update the constant rule is AdamW with 1.5 times the encoders' learning rate, as it is for SGD."""
+    """With gains on the update the constant rule is AdamW with 1.5 times the encoders' learning rate, as it
+    is for SGD.
+    """
 
     def faster(groups):
-        return torch.optim.AdamW([g | {"lr": 1e-2 * (1.5 if i < 2 else 1)} for i, g in enumerate(groups)], eps=1e-12)
+        return torch.optim.AdamW(
+            [g | {"lr": 1e-2 * (1.5 if i < 2 else 1)} for i, g in enumerate(groups)], eps=1e-12
+        )
 
-    torch.testing.assert_close(train(ADAPTIVE["AdamW"], "constant", scale_updates=True), train(faster, "none"), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        train(ADAPTIVE["AdamW"], "constant", scale_updates=True), train(faster, "none"), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_update_gains_with_sgd_are_gains_on_the_gradient():
     """Without momentum both are the same, step by step, for gains that change with the batch."""
     make = lambda groups: torch.optim.SGD(groups, lr=0.1)  # noqa: E731
-    torch.testing.assert_close(train(make, "share", scale_updates=True), train(make, "share"), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        train(make, "share", scale_updates=True), train(make, "share"), rtol=1e-9, atol=1e-12
+    )
 
 
 ALL = {
@@ -152,7 +164,9 @@ def test_composes_with_learning_rate_schedulers(lr):
 
     def schedule(optimizer):
         warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.2, total_iters=5)
-        return torch.optim.lr_scheduler.ChainedScheduler([warm, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)])
+        return torch.optim.lr_scheduler.ChainedScheduler(
+            [warm, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+        )
 
     make = lambda groups: torch.optim.SGD(groups, lr=torch.tensor(0.1) if lr == "tensor" else lr)  # noqa: E731
     updates = train(make, "share", steps=8, scale_updates=True, prepare=schedule)
@@ -240,7 +254,10 @@ def test_detached_link_computes_gains_and_scales_nothing():
     assert (criterion.stats.gains > 1).all()
 
 
-@pytest.mark.parametrize("form", [lambda f, u: BranchLogits(f, u), lambda f, u: (f, list(u.values())), lambda f, u: {"fused": f, **u}])
+@pytest.mark.parametrize(
+    "form",
+    [lambda f, u: BranchLogits(f, u), lambda f, u: (f, list(u.values())), lambda f, u: {"fused": f, **u}],
+)
 def test_detach_link_takes_what_the_loss_takes(form):
     fused = torch.randn(3, 4, requires_grad=True)
     out = detach_link(form(fused, {"a": fused * 2, "v": fused * 3}))
@@ -264,9 +281,15 @@ def test_errors():
         UpdateGains(optimizer, {"a": 0, "v": (1, 0)}, criterion)
     x, target = batch()
     out = detach_link(model(x))
-    wrong, by_order = UpdateGains(optimizer, {"a": 0, "text": 1}, criterion), UpdateGains(optimizer, [0], criterion)
+    wrong, by_order = (
+        UpdateGains(optimizer, {"a": 0, "text": 1}, criterion),
+        UpdateGains(optimizer, [0], criterion),
+    )
     criterion(out, target)
-    with pytest.raises(ValueError, match=r"groups: got the modalities \['a', 'text'\], but the criterion was given \['a', 'v'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"groups: got the modalities \['a', 'text'\], but the criterion was given \['a', 'v'\]",
+    ):
         wrong.gains()
     with pytest.raises(ValueError, match="groups: got 1 modalities, but the criterion has 2"):
         by_order.gains()

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it stands, and the files it points to exist."""
+"""Python blocks of the pages named in RUNS run as they stand, and what any page links to exists."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -17,7 +18,8 @@ def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text())
 
 
-RUNNABLE = [(page, i) for page in (ROOT / "README.md", ROOT / "docs" / "method.md") for i in range(len(blocks(page)))]
+RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("method", "extend", "family", "faq"))]
+RUNNABLE = [(page, i) for page in RUNS for i in range(len(blocks(page)))]
 
 
 def test_readme_has_blocks():
@@ -29,6 +31,36 @@ def test_block_runs(page, i):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         exec(compile(blocks(page)[i], f"{page.name}, block {i}", "exec"), {"__name__": "readme"})
+
+
+def test_tutorial_runs_block_after_block(tmp_path, monkeypatch, capsys):
+    """And its text says what comes out: which branch leads, that the right half memorises, what is
+    recommended.
+    """
+    for module in ("sklearn", "matplotlib"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    page = ROOT / "docs" / "tutorial.md"
+    names = {"__name__": "tutorial"}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for i, block in enumerate(blocks(page)):
+            exec(compile(block, f"{page.name}, block {i}", "exec"), names)
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "tutorial.png").stat().st_size > 10_000
+    before, after = (names[run].series("accuracy", "held_out")[-1] for run in ("joint", "arl"))
+    assert before[1] < 0.45
+    assert after[1] > 0.7 > after[2]
+    assert after[1] > after[0]
+    assert names["arl"].series("accuracy", "epochs")[-1, 2] > 0.95
+    assert names["arl"].series("gains", "epochs")[-1, 1] > 1.6
+    verdict = names["diagnosis"].verdict
+    assert verdict.recommendation == "joint"
+    assert any("right memorises" in reason for reason in verdict.reasons)
+    assert capsys.readouterr().out.count("epoch   steps") == 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,5 +1,6 @@
-"""What the contract's suite does not reach in the Triton implementation: streamed rows, several tiles and programs,
-counting together, the counters, ops and warming up. TRITON_INTERPRET=1 pytest -m contract runs it with the contract."""
+"""What the contract's suite does not reach in the Triton implementation: streamed rows, several tiles and
+programs, counting together, the counters, ops and warming up. TRITON_INTERPRET=1 pytest -m contract runs it
+with the contract."""
 
 from __future__ import annotations
 
@@ -10,31 +11,34 @@ import pytest
 import test_contract
 import torch
 
-from arl_fast import arl_loss, dispatch, reference
-from arl_fast.kernels import triton_rule
-from arl_fast.options import Options
+from arl_fast import arl_loss
+from arl_fast._core import dtypes
+from arl_fast._core.branches import Targets
+from arl_fast._core.options import Options, Schedule
+from arl_fast.implementations import dispatch, ops, reference
+from arl_fast.implementations.triton import plan as launch_plan
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-from arl_fast.kernels import triton as implementation
+from arl_fast.implementations.triton import host as implementation
 
 pytestmark = pytest.mark.contract
-OPTIONS = Options("share", "confidence", None, "residual", -100, 0.0, "mean")
-SMALL_STREAM = triton_rule.Plan(online=True, steps=2, owners=4, lanes=2, threads=128, registers=64)
+OPTIONS, SCHEDULE = Options(), Schedule(1.0, 8.0)
+SMALL_STREAM = launch_plan.Plan(online=True, steps=2, owners=4, lanes=2, threads=128, registers=64)
 
 
 @pytest.fixture(autouse=True)
 def serve(monkeypatch):
     monkeypatch.setattr(dispatch, "override", "triton")
-    implementation._constants.cache_clear()  # of another test's rule
+    implementation._forward_configuration.cache_clear()  # of another test's plans
     yield
-    implementation._constants.cache_clear()
+    implementation._forward_configuration.cache_clear()
 
 
 @pytest.fixture
 def streamed(monkeypatch):
     """Every row is streamed, in chunks of 16 logits."""
-    monkeypatch.setattr(triton_rule, "plan", lambda classes, itemsize, heavy: SMALL_STREAM)
+    monkeypatch.setattr(launch_plan, "plan", lambda classes, itemsize, more_sums: SMALL_STREAM)
 
 
 @contextmanager
@@ -97,12 +101,12 @@ def test_streamed_extremes(streamed, kind):
 
 
 def test_a_row_too_long_for_registers():
-    test_contract.check(*test_contract.make(1, 2, triton_rule.LARGEST_ROW + 5))
+    test_contract.check(*test_contract.make(1, 2, launch_plan.LARGEST_ROW + 5))
 
 
 def test_programs_take_several_tiles(monkeypatch, poisoned):
     """300 rows in tiles of 128, and of 4, by two programs per branch."""
-    monkeypatch.setattr(triton_rule, "programs", lambda *arguments: 2)
+    monkeypatch.setattr(launch_plan, "programs", lambda *arguments: 2)
     for batch, classes in ((300, 3), (21, 300)):
         logits, target = test_contract.make(batch=batch, classes=classes)
         target[::7] = -100
@@ -112,9 +116,7 @@ def test_programs_take_several_tiles(monkeypatch, poisoned):
 @pytest.fixture
 def many_rows(monkeypatch):
     """Sixteen rows are many, to be counted in four pieces of whole blocks of eight."""
-    monkeypatch.setattr(triton_rule, "COUNT_ALONE", 15)
-    monkeypatch.setattr(triton_rule, "COUNT_BLOCK", 8)
-    monkeypatch.setattr(triton_rule, "COUNT_CHUNKS", 4)
+    monkeypatch.setattr(launch_plan, "COUNTING", launch_plan.Counting(shared_above=15, block=8, chunks=4))
 
 
 @pytest.mark.parametrize("batch", [16, 31, 50, 65])
@@ -134,20 +136,21 @@ def test_many_rows_are_counted_together(many_rows, monkeypatch, poisoned, batch)
 
 
 def test_programs_share_the_counting(many_rows, monkeypatch):
-    """As if other programs had already counted the first two pieces: they are not counted again, and their sums are used."""
+    """As if others had already counted the first two pieces: their counts are used."""
     logits, target = test_contract.make(batch=32)
-    loss, packed, grads = reference.forward(logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True)
-    programs = triton_rule.programs(32, 3, triton_rule.plan(5, 4, False), 4)
-    work = torch.full([triton_rule.workspace(3, programs)], torch.nan)
-    state = torch.tensor([0, 2, 2], dtype=torch.int32)
-    parts = work[3 * 6 * programs :].view(3, 4)
-    parts[:, :2] = torch.tensor([[5.0, 7.0], [6.0, 1.0], [0.0, 4.0]])  # not what is there
-    norm = parts[:, :2].sum(1) + 16
-    monkeypatch.setattr(implementation.workspaces, "take", lambda *arguments: (state, work))
-    got = implementation.forward(logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True)
+    targets = Targets(target)
+    loss, packed, grads = reference.forward(logits, targets, SCHEDULE, OPTIONS, True)
+    programs = launch_plan.programs(32, 3, launch_plan.plan(5, 4, False), 4)
+    work = torch.full([launch_plan.workspace(3, programs)], torch.nan)
+    counters = torch.tensor([0, 2, 2], dtype=torch.int32)
+    counts = work[3 * 6 * programs :].view(3, 4)
+    counts[:, :2] = torch.tensor([[5.0, 7.0], [6.0, 1.0], [0.0, 4.0]])  # not what is there
+    divisor = counts[:, :2].sum(1) + 16
+    monkeypatch.setattr(implementation.workspaces, "take", lambda *arguments: (work, counters))
+    got = implementation.forward(logits, targets, SCHEDULE, OPTIONS, True)
     torch.testing.assert_close([got[0], got[1]], [loss, packed])
-    torch.testing.assert_close(got[2], [g * 32 / n for g, n in zip(grads, norm, strict=True)])
-    assert state.tolist() == [0, 0, 0]
+    torch.testing.assert_close(got[2], [g * 32 / n for g, n in zip(grads, divisor, strict=True)])
+    assert counters.tolist() == [0, 0, 0]
 
 
 def test_one_launch_forward_and_backward(monkeypatch):
@@ -157,10 +160,10 @@ def test_one_launch_forward_and_backward(monkeypatch):
     assert (len(f), len(s)) == (1, 1)
 
 
-def test_a_given_norm_replaces_the_count_in_the_gradients_only():
+def test_a_given_divisor_replaces_the_count_in_the_gradients_only():
     logits, target = test_contract.make()
-    norm = torch.tensor([11.0, 12.0, 13.0])
-    arguments = (logits, target, None, None, norm, (1.5, 8.0, False), OPTIONS, True)
+    divisor = torch.tensor([11.0, 12.0, 13.0])
+    arguments = (logits, Targets(target, divisor=divisor), Schedule(1.5, 8.0), OPTIONS, True)
     loss, packed, grads = implementation.forward(*arguments)
     want_loss, want_packed, want_grads = reference.forward(*arguments)
     torch.testing.assert_close([loss, packed, *grads], [want_loss, want_packed, *want_grads])
@@ -175,7 +178,7 @@ def test_nan_logits_and_a_class_out_of_range_poison_their_row_only(streamed):
     assert grads[0].isfinite().all()
     target[1] = 7
     logits = [x.nan_to_num() for x in logits]
-    loss, _, grads = implementation._launch_forward(logits, target, None, None, None, (1.0, 8.0, False), OPTIONS, True)
+    loss, _, grads = implementation._launch_forward(logits, Targets(target), SCHEDULE, OPTIONS, True)
     assert loss.isnan()
     for g in grads:
         assert g.isnan().all(1).tolist() == [False, True, False, False]
@@ -189,7 +192,7 @@ def test_counters_are_zero_again(many_rows, monkeypatch, batch):
     monkeypatch.setattr(implementation.workspaces, "take", lambda *arguments: work)
     logits, target = test_contract.make(batch=batch)
     first = test_contract.run(logits, target)
-    assert not work.state.any()
+    assert not work.counters.any()
     again = test_contract.run(logits, target)
     assert all(torch.equal(a, b) for a, b in zip([first[0], *first[1]], [again[0], *again[1]], strict=True))
 
@@ -197,7 +200,7 @@ def test_counters_are_zero_again(many_rows, monkeypatch, batch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [False, True])
 def test_scale(dtype, rows):
-    grads = [torch.randn(33, 150, dtype=reference.grad_dtype(dtype)) for _ in range(3)]
+    grads = [torch.randn(33, 150, dtype=dtypes.grad_dtype(dtype)) for _ in range(3)]
     upstream = torch.randn(33) if rows else torch.tensor(0.3)
     for factor in (None, torch.tensor([0.5, 2.0, 3.0])):
         want = reference.scale(grads, upstream, factor, dtype, True)
@@ -221,7 +224,12 @@ def test_scale_by_one_hands_the_gradients_out():
 
 def test_modulate_backward_takes_sizes_dtypes_gaps_and_strides():
     link = torch.tensor([0.5, -0.25, 1.0, 2.0])
-    grads = [torch.randn(3, 1400), None, torch.randn(5, 2, dtype=torch.bfloat16).t(), torch.ones(()).expand(4, 4)]
+    grads = [
+        torch.randn(3, 1400),
+        None,
+        torch.randn(5, 2, dtype=torch.bfloat16).t(),
+        torch.ones(()).expand(4, 4),
+    ]
     got = implementation.modulate_backward(grads, link)
     want = reference.modulate_backward(grads, link)
     assert got[1] is None
@@ -231,22 +239,49 @@ def test_modulate_backward_takes_sizes_dtypes_gaps_and_strides():
 
 def test_ops():
     logits, target = test_contract.make(dtype=torch.bfloat16)
-    mask, weight = torch.rand(7, 2) > 0.3, torch.rand(5)
-    options = ("share", "confidence", None, "residual", -100, 0.1)
-    ops = torch.ops.arl_fast
-    for reduction, grad in (("mean", True), ("none", False)):
-        arguments = (logits, target, mask, weight, None, None, 1.5, 8.0, False, *options, reduction, grad)
-        torch.library.opcheck(ops.triton_forward.default, arguments)
-    schedule = torch.tensor([1.0, 8.0, 0.0])
-    arguments = (logits, target, None, None, torch.ones(3), schedule, 1.0, 0.0, False, *options, "mean", True)
-    torch.library.opcheck(ops.triton_forward.default, arguments)
-    torch.library.opcheck(ops.triton_scale.default, (logits, torch.tensor(0.5), torch.ones(3), torch.bfloat16))
-    torch.library.opcheck(ops.triton_modulate.default, (logits, [2, 0, 1], torch.rand(3)))
+    targets = Targets(target, torch.rand(7, 2) > 0.3, torch.rand(5), torch.ones(3))
+    registered = torch.ops.arl_fast
+    for schedule in (
+        Schedule((1.5, 2.0), torch.tensor(4.0), 3, torch.tensor(2)),
+        Schedule(torch.rand(2), 8.0),
+    ):
+        for reduction, grad in (("mean", True), ("none", False)):
+            options = OPTIONS._replace(reduction=reduction, label_smoothing=0.1, entropy_floor=0.2)
+            encoded = (*ops.encode_schedule(schedule), *ops.encode_options(options))
+            arguments = (logits, *targets, *encoded, grad)
+            torch.library.opcheck(registered.triton_forward.default, arguments)
+    torch.library.opcheck(
+        registered.triton_scale.default, (logits, torch.tensor(0.5), torch.ones(3), torch.bfloat16)
+    )
+    channels_last = [x.expand(2, 3, 7, 5).contiguous(memory_format=torch.channels_last) for x in logits]
+    for grads in (logits, channels_last):
+        torch.library.opcheck(registered.triton_modulate_backward.default, (grads, [2, 0, 1], torch.rand(3)))
+
+
+def test_the_op_keeps_no_memory(monkeypatch):
+    """CUDA graph trees of torch.compile refuse an op that holds memory of their pool after it has run."""
+
+    def refuse(*arguments):
+        raise AssertionError("the op asked for a workspace that outlives it")
+
+    logits, target = test_contract.make()
+    want = reference.forward(logits, Targets(target), SCHEDULE, OPTIONS, True)
+    monkeypatch.setattr(implementation.workspaces, "take", refuse)
+    encoded = (*ops.encode_schedule(SCHEDULE), *ops.encode_options(OPTIONS))
+    got = torch.ops.arl_fast.triton_forward(logits, target, None, None, None, *encoded, True)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("floats", [(0.1, 0.2), (0.3, 0.0)])
+def test_options_of_an_op_are_those_that_were_given(floats):
+    given = Options(lambda stats: stats.entropy, "logit_l1", floats[0], "plain", 2**63 - 1, floats[1], "sum")
+    assert ops.decode_options(*ops.encode_options(given)) == given._replace(rule="constant")
+    assert ops.decode_options(*ops.encode_options(OPTIONS)) == OPTIONS
 
 
 @pytest.mark.parametrize(("reduction", "backend"), [("mean", "inductor"), ("none", "aot_eager")])
 def test_compiled_in_one_graph(reduction, backend):
-    """The whole step, features to loss, through the registered ops; a second batch size recompiles at most once more."""
+    """The whole step, features to loss, through the registered ops, for two batch sizes."""
     import arl_fast
 
     head = arl_fast.SharedHead([3, 3], 4)

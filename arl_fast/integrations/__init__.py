@@ -1,4 +1,4 @@
-"""Adapters for training loops that call a loss with something else than (output, target). Each imports its library lazily.
+"""Adapters: the Trainer's way to call a loss, callbacks that log statistics, and one for any logger.
 
-Lightning, timm and plain loops need none: see examples/.
+Timm and plain loops need none, nor does the loss in a LightningModule: see examples/.
 """

@@ -51,7 +51,7 @@ constexpr int64_t kGrain = 16384;  // fewest logits worth another thread
 constexpr int64_t kCountRows = 1 << 15;
 
 struct RowCount {
-  double count = 0, norm = 0;  // valid rows, and the sum of their weights
+  double count = 0, divisor = 0;  // valid rows, and the sum of their weights
 };
 
 // Valid rows of each branch and what "mean" divides by, before any gradient is written; checks the class indices.
@@ -84,7 +84,7 @@ void count_chunk(const Loss& loss, int64_t begin, int64_t end, RowCount* counts)
     for (int64_t i = begin; i < end; ++i) {
       if (!loss.valid(b, i)) continue;
       own.count += 1;
-      own.norm += weight != nullptr && target != nullptr ? double(weight[target[i]]) : 1;
+      own.divisor += weight != nullptr && target != nullptr ? double(weight[target[i]]) : 1;
     }
     counts[b] = own;
   }
@@ -104,7 +104,7 @@ void count_rows(const Loss& loss, RowCount* counts) {
   for (int64_t i = 0; i < chunks; ++i) {
     for (int b = 0; b < loss.branches; ++b) {
       counts[b].count += parts[i * loss.branches + b].count;
-      counts[b].norm += parts[i * loss.branches + b].norm;
+      counts[b].divisor += parts[i * loss.branches + b].divisor;
     }
   }
 }
@@ -141,36 +141,32 @@ void run_rows(const Loss& loss, RowsFn rows, size_t element, ChunkSums* totals) 
   parallel(items, std::max<int64_t>(1, kGrain / (chunk * loss.classes)), run);
   for (int64_t i = 0; i < items; ++i) {
     ChunkSums& total = totals[i / chunks];
-    total.loss += parts[i].loss;
-    total.correct += parts[i].correct;
-    total.entropy += parts[i].entropy;
-    total.dependence += parts[i].dependence;
+    for (int s = 0; s < kSums; ++s) total.of[s] += parts[i].of[s];
   }
 }
 
 template <class T>
-void run(Loss& loss, const Options& options, const Inputs& inputs, const T* norm, T* packed, T* out) {
+void run(Loss& loss, const Options& options, const Numbers& numbers, const T* divisor, T* packed, T* out) {
   const int branches = loss.branches;
-  const Schedule<T> schedule = effective<T>(T(inputs.gamma), T(inputs.temperature), T(inputs.warming));
+  const auto gamma = [&](int modality) { return T(numbers.gamma(modality)); };
   RowCount counts[kMaxBranches];
   count_rows<T>(loss, counts);
   for (int b = 0; b < branches; ++b) {
-    loss.grad_scale[b] = b == 0 ? 1.0 : double(schedule.gamma);
-    if (options.reduction == kMean) loss.grad_scale[b] /= norm != nullptr ? double(norm[b]) : counts[b].norm;
+    loss.grad_scale[b] = b == 0 ? 1.0 : double(gamma(b - 1));
+    const double rows = divisor != nullptr ? double(divisor[b]) : counts[b].divisor;
+    if (options.reduction == kMean) loss.grad_scale[b] /= rows;
   }
   ChunkSums totals[kMaxBranches] = {};
   if (loss.rows > 0) run_rows(loss, chosen()->rows[loss.dtype], sizeof(T), totals);
 
-  T* sums = packed + sums_offset(branches - 1);
+  T* sums = packed + packed_offset<kPackedSums>(branches - 1);
   for (int b = 0; b < branches; ++b) {
-    sums[kLoss * branches + b] = T(totals[b].loss);
-    sums[kNorm * branches + b] = T(counts[b].norm);
-    sums[kCount * branches + b] = T(counts[b].count);
-    sums[kCorrect * branches + b] = T(totals[b].correct);
-    sums[kEntropy * branches + b] = T(totals[b].entropy);
-    sums[kDependence * branches + b] = T(totals[b].dependence);
+    totals[b].of[kDivisor] = counts[b].divisor;
+    totals[b].of[kCount] = counts[b].count;
+    for (int s = 0; s < kSums; ++s) sums[s * branches + b] = T(totals[b].of[s]);
   }
-  const T total = finish<T>(sums, branches - 1, schedule, options, packed);
+  const T temperature = T(numbers.temperature);
+  const T total = finish<T>(sums, branches - 1, gamma, temperature, numbers.warming, options, packed);
   if (options.reduction != kNoReduction) {
     *out = total;
     return;
@@ -178,16 +174,48 @@ void run(Loss& loss, const Options& options, const Inputs& inputs, const T* norm
   const T* row_loss = static_cast<const T*>(loss.row_loss);
   for (int64_t i = 0; i < loss.rows; ++i) {
     T unimodal = 0;
-    for (int b = 1; b < branches; ++b) unimodal += row_loss[b * loss.rows + i];
-    out[i] = row_loss[i] + schedule.gamma * unimodal;
+    for (int b = 1; b < branches; ++b) unimodal += gamma(b - 1) * row_loss[b * loss.rows + i];
+    out[i] = row_loss[i] + unimodal;
+  }
+}
+
+// Element i of a tensor on the CPU.
+double element(const at::Tensor& tensor, int64_t i) {
+  const int64_t at = tensor.dim() == 0 ? 0 : i * tensor.stride(0);
+  switch (tensor.scalar_type()) {
+    case at::kDouble: return tensor.const_data_ptr<double>()[at];
+    case at::kFloat: return tensor.const_data_ptr<float>()[at];
+    case at::kLong: return double(tensor.const_data_ptr<int64_t>()[at]);
+    default: return tensor.reshape({-1})[i].item<double>();
   }
 }
 
 }  // namespace
 
+Numbers read(const Schedule& schedule) {
+  Numbers numbers;
+  if (schedule.gamma == nullptr) {
+    numbers.gammas = schedule.gammas;
+  } else {
+    for (int64_t m = 0; m < schedule.gamma->numel(); ++m) {
+      numbers.gammas.push_back(element(*schedule.gamma, m));
+    }
+  }
+  numbers.temperature =
+      schedule.temperature == nullptr ? schedule.temperature_number : element(*schedule.temperature, 0);
+  const double step = schedule.step == nullptr ? 0 : element(*schedule.step, 0);
+  numbers.warming = step < double(schedule.warmup);
+  return numbers;
+}
+
 Outputs forward(const Inputs& inputs, const Options& options) {
   const int branches = int(inputs.logits.size());
-  TORCH_CHECK_VALUE(branches >= 2 && branches <= kMaxBranches, "logits: got ", branches, " branches, expected 2 to ", kMaxBranches);
+  TORCH_CHECK_VALUE(branches >= 2 && branches <= kMaxBranches, "logits: got ", branches,
+                    " branches, expected 2 to ", kMaxBranches);
+  const size_t gammas = inputs.numbers.gammas.size();
+  TORCH_CHECK_VALUE(gammas == 1 || gammas == size_t(branches - 1), "gamma: got ", gammas,
+                    " values, expected one, or one for each of the ", branches - 1, " modalities");
+  const Targets& given = inputs.targets;
   const at::Tensor& fused = inputs.logits[0];
   const at::ScalarType type = fused.scalar_type();
   const at::ScalarType compute = type == at::kDouble ? at::kDouble : at::kFloat;
@@ -218,7 +246,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   }
   if (inputs.wanted == 0) release_kept_memory();
 
-  at::Tensor target = *inputs.target, weight, mask, norm, row_loss;
+  at::Tensor target = *given.target, weight, mask, divisor, row_loss;
   if (target.is_floating_point()) {
     TORCH_CHECK_VALUE(target.sizes() == fused.sizes(), "target: expected probabilities of the shape of the logits");
     target = target.to(compute).contiguous();
@@ -231,21 +259,21 @@ Outputs forward(const Inputs& inputs, const Options& options) {
     loss.target_is_int64 = target.scalar_type() == at::kLong;
   }
   loss.weight_total = double(loss.classes);
-  if (inputs.weight != nullptr) {
-    weight = inputs.weight->to(compute).contiguous();
+  if (given.weight != nullptr) {
+    weight = given.weight->to(compute).contiguous();
     TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == loss.classes, "weight: expected [C]");
     loss.weight = weight.const_data_ptr();
     if (options.label_smoothing != 0) loss.weight_total = weight.sum(at::kDouble).item<double>();
   }
-  if (inputs.mask != nullptr) {
-    mask = *inputs.mask;
+  if (given.mask != nullptr) {
+    mask = *given.mask;
     TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool && mask.dim() == 2 && mask.size(0) == loss.rows && mask.size(1) == branches - 1,
                       "mask: expected bool [N, M]");
     loss.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
     loss.mask_row_stride = mask.stride(0);
     loss.mask_stride = mask.stride(1);
   }
-  if (inputs.norm != nullptr) norm = inputs.norm->to(compute).contiguous();
+  if (given.divisor != nullptr) divisor = given.divisor->to(compute).contiguous();
   loss.label_smoothing = options.label_smoothing;
   loss.ignore_index = options.ignore_index;
   loss.logit_l1 = options.dependence == kLogitL1;
@@ -258,14 +286,15 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   } else {
     outputs.loss = empty({}, compute);
   }
-  const void* norm_data = norm.defined() ? norm.const_data_ptr() : nullptr;
+  const void* divisors = divisor.defined() ? divisor.const_data_ptr() : nullptr;
   void* packed = outputs.packed.mutable_data_ptr();
   void* out = outputs.loss.mutable_data_ptr();
-  if (compute == at::kDouble) {
-    run<double>(loss, options, inputs, static_cast<const double*>(norm_data), static_cast<double*>(packed), static_cast<double*>(out));
-  } else {
-    run<float>(loss, options, inputs, static_cast<const float*>(norm_data), static_cast<float*>(packed), static_cast<float*>(out));
-  }
+  const auto run_as = [&](auto zero) {
+    using T = decltype(zero);
+    run<T>(loss, options, inputs.numbers, static_cast<const T*>(divisors), static_cast<T*>(packed),
+           static_cast<T*>(out));
+  };
+  compute == at::kDouble ? run_as(double()) : run_as(float());
   return outputs;
 }
 

@@ -3,30 +3,39 @@
 
 #include <ATen/ATen.h>
 
-#include <optional>
 #include <string>
 #include <vector>
 
+#include "../contract.h"
 #include "loss.h"
 
 namespace arl::cpu {
 
-// Arguments as in arl_fast/reference.py, which documents them; logits are 2-D tensors on the CPU.
+// The schedule of one step in numbers.
+struct Numbers {
+  c10::SmallVector<double, 4> gammas;  // one, or one per modality
+  double temperature = 1;
+  bool warming = false;
+
+  double gamma(int modality) const { return warming ? 1 : gammas[gammas.size() == 1 ? 0 : modality]; }
+};
+
+// Reads the tensors of a schedule, which are on the CPU.
+Numbers read(const Schedule& schedule);
+
+// Arguments as in arl_fast/implementations/reference.py, which documents them. Logits are 2-D tensors on the
+// CPU.
 struct Inputs {
   at::TensorList logits;
-  const at::Tensor* target = nullptr;
-  const at::Tensor* mask = nullptr;
-  const at::Tensor* weight = nullptr;
-  const at::Tensor* norm = nullptr;
-  double gamma = 1, temperature = 1;
-  bool warming = false;
+  Targets targets;
+  Numbers numbers;
   uint64_t wanted = 0;    // bit b: the gradient of branch b is to be written
   bool in_place = false;  // gradients overwrite the logits, which are contiguous and not float16
 };
 
 struct Outputs {
-  at::Tensor loss;    // 0-d, or [rows] for reduction "none"
-  at::Tensor packed;  // [16M+9]
+  at::Tensor loss;                        // 0-d, or [rows] for reduction "none"
+  at::Tensor packed;                      // [packed_length(M)]
   c10::SmallVector<at::Tensor, 4> grads;  // [rows, classes], undefined where not wanted
 };
 

@@ -1,9 +1,10 @@
-// What the row kernels of the CPU are given, and the table of them per instruction set. No torch headers here.
+// What the row kernels of the CPU are given, and the table of them per instruction set. No torch headers
+// here.
 #pragma once
 
 #include <cstdint>
 
-#include "../arl_math.h"
+#include "../finish.h"
 
 #define ARL_ALWAYS inline __attribute__((always_inline))
 
@@ -11,12 +12,13 @@ namespace arl::cpu {
 
 constexpr int kMaxBranches = 64;  // M+1; more modalities than this are served by the reference
 constexpr int kChunkRows = 64;    // most rows of one unit of work
-constexpr int64_t kNarrowClasses = 16;  // up to here each row gets a vector lane; longer rows cost less one by one (measured)
+constexpr int64_t kNarrowClasses =
+    16;  // up to here each row gets a vector lane; longer rows cost less one by one (measured)
 constexpr int kMostLanes = 16;
 
-// One call of the loss: M+1 branches of [rows, classes]. T below is the compute type, double for float64 and float for
-// all others. Gradients are contiguous, of the logits' type, but float for float16 logits. A gradient may lie exactly where
-// its logits do: rows are read to their end before they are written.
+// One call of the loss: M+1 branches of [rows, classes]. T below is the compute type, double for float64 and
+// float for all others. Gradients are contiguous, of the logits' type, but float for float16 logits. A
+// gradient may lie exactly where its logits do: rows are read to their end before they are written.
 struct Loss {
   int branches;
   int64_t rows, classes;
@@ -37,11 +39,12 @@ struct Loss {
   int64_t ignore_index;
   bool logit_l1;  // the dependence is sum_c |x_c| instead of the confidence
 
-  void* row_loss;      // T [branches, rows] for reduction "none", or null
+  void* row_loss;  // T [branches, rows] for reduction "none", or null
 
   // Inlined always: a copy made for one instruction set must not serve another.
   ARL_ALWAYS int64_t class_index(int64_t row) const {
-    return target_is_int64 ? static_cast<const int64_t*>(target)[row] : static_cast<const int32_t*>(target)[row];
+    return target_is_int64 ? static_cast<const int64_t*>(target)[row]
+                           : static_cast<const int32_t*>(target)[row];
   }
   ARL_ALWAYS bool present(int branch, int64_t row) const {
     return branch == 0 || mask == nullptr || mask[row * mask_row_stride + (branch - 1) * mask_stride] != 0;
@@ -51,14 +54,16 @@ struct Loss {
   }
 };
 
-// What a chunk adds to the sums of its branch; norm and count are known before (see count_rows in loss.cpp).
+// What a chunk adds to the sums of its branch, by Sum. The row kernels leave kDivisor and kCount at 0: both
+// are counted before (count_rows in forward.cpp).
 struct ChunkSums {
-  double loss, correct, entropy, dependence;
+  double of[kSums] = {};
 };
 
-// Rows [begin, end), at most kChunkRows, of one branch: their gradients, and their share of the sums. `scratch` has
-// scratch_elements() elements of T, aligned to 64 bytes.
-using RowsFn = void (*)(const Loss& loss, int branch, int64_t begin, int64_t end, void* scratch, ChunkSums* sums);
+// Rows [begin, end), at most kChunkRows, of one branch: their gradients, and their share of the sums.
+// `scratch` has scratch_elements() elements of T, aligned to 64 bytes.
+using RowsFn = void (*)(const Loss& loss, int branch, int64_t begin, int64_t end, void* scratch,
+                        ChunkSums* sums);
 
 constexpr int64_t scratch_elements(int64_t classes) {
   return classes <= kNarrowClasses ? kNarrowClasses * kMostLanes : 2 * ((classes + 15) / 16 * 16);

@@ -11,8 +11,9 @@ namespace arl::cpu {
 
 // run(begin, end) over parts of [0, items) that together are all of it, of about `grain` items or more.
 //
-// Not at::parallel_for: it is a template, and compiled here it runs on one thread without -fopenmp, with it on an OpenMP
-// runtime other than that of torch's wheels, which does not know of torch.set_num_threads. A loop of TensorIterator is torch's own.
+// Not at::parallel_for: it is a template, and compiled here it runs on one thread without -fopenmp, with it
+// on an OpenMP runtime other than that of torch's wheels, which does not know of torch.set_num_threads. A
+// loop of TensorIterator is torch's own.
 template <class Run>
 void parallel(int64_t items, int64_t grain, const Run& run) {
   if (items <= grain || at::get_num_threads() == 1) return run(0, items);

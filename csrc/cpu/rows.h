@@ -54,7 +54,10 @@ ARL_INLINE void finish_rows(const Loss& loss, int branch, int64_t begin, int row
     T* out = static_cast<T*>(loss.row_loss) + branch * loss.rows + begin;
     for (int i = 0; i < rows; ++i) out[i] = chunk.a[i];
   }
-  *sums = {double(sum<T>(loss_sum)), double(sum<T>(correct)), double(sum<T>(entropy_sum)), double(sum<T>(dependence))};
+  sums->of[kLoss] = double(sum<T>(loss_sum));
+  sums->of[kCorrect] = double(sum<T>(correct));
+  sums->of[kEntropy] = double(sum<T>(entropy_sum));
+  sums->of[kDependence] = double(sum<T>(dependence));
 }
 
 template <class T>

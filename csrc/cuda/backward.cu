@@ -1,4 +1,4 @@
-// The launches of a backward pass, and the rules on sums that are ready: scale, modulate_backward, finish_sums.
+// The launches of a backward pass: scale and modulate_backward. Also what is asked of the device.
 #include <mutex>
 
 #include "device.cuh"
@@ -17,7 +17,8 @@ int current_device(Device& device) {
   std::call_once(asked[ordinal], [&] {
     error = cudaDeviceGetAttribute(&known[ordinal].multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
     if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&known[ordinal].shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+      error = cudaDeviceGetAttribute(&known[ordinal].shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                     ordinal);
     }
   });
   device = known[ordinal];
@@ -79,8 +80,9 @@ __global__ void __launch_bounds__(kRowsThreads) scale_kernel(const __grid_consta
 
 template <typename C, typename T>
 __device__ inline void modulate_tensor(const ModulateArgs& a, int tensor, C gain) {
-  transform(static_cast<const T*>(a.grads[tensor]), static_cast<T*>(a.out[tensor]), a.size[tensor],
-            [&](typename Element<T>::Compute x, int64_t) { return typename Element<T>::Compute(C(x) * gain); });
+  transform(
+      static_cast<const T*>(a.grads[tensor]), static_cast<T*>(a.out[tensor]), a.size[tensor],
+      [&](typename Element<T>::Compute x, int64_t) { return typename Element<T>::Compute(C(x) * gain); });
 }
 
 template <typename C>
@@ -93,20 +95,6 @@ __global__ void __launch_bounds__(kRowsThreads) modulate_kernel(const __grid_con
     case kBFloat16: return modulate_tensor<C, __nv_bfloat16>(a, tensor, gain);
     default: return modulate_tensor<C, __half>(a, tensor, gain);
   }
-}
-
-template <typename C>
-__global__ void __launch_bounds__(32) finish_kernel(const __grid_constant__ FinishArgs a) {
-  __shared__ C packed[packed_length(kMaxBranches - 1)];
-  C* sums = packed + sums_offset(a.modalities);
-  for (int i = threadIdx.x; i < kSums * (a.modalities + 1); i += 32) sums[i] = static_cast<const C*>(a.sums)[i];
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const Schedule<C> schedule = read_schedule<C>(a.schedule, a.gamma, a.temperature, a.warming);
-    *static_cast<C*>(a.loss) = finish(sums, a.modalities, schedule, a.options, packed);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < packed_length(a.modalities); i += 32) static_cast<C*>(a.packed)[i] = packed[i];
 }
 
 template <typename In, typename Out>
@@ -122,7 +110,8 @@ int scale(const ScaleArgs& args, void* stream) {
   if (args.rows == 0 || args.classes == 0) return cudaSuccess;
   Device device;
   if (const int error = current_device(device)) return error;
-  const dim3 grid(elementwise_blocks(args.rows * args.classes, args.dtype, args.branches, device), args.branches);
+  const dim3 grid(elementwise_blocks(args.rows * args.classes, args.dtype, args.branches, device),
+                  args.branches);
   switch (args.dtype) {
     case kFloat64: return launch_scale<double, double>(args, grid, stream);
     case kFloat32: return launch_scale<float, float>(args, grid, stream);
@@ -138,18 +127,13 @@ int modulate_backward(const ModulateArgs& args, void* stream) {
   if (const int error = current_device(device)) return error;
   int blocks = 0;
   for (int i = 0; i < args.count; ++i) {
-    const int needed = args.size[i] == 0 ? 0 : elementwise_blocks(args.size[i], args.dtype[i], args.count, device);
+    const int needed =
+        args.size[i] == 0 ? 0 : elementwise_blocks(args.size[i], args.dtype[i], args.count, device);
     if (needed > blocks) blocks = needed;
   }
   if (blocks == 0) return cudaSuccess;
   const auto kernel = args.link_dtype == kFloat64 ? modulate_kernel<double> : modulate_kernel<float>;
   return launch<ModulateArgs>(kernel, dim3(blocks, args.count), kRowsThreads, 0, stream, args);
-}
-
-int finish_sums(const FinishArgs& args, void* stream) {
-  if (args.modalities < 0 || args.modalities >= kMaxBranches) return cudaErrorInvalidValue;
-  const auto kernel = args.dtype == kFloat64 ? finish_kernel<double> : finish_kernel<float>;
-  return launch<FinishArgs>(kernel, dim3(1), 32, 0, stream, args);
 }
 
 }  // namespace cuda

@@ -1,6 +1,7 @@
 // What the kernels share: element types, 16-byte vectors, exponentials, reductions in a fixed order.
 //
-// Compiled by nvcc, or as plain C++ after an emulation of CUDA (tests/emulation/cuda_emulation.h), hence few intrinsics.
+// Compiled by nvcc, or as plain C++ after an emulation of CUDA (tests/emulation/cuda_emulation.h), hence few
+// intrinsics.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -40,7 +41,7 @@ int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, voi
 }
 #endif
 
-// ---- arithmetic -----------------------------------------------------------------------------------------------------
+// ---- arithmetic ------------------------------------------------------------------------------------------
 
 __device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
@@ -51,12 +52,14 @@ __device__ inline int minimum(int a, int b) { return a < b ? a : b; }
 __device__ inline float absolute(float a) { return fabsf(a); }
 __device__ inline double absolute(double a) { return fabs(a); }
 
-// e^a as 2^(a log2 e), for a <= 0. (Folding log2 e into the subtraction of the top, x log2 e - top log2 e, would save an
-// instruction but leave the largest class off 1 by rounding: a certain prediction would have an entropy of noise.)
+// e^a as 2^(a log2 e), for a <= 0. (Folding log2 e into the subtraction of the top, x log2 e - top log2 e,
+// would save an instruction but leave the largest class off 1 by rounding: a certain prediction would have an
+// entropy of noise.)
 __device__ inline float exponential(float a) {
   const float exponent = a * 1.4426950408889634f;
 #if defined(__CUDA_ARCH__)
-  float result;  // one instruction; results below 2^-126 become 0, which no output can tell from what they were
+  float
+      result;  // one instruction; results below 2^-126 become 0, which no output can tell from what they were
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(exponent));
   return result;
 #else
@@ -65,8 +68,8 @@ __device__ inline float exponential(float a) {
 }
 __device__ inline double exponential(double a) { return exp(a); }
 
-// 1 / a for a sum of exponentials with a largest term of 1 (or NaN), to the last bit but one: an ordinary division has a
-// branch for other operands, and around its call registers are short.
+// 1 / a for a sum of exponentials with a largest term of 1 (or NaN), to the last bit but one: an ordinary
+// division has a branch for other operands, and around its call registers are short.
 __device__ inline float reciprocal(float a) {
 #if defined(__CUDA_ARCH__)
   float result;
@@ -83,7 +86,7 @@ struct Constants {
   static constexpr C lowest = C(-1e30);  // stands for log p = -inf where p = 0 multiplies it: 0 log 0 = 0
 };
 
-// ---- element types --------------------------------------------------------------------------------------------------
+// ---- element types ---------------------------------------------------------------------------------------
 
 template <typename T>
 struct Element;  // compute type, type of the gradient, two words of -inf
@@ -137,7 +140,7 @@ struct Narrow<__half> {
   __device__ static __half from(float a) { return __float2half_rn(a); }
 };
 
-// ---- 16-byte vectors ------------------------------------------------------------------------------------------------
+// ---- 16-byte vectors -------------------------------------------------------------------------------------
 
 template <typename T>
 constexpr int kPerVector = kVectorBytes / int(sizeof(T));
@@ -184,8 +187,9 @@ __device__ inline void decode(uint4 raw, float (&v)[8], __half) {
   }
 }
 
-// Makes the compiler forget what it knows of a value, so that it unpacks a vector again in each pass over a row instead of
-// keeping 8 floats in the place of 4 registers; and, without a value, finish what it has begun before it loads more.
+// Makes the compiler forget what it knows of a value, so that it unpacks a vector again in each pass over a
+// row instead of keeping 8 floats in the place of 4 registers; and, without a value, finish what it has begun
+// before it loads more.
 __device__ inline void forget(uint4& raw) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
@@ -233,12 +237,15 @@ __device__ inline uint4 encode(const float (&v)[n], int first, __half) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// In PTX, because the compiler would split a plain 16-byte access and share the parts with the branch for single elements.
-// Not the read-only path of __ldg: the memory may be written in place.
+// In PTX, because the compiler would split a plain 16-byte access and share the parts with the branch for
+// single elements. Not the read-only path of __ldg: the memory may be written in place.
 __device__ inline uint4 load_vector(const uint4* in) {
 #if defined(__CUDA_ARCH__)
   uint4 raw;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(in) : "memory");
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+               : "l"(in)
+               : "memory");
   return raw;
 #else
   return *in;
@@ -246,7 +253,9 @@ __device__ inline uint4 load_vector(const uint4* in) {
 }
 __device__ inline void store_vector(uint4* out, uint4 raw) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(out), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(out), "r"(raw.x), "r"(raw.y), "r"(raw.z),
+               "r"(raw.w)
+               : "memory");
 #else
   *out = raw;
 #endif
@@ -257,22 +266,27 @@ template <typename G, typename C, int n>
 __device__ inline void store(G* out, const C (&v)[n], bool aligned) {
   if (aligned) {
 #pragma unroll
-    for (int i = 0; i < n; i += kPerVector<G>) store_vector(reinterpret_cast<uint4*>(out + i), encode(v, i, G()));
+    for (int i = 0; i < n; i += kPerVector<G>)
+      store_vector(reinterpret_cast<uint4*>(out + i), encode(v, i, G()));
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) out[i] = Narrow<G>::from(v[i]);
   }
 }
 
-// ---- reductions: butterflies, so that every thread has the result and the order is fixed ---------------------------------
+// ---- reductions: butterflies, so that every thread has the result and the order is fixed -----------------
 
 struct Add {
   template <typename V>
-  __device__ V operator()(V a, V b) const { return a + b; }
+  __device__ V operator()(V a, V b) const {
+    return a + b;
+  }
 };
 struct Maximum {
   template <typename V>
-  __device__ V operator()(V a, V b) const { return maximum(a, b); }
+  __device__ V operator()(V a, V b) const {
+    return maximum(a, b);
+  }
 };
 struct Minimum {
   __device__ int operator()(int a, int b) const { return minimum(a, b); }
@@ -296,7 +310,8 @@ __device__ inline void reduce_warp(V (&v)[n], Op op) {
   }
 }
 
-// Over the block, with one barrier. The buffer [n, 32] may be used again after any later barrier of the block.
+// Over the block, with one barrier. The buffer [n, 32] may be used again after any later barrier of the
+// block.
 template <int n, typename V, typename Op>
 __device__ inline void reduce_block(V (&v)[n], V* buffer, V identity, Op op) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
@@ -311,12 +326,22 @@ __device__ inline void reduce_block(V (&v)[n], V* buffer, V identity, Op op) {
   reduce_warp(v, op);
 }
 
-// gamma, temperature, warming: three numbers of the host, or of the device.
+// ---- the schedule ----------------------------------------------------------------------------------------
+
+__device__ inline bool is_warming(const ScheduleArgs& s) {
+  return (s.step == nullptr ? 0 : *s.step) < s.warmup;
+}
+
 template <typename C>
-__device__ inline Schedule<C> read_schedule(const void* pointer, double gamma, double temperature, double warming) {
-  if (pointer == nullptr) return effective(C(gamma), C(temperature), C(warming));
-  const C* values = static_cast<const C*>(pointer);
-  return effective(values[0], values[1], values[2]);
+__device__ inline C gamma_of(const ScheduleArgs& s, int modality) {
+  if (is_warming(s)) return C(1);
+  if (s.gamma == nullptr) return C(s.gammas[modality]);
+  return static_cast<const C*>(s.gamma)[modality * s.gamma_stride];
+}
+
+template <typename C>
+__device__ inline C temperature_of(const ScheduleArgs& s) {
+  return s.temperature == nullptr ? C(s.temperature_number) : *static_cast<const C*>(s.temperature);
 }
 
 }  // namespace cuda

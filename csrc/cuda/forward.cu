@@ -14,15 +14,17 @@ bool is_dense(const ForwardArgs& args) {
 
 int make_plan(const ForwardArgs& args, Plan& plan) {
   if (args.branches < 1 || args.branches > kMaxBranches || args.classes < 1 || args.rows < 0 ||
-      args.classes > std::numeric_limits<int>::max() / 2) {  // a class index and a stride of threads fit in 32 bits
+      args.classes >
+          std::numeric_limits<int>::max() / 2) {  // a class index and a stride of threads fit in 32 bits
     return cudaErrorInvalidValue;
   }
   Device device;
   if (const int error = current_device(device)) return error;
-  const bool known = args.norm != nullptr || (args.target_kind == kProbabilities && args.mask == nullptr);
+  const bool known = args.divisor != nullptr || (args.target_kind == kProbabilities && args.mask == nullptr);
   const bool counts = args.grads[0] != nullptr && args.options.reduction == kMean && !known;
   const bool per_row_loss = args.options.reduction == kNoReduction;
-  plan = arl::cuda::plan({args.dtype, args.branches, args.rows, args.classes, is_dense(args), per_row_loss, counts}, device);
+  plan = arl::cuda::plan(
+      {args.dtype, args.branches, args.rows, args.classes, is_dense(args), per_row_loss, counts}, device);
   return cudaSuccess;
 }
 

@@ -1,9 +1,10 @@
 // Loss, statistics, coefficients and gradients of all branches in one launch.
 //
-// A block walks over rows of one branch (of all, for a per-row loss). It reads a row once, keeps it on chip, reduces it
-// (top; then Z = sum e^v and sum v e^v with v = x - top; entropy, cross-entropy and p_y follow), writes the row's
-// gradient and adds the row to six sums. The block that finishes last adds up the sums of all blocks, in the same order
-// whoever is last, and turns them into the loss and the packed statistics with arl::finish.
+// A block walks over rows of one branch (of all, for a per-row loss). It reads a row once, keeps it on chip,
+// reduces it (top; then Z = sum e^v and sum v e^v with v = x - top; entropy, cross-entropy and p_y follow),
+// writes the row's gradient and adds the row to six sums. The block that finishes last adds up the sums of
+// all blocks, in the same order whoever is last, and turns them into the loss and the packed statistics with
+// arl::finish.
 #pragma once
 
 #include <type_traits>
@@ -19,7 +20,7 @@ struct ForwardParams {
   ForwardArgs args;
   unsigned* ticket;
   C* partials;  // [6, branches, grid_x]
-  C* norms;     // [branches, count_blocks]
+  C* divisors;  // [branches, count_blocks]
   C smoothing;
   C uniform;  // smoothing / classes
   int count_blocks;
@@ -28,7 +29,7 @@ struct ForwardParams {
   bool grad;
 };
 
-// ---- targets ----------------------------------------------------------------------------------------------------------
+// ---- targets ---------------------------------------------------------------------------------------------
 
 struct RowTarget {
   int index;   // class index; 0 for probabilities and where it is out of range
@@ -40,64 +41,72 @@ __device__ inline RowTarget read_target(const ForwardArgs& a, int branch, int64_
   RowTarget target = {0, true, false};
   if (a.target_kind != kProbabilities) {
     const int64_t at = row * a.target_stride;
-    const int64_t index = a.target_kind == kInt64 ? static_cast<const int64_t*>(a.target)[at] : static_cast<const int*>(a.target)[at];
+    const int64_t index = a.target_kind == kInt64 ? static_cast<const int64_t*>(a.target)[at]
+                                                  : static_cast<const int*>(a.target)[at];
     target.valid = index != a.options.ignore_index;
     target.bad = target.valid && (index < 0 || index >= a.classes);
     target.index = target.valid && !target.bad ? int(index) : 0;
   }
-  if (branch > 0 && a.mask != nullptr && !a.mask[row * a.mask_row_stride + (branch - 1) * a.mask_column_stride]) {
+  if (branch > 0 && a.mask != nullptr &&
+      !a.mask[row * a.mask_row_stride + (branch - 1) * a.mask_column_stride]) {
     target.valid = target.bad = false;
   }
   return target;
 }
 
-// What a row adds to its branch's norm: 1, or with class indices its class weight.
+// What a row adds to its branch's divisor: 1, or with class indices its class weight.
 template <typename C>
-__device__ inline C row_norm(const ForwardArgs& a, const RowTarget& target) {
+__device__ inline C row_divisor(const ForwardArgs& a, const RowTarget& target) {
   if (!target.valid || target.bad) return C(0);
-  return a.weight != nullptr && a.target_kind != kProbabilities ? static_cast<const C*>(a.weight)[target.index] : C(1);
+  return a.weight != nullptr && a.target_kind != kProbabilities
+             ? static_cast<const C*>(a.weight)[target.index]
+             : C(1);
 }
 
 template <typename C>
 __device__ inline C count_rows(const ForwardArgs& a, int branch, int64_t first, int64_t step) {
-  C norm = C(0);
-  for (int64_t row = first; row < a.rows; row += step) norm += row_norm<C>(a, read_target(a, branch, row));
-  return norm;
+  C divisor = C(0);
+  for (int64_t row = first; row < a.rows; row += step)
+    divisor += row_divisor<C>(a, read_target(a, branch, row));
+  return divisor;
 }
 
-// The divisor of a branch's gradients. All threads of the block call it and get the same value in every block.
+// The divisor of a branch's gradients. All threads of the block call it and get the same value in every
+// block.
 template <typename C>
-__device__ inline C gradient_norm(const ForwardParams<C>& p, int branch, C* buffer) {
+__device__ inline C gradient_divisor(const ForwardParams<C>& p, int branch, C* buffer) {
   const ForwardArgs& a = p.args;
   if (!p.grad || a.options.reduction != kMean) return C(1);
-  if (a.norm != nullptr) return static_cast<const C*>(a.norm)[branch];
+  if (a.divisor != nullptr) return static_cast<const C*>(a.divisor)[branch];
   if (a.target_kind == kProbabilities && a.mask == nullptr) return C(a.rows);
-  C norm[1] = {C(0)};
+  C divisor[1] = {C(0)};
   if (p.count_blocks > 0) {
-    const C* norms = p.norms + branch * p.count_blocks;
+    const C* divisors = p.divisors + branch * p.count_blocks;
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < p.count_blocks; i += 32) norm[0] += norms[i];
-    reduce_warp(norm, Add());
+    for (int i = threadIdx.x % 32; i < p.count_blocks; i += 32) divisor[0] += divisors[i];
+    reduce_warp(divisor, Add());
   } else {
-    norm[0] = count_rows<C>(a, branch, threadIdx.x, blockDim.x);
+    divisor[0] = count_rows<C>(a, branch, threadIdx.x, blockDim.x);
     __syncthreads();  // the buffer may still be in use for the branch before
-    reduce_block(norm, buffer, C(0), Add());
+    reduce_block(divisor, buffer, C(0), Add());
   }
-  return norm[0];
+  return divisor[0];
 }
 
-// The separate counting launch: partial norms [branches, count_blocks].
+// The separate counting launch: partial divisors [branches, count_blocks].
 template <typename C>
 __global__ void __launch_bounds__(kRowsThreads) count_kernel(const __grid_constant__ ForwardParams<C> p) {
   __shared__ C buffer[32];
-  C norm[1] = {count_rows<C>(p.args, blockIdx.y, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x)};
-  reduce_block(norm, buffer, C(0), Add());
-  if (threadIdx.x == 0) p.norms[blockIdx.y * gridDim.x + blockIdx.x] = norm[0];
+  C divisor[1] = {count_rows<C>(p.args, blockIdx.y, int64_t(blockIdx.x) * blockDim.x + threadIdx.x,
+                                int64_t(gridDim.x) * blockDim.x)};
+  reduce_block(divisor, buffer, C(0), Add());
+  if (threadIdx.x == 0) p.divisors[blockIdx.y * gridDim.x + blockIdx.x] = divisor[0];
 }
 
-// ---- rows on chip -------------------------------------------------------------------------------------------------------
-// Both kinds offer: load; visit(f), f(x, class) for every element, padding of -inf included, where `keep` stores what f made
-// of x; visit_real(f), the same without padding; emit(f), which stores f(e^v, class) as the gradient.
+// ---- rows on chip ----------------------------------------------------------------------------------------
+// Both kinds offer: load; visit(f), f(x, class) for every element, padding of -inf included, where `keep`
+// stores what f made of x; visit_real(f), the same without padding; emit(f), which stores f(e^v, class) as
+// the gradient.
 
 // kSmall: up to kHeld scalars per thread, adjacent threads hold adjacent classes.
 template <typename T>
@@ -144,23 +153,23 @@ struct ScalarRow {
   }
 };
 
-// kWarp and kBlock: the row's 16-byte vectors, dealt out in turn. The few elements before the first and after the last
-// aligned vector go one to a thread. Vectors beyond the registers and the shared memory are read again for every pass,
-// out of L2 mostly: rows that long are few at a time.
+// kWarp and kBlock: the row's 16-byte vectors, dealt out in turn. The few elements before the first and after
+// the last aligned vector go one to a thread. Vectors beyond the registers and the shared memory are read
+// again for every pass, out of L2 mostly: rows that long are few at a time.
 template <typename T, int kFamily>
 struct VectorRow {
   using C = typename Element<T>::Compute;
   using G = typename Element<T>::Grad;
   static constexpr int kN = kPerVector<T>;
-  // A row of at least a float per element is held as numbers, and e^v then takes the place of x. So are the short rows of
-  // 16-bit types; their long rows stay packed, and e^v is computed again.
+  // A row of at least a float per element is held as numbers, and e^v then takes the place of x. So are the
+  // short rows of 16-bit types; their long rows stay packed, and e^v is computed again.
   static constexpr bool kPacked = sizeof(T) < sizeof(float) && kFamily == kBlock;
   static constexpr int kVectors = held_vectors(sizeof(T), kFamily);
 
   std::conditional_t<kPacked, uint4, C[kN]> held[kVectors];
   C edge;
   int classes, thread, threads, shared_vectors;
-  int head;     // elements before the first vector
+  int head;  // elements before the first vector
   int vectors;
   const uint4* body;
 
@@ -250,9 +259,13 @@ struct VectorRow {
     }
   }
   template <bool keep, typename F>
-  __device__ void visit(F f) { visit_all<keep, false>(f); }
+  __device__ void visit(F f) {
+    visit_all<keep, false>(f);
+  }
   template <bool keep, typename F>
-  __device__ void visit_real(F f) { visit_all<keep, true>(f); }
+  __device__ void visit_real(F f) {
+    visit_all<keep, true>(f);
+  }
 
   template <bool kept, bool aligned, typename F>
   __device__ void emit_vector(C (&v)[kN], int j, G* grad, C top, F& f) {
@@ -306,7 +319,7 @@ struct VectorRow {
   }
 };
 
-// ---- one row -------------------------------------------------------------------------------------------------------------
+// ---- one row ---------------------------------------------------------------------------------------------
 
 // Buffers of the block-wide reductions of a row. Two in turn, so that each reduction needs one barrier only.
 template <typename C>
@@ -327,8 +340,8 @@ __device__ inline void reduce_row(V (&v)[n], int lanes, V* buffer, V identity, O
   }
 }
 
-// A block's sums over the rows of a branch. All threads of a row know its addends: where a row has at least a warp, thread
-// i keeps sum i, one register in the place of six; else the row's first thread keeps all.
+// A block's sums over the rows of a branch. All threads of a row know its addends: where a row has at least a
+// warp, thread i keeps sum i, one register in the place of six; else the row's first thread keeps all.
 template <typename C, int kFamily>
 struct BranchSums {
   C own = C(0);
@@ -358,11 +371,11 @@ struct BranchSums<C, kSmall> {
   }
 };
 
-// kDense: the target's distribution differs from class to class (probabilities, or label smoothing under class weights).
-// `scale` multiplies the gradient. Returns the row's loss.
+// kDense: the target's distribution differs from class to class (probabilities, or label smoothing under
+// class weights). `scale` multiplies the gradient. Returns the row's loss.
 template <typename T, int kFamily, bool kDense, typename C = typename Element<T>::Compute>
-__device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t row, bool inside, C scale, RowBuffers<C>& buffers,
-                                BranchSums<C, kFamily>& sums) {
+__device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t row, bool inside, C scale,
+                                RowBuffers<C>& buffers, BranchSums<C, kFamily>& sums) {
   using G = typename Element<T>::Grad;
   using Row = std::conditional_t<kFamily == kSmall, ScalarRow<T>, VectorRow<T, kFamily>>;
   const ForwardArgs& a = p.args;
@@ -370,7 +383,9 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
   if (inside) target = read_target(a, branch, row);
   const T* x = static_cast<const T*>(a.logits[branch]) + row * a.row_stride[branch];
   const bool writes = p.grad && inside;
-  const auto grad_row = [&] { return static_cast<G*>(a.grads[branch]) + row * a.classes; };  // late: registers are short
+  const auto grad_row = [&] {
+    return static_cast<G*>(a.grads[branch]) + row * a.classes;
+  };  // late: registers are short
   Row held(p);
 
   if constexpr (kFamily != kSmall) {  // all threads of the row, whole warps, agree
@@ -384,7 +399,8 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
   }
   held.load(x, target.valid);
 
-  // The target's distribution: w_c ((1 - smoothing) t_c + smoothing / classes), with w_y on the whole of t_y for indices.
+  // The target's distribution: w_c ((1 - smoothing) t_c + smoothing / classes), with w_y on the whole of t_y
+  // for indices.
   const bool soft = kDense && a.target_kind == kProbabilities;
   const C smoothing = p.smoothing, uniform = p.uniform;
   const C* weight = static_cast<const C*>(a.weight);
@@ -393,14 +409,16 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
     const C share = soft ? multiply_add(C(1) - smoothing, probabilities[c], uniform) : uniform;
     return weight != nullptr ? share * weight[c] : share;
   };
-  const C norm = row_norm<C>(a, target);
-  const C target_share = soft ? C(0) : (C(1) - smoothing) * norm;  // the part of it that class y has on top
+  const C divisor = row_divisor<C>(a, target);
+  const C target_share =
+      soft ? C(0) : (C(1) - smoothing) * divisor;  // the part of it that class y has on top
   const C target_logit = !soft && target.valid ? widen(x[target.index]) : C(0);
 
   C top[2] = {C(-INFINITY), C(-INFINITY)};
   held.template visit<false>([&](C& v, int) { top[0] = maximum(top[0], v); });
   if (soft) {
-    if (target.valid) held.template visit_real<false>([&](C&, int c) { top[1] = maximum(top[1], probabilities[c]); });
+    if (target.valid)
+      held.template visit_real<false>([&](C&, int c) { top[1] = maximum(top[1], probabilities[c]); });
     reduce_row<kFamily>(top, p.threads_per_row, buffers.top, C(-INFINITY), Maximum());
   } else {
     C only[1] = {top[0]};
@@ -410,11 +428,13 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
 
   enum { kZ, kEnergy, kEarlier, kBelow, kAbsolute, kCross, kMass, kExpected, kRowSums };
   C s[kRowSums] = {};
-  int first[2] = {held.classes, held.classes};  // probabilities: the first largest logit and the first largest target
+  int first[2] = {held.classes,
+                  held.classes};  // probabilities: the first largest logit and the first largest target
   const bool l1 = a.options.dependence == kLogitL1;
   const bool extra = l1 || smoothing > C(0);
   if (!soft && target_logit == top[0]) {  // is an earlier class as large?
-    held.template visit<false>([&](C& v, int c) { s[kEarlier] += v == top[0] && c < target.index ? C(1) : C(0); });
+    held.template visit<false>(
+        [&](C& v, int c) { s[kEarlier] += v == top[0] && c < target.index ? C(1) : C(0); });
   }
   if (extra && target.valid) {
     held.template visit_real<false>([&](C& v, int) {
@@ -456,7 +476,8 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
     for (int i = 0; i < 3; ++i) s[i] = some[i];
   }
 
-  // log p_c = x_c - top - log Z, H = log Z - sum p_c (x_c - top). A certain prediction has Z = 1 and H = 0 exactly.
+  // log p_c = x_c - top - log Z, H = log Z - sum p_c (x_c - top). A certain prediction has Z = 1 and H = 0
+  // exactly.
   const C inverse = reciprocal(s[kZ]);
   const C log_z = log(s[kZ]);
   C entropy = log_z - s[kEnergy] * inverse;
@@ -488,15 +509,18 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
   mass += poison;
 
   if (target.valid) {
-    const C row_sums[kSums] = {loss, norm, C(1), (correct ? C(1) : C(0)) + poison, entropy + poison, dependence + poison};
+    const C row_sums[kSums] = {
+        loss, divisor, C(1), (correct ? C(1) : C(0)) + poison, entropy + poison, dependence + poison};
     sums.add(row_sums, held.place());
   }
 
-  // Gradient: scale (p_c sum_k t_k - t_c) with t the target's distribution; sum_k t_k = 1 without class weights.
+  // Gradient: scale (p_c sum_k t_k - t_c) with t the target's distribution; sum_k t_k = 1 without class
+  // weights.
   if (writes) {
     G* grad = grad_row();
     const C slope = scale * mass * inverse;
-    const C at_target = scale * (mass * target_p - target_share - (kDense ? (soft ? C(0) : spread(target.index)) : uniform));
+    const C at_target =
+        scale * (mass * target_p - target_share - (kDense ? (soft ? C(0) : spread(target.index)) : uniform));
     if constexpr (kFamily == kSmall) {
       held.emit(grad, top[0], [&](C power, int c) {
         if (!target.valid) return C(0);
@@ -508,19 +532,15 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
       held.emit(grad, top[0], [&](C power, int c) {
         return multiply_add(power, slope, kDense ? -scale * spread(c) : offset);
       });
-      // The same thread overwrites its own store, once per row, instead of comparing every class with the target.
+      // The same thread overwrites its own store, once per row, instead of comparing every class with the
+      // target.
       if (!soft && held.owns(target.index)) grad[target.index] = Narrow<G>::from(at_target);
     }
   }
   return target.valid ? loss : C(0);
 }
 
-// ---- the kernel --------------------------------------------------------------------------------------------------------
-
-template <typename C>
-__device__ inline Schedule<C> read_schedule(const ForwardArgs& a) {
-  return read_schedule<C>(a.schedule, a.gamma, a.temperature, a.warming);
-}
+// ---- the kernel ------------------------------------------------------------------------------------------
 
 // Not inlined, or what it needs takes registers from the loop over the rows.
 template <typename C>
@@ -528,26 +548,31 @@ __device__ __noinline__ void finish_block(const ForwardParams<C>& p) {
   __shared__ C packed[packed_length(kMaxBranches - 1)];
   const ForwardArgs& a = p.args;
   const int modalities = a.branches - 1, columns = kSums * a.branches, blocks = gridDim.x;
-  C* sums = packed + sums_offset(modalities);
+  C* sums = packed + packed_offset<kPackedSums>(modalities);
   for (int column = threadIdx.x / 32; column < columns; column += blockDim.x / 32) {
     C sum[1] = {C(0)};
-    for (int i = threadIdx.x % 32; i < blocks; i += 32) sum[0] += __ldcg(p.partials + int64_t(column) * blocks + i);
+    for (int i = threadIdx.x % 32; i < blocks; i += 32)
+      sum[0] += __ldcg(p.partials + int64_t(column) * blocks + i);
     reduce_warp(sum, Add());
     if (threadIdx.x % 32 == 0) sums[column] = sum[0];
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    const C total = finish(sums, modalities, read_schedule<C>(a), a.options, packed);
+    const auto gamma = [&](int modality) { return gamma_of<C>(a.schedule, modality); };
+    const C temperature = temperature_of<C>(a.schedule);
+    const C total = finish(sums, modalities, gamma, temperature, is_warming(a.schedule), a.options, packed);
     if (a.options.reduction != kNoReduction) *static_cast<C*>(a.loss) = total;
     *p.ticket = 0;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < packed_length(modalities); i += blockDim.x) static_cast<C*>(a.packed)[i] = packed[i];
+  for (int i = threadIdx.x; i < packed_length(modalities); i += blockDim.x)
+    static_cast<C*>(a.packed)[i] = packed[i];
 }
 
 template <typename T, int kFamily, bool kDense, typename C = typename Element<T>::Compute>
-__global__ void __launch_bounds__(kFamily == kBlock ? resident_threads(kFamily, kDense || sizeof(T) == 8) : kRowsThreads,
-                                  kFamily == kBlock ? 1 : resident_threads(kFamily, kDense || sizeof(T) == 8) / kRowsThreads)
+__global__ void __launch_bounds__(
+    kFamily == kBlock ? resident_threads(kFamily, kDense || sizeof(T) == 8) : kRowsThreads,
+    kFamily == kBlock ? 1 : resident_threads(kFamily, kDense || sizeof(T) == 8) / kRowsThreads)
     forward_kernel(const __grid_constant__ ForwardParams<C> p) {
   __shared__ RowBuffers<C> buffers;
   __shared__ C block_sums[kSums * 32];
@@ -558,24 +583,27 @@ __global__ void __launch_bounds__(kFamily == kBlock ? resident_threads(kFamily, 
   const bool leads = kFamily == kBlock ? threadIdx.x == 0 : threadIdx.x % p.threads_per_row == 0;
 
   for (int branch = blockIdx.y; branch < a.branches; branch += gridDim.y) {
-    const C scale = (branch == 0 ? C(1) : read_schedule<C>(a).gamma) / gradient_norm(p, branch, block_sums);
+    const C gamma = branch == 0 ? C(1) : gamma_of<C>(a.schedule, branch - 1);
+    const C scale = gamma / gradient_divisor(p, branch, block_sums);
     BranchSums<C, kFamily> sums;
-    for (int64_t base = int64_t(blockIdx.x) * rows_per_block; base < a.rows; base += int64_t(gridDim.x) * rows_per_block) {
+    for (int64_t base = int64_t(blockIdx.x) * rows_per_block; base < a.rows;
+         base += int64_t(gridDim.x) * rows_per_block) {
       const int64_t row = base + own;
       const bool inside = row < a.rows;
       const C loss = process_row<T, kFamily, kDense>(p, branch, row, inside, scale, buffers, sums);
       // Per-row loss: one thread adds up the branches of a row, one after the other.
       if (a.options.reduction == kNoReduction && leads && inside) {
         C* out = static_cast<C*>(a.loss) + row;
-        *out = branch == 0 ? loss : *out + scale * loss;  // the norm is 1
+        *out = branch == 0 ? loss : *out + scale * loss;  // the divisor is 1
       }
     }
     C total[kSums];
     sums.spread(total);
-    __syncthreads();  // block_sums held the norm
+    __syncthreads();  // block_sums held the divisor
     reduce_block(total, block_sums, C(0), Add());
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kSums; ++i) p.partials[(int64_t(i) * a.branches + branch) * gridDim.x + blockIdx.x] = total[i];
+      for (int i = 0; i < kSums; ++i)
+        p.partials[(int64_t(i) * a.branches + branch) * gridDim.x + blockIdx.x] = total[i];
     }
   }
   if (threadIdx.x == 0) {
@@ -596,7 +624,7 @@ int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* 
   char* workspace = static_cast<char*>(args.workspace);
   params.ticket = args.ticket;
   params.partials = reinterpret_cast<C*>(workspace + kTicketBytes);
-  params.norms = params.partials + int64_t(kSums) * args.branches * plan.grid_x;
+  params.divisors = params.partials + int64_t(kSums) * args.branches * plan.grid_x;
   params.smoothing = C(args.options.label_smoothing);
   params.uniform = C(args.options.label_smoothing / double(args.classes));
   params.count_blocks = plan.count_blocks;
@@ -605,15 +633,19 @@ int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* 
   params.grad = args.grads[0] != nullptr;
   if (params.ticket == nullptr) {
     params.ticket = reinterpret_cast<unsigned*>(workspace);
-    const cudaError_t error = cudaMemsetAsync(workspace, 0, sizeof(unsigned), static_cast<cudaStream_t>(stream));
+    const cudaError_t error =
+        cudaMemsetAsync(workspace, 0, sizeof(unsigned), static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) return error;
   }
   if (plan.count_blocks > 0) {
     const Kernel kernel = count_kernel<C>;
-    if (const int error = launch(kernel, dim3(plan.count_blocks, args.branches), kRowsThreads, 0, stream, params)) return error;
+    if (const int error =
+            launch(kernel, dim3(plan.count_blocks, args.branches), kRowsThreads, 0, stream, params))
+      return error;
   }
   Kernel kernel = dense ? forward_kernel<T, kBlock, true> : forward_kernel<T, kBlock, false>;
-  if (plan.family == kSmall) kernel = dense ? forward_kernel<T, kSmall, true> : forward_kernel<T, kSmall, false>;
+  if (plan.family == kSmall)
+    kernel = dense ? forward_kernel<T, kSmall, true> : forward_kernel<T, kSmall, false>;
   if constexpr (sizeof(T) < sizeof(double)) {
     if (plan.family == kWarp) kernel = forward_kernel<T, kWarp, false>;
   }

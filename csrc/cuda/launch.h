@@ -1,22 +1,37 @@
-// The CUDA launchers, for callers that know nothing of CUDA: raw device pointers, no torch and no CUDA headers.
+// The CUDA launchers, for callers that know nothing of CUDA: raw device pointers, no torch and no CUDA
+// headers.
 //
-// Every launcher enqueues on `stream` of the current device and returns at once: no synchronisation, no allocation, so
-// everything can be captured in a CUDA graph. The result is 0 or the cudaError_t (see error_string).
+// Every launcher enqueues on `stream` of the current device and returns at once: no synchronisation, no
+// allocation, so everything can be captured in a CUDA graph. The result is 0 or the cudaError_t (see
+// error_string).
 #pragma once
 
 #include <cstdint>
 
-#include "../arl_math.h"
+#include "../finish.h"
 #include "plan.h"
 
 namespace arl {
 namespace cuda {
 
-// More branches than this (15 modalities) are refused with cudaErrorInvalidValue: the caller takes the reference.
+// More branches than this (15 modalities) are refused with cudaErrorInvalidValue: the caller takes the
+// reference.
 constexpr int kMaxBranches = 16;
 
-// Class indices come as int64 or int32, class probabilities in the compute dtype (float64 for float64 logits, else float32).
+// Class indices come as int64 or int32, class probabilities in the compute dtype (float64 for float64 logits,
+// else float32).
 enum Target : int { kInt64 = 0, kInt32 = 1, kProbabilities = 2 };
+
+// The numbers of a step. What is a tensor of the device stays there: its pointer replaces the number.
+struct ScheduleArgs {
+  const void* gamma;        // compute dtype, or null: gammas
+  int64_t gamma_stride;     // elements from one modality's to the next; 0: one for all
+  const void* temperature;  // compute dtype, or null: temperature_number
+  const int64_t* step;      // null: 0. The step belongs to the warm-up if it is below `warmup`
+  double gammas[kMaxBranches - 1];
+  double temperature_number;
+  int64_t warmup;
+};
 
 struct ForwardArgs {
   int dtype;     // Dtype of the logits
@@ -25,7 +40,7 @@ struct ForwardArgs {
   int64_t classes;
   const void* logits[kMaxBranches];  // rows of `classes` adjacent elements, element-aligned, ...
   int64_t row_stride[kMaxBranches];  // ... this many elements apart (0 for expanded rows)
-  void* grads[kMaxBranches];         // contiguous [rows, classes], dtype grad_dtype(dtype); all null: no gradients
+  void* grads[kMaxBranches];  // contiguous [rows, classes], dtype grad_dtype(dtype); all null: no gradients
 
   const void* target;
   int target_kind;        // Target
@@ -34,30 +49,31 @@ struct ForwardArgs {
   int64_t mask_row_stride;
   int64_t mask_column_stride;
   const void* weight;  // [classes] in the compute dtype, adjacent, or null
-  const void* norm;    // [M + 1] in the compute dtype, or null: the divisor of gradients for reduction "mean" is counted
+  const void*
+      divisor;  // [M + 1] in the compute dtype: of the gradients for reduction "mean"; null: it is counted
 
-  const void* schedule;  // device tensor [3] (gamma, temperature, warming) in the compute dtype, or null: the numbers below
-  double gamma;
-  double temperature;
-  double warming;
+  ScheduleArgs schedule;
   Options options;
 
   void* loss;    // compute dtype: one element, for reduction "none" [rows]
-  void* packed;  // compute dtype, [16 M + 9]
+  void* packed;  // compute dtype, [packed_length(M)]
 
-  // Scratch of forward_workspace_bytes(), 16-byte aligned, not initialised; free to reuse after the call in stream order.
+  // Scratch of forward_workspace_bytes(), 16-byte aligned, not initialised; free to reuse after the call in
+  // stream order.
   void* workspace;
-  // A counter that is 0 before the launch and 0 again after it, so that one zeroed counter per stream serves all its calls
-  // (two streams must not share one). Null: the workspace holds it and a memset node is enqueued before the kernel, which
-  // is right whenever no such counter is at hand, above all while a graph is captured.
+  // A counter that is 0 before the launch and 0 again after it, so that one zeroed counter per stream serves
+  // all its calls (two streams must not share one). Null: the workspace holds it and a memset node is
+  // enqueued before the kernel, which is right whenever no such counter is at hand, above all while a graph
+  // is captured.
   unsigned* ticket;
 };
 
-// Scratch that forward() needs for these arguments on the current device (workspace itself may still be null).
+// Scratch that forward() needs for these arguments on the current device (workspace itself may still be
+// null).
 int64_t forward_workspace_bytes(const ForwardArgs& args);
 
-// Loss, packed statistics and, where asked for, gradients of all branches: one launch, plus a small one that counts the
-// rows when plan() says that this is cheaper, plus a memset node without a ticket.
+// Loss, packed statistics and, where asked for, gradients of all branches: one launch, plus a small one that
+// counts the rows when plan() says that this is cheaper, plus a memset node without a ticket.
 int forward(const ForwardArgs& args, void* stream);
 
 struct ScaleArgs {
@@ -66,8 +82,9 @@ struct ScaleArgs {
   int64_t rows;
   int64_t classes;
   const void* grads[kMaxBranches];  // contiguous [rows, classes]
-  void* out[kMaxBranches];          // contiguous; equal to grads for in place, which leaves early where the factor is 1
-  const void* upstream;             // compute dtype: one element, or [rows] if per_row
+  void*
+      out[kMaxBranches];  // contiguous; equal to grads for in place, which leaves early where the factor is 1
+  const void* upstream;   // compute dtype: one element, or [rows] if per_row
   bool per_row;
   int64_t upstream_stride;  // elements, with per_row
   const void* factor;       // [branches] in the compute dtype, or null
@@ -84,29 +101,14 @@ struct ModulateArgs {
   const void* grads[kMaxTensors];
   void* out[kMaxTensors];  // equal to grads for in place
   int64_t size[kMaxTensors];
-  int link_index[kMaxTensors];  // which entry of link scales this tensor (gradients that are None are left out by the caller)
+  int link_index[kMaxTensors];  // which entry of link scales this tensor (gradients that are None are left
+                                // out by the caller)
   const void* link;             // gain - 1
   int link_dtype;               // kFloat64 or kFloat32
 };
 
 // grads * (1 + link) for all modalities in one launch (Eq. 19).
 int modulate_backward(const ModulateArgs& args, void* stream);
-
-struct FinishArgs {
-  int dtype;  // compute dtype: kFloat64 or kFloat32
-  int modalities;
-  const void* sums;      // [6, M + 1]
-  const void* schedule;  // as in ForwardArgs
-  double gamma;
-  double temperature;
-  double warming;
-  Options options;
-  void* loss;    // one element
-  void* packed;  // [16 M + 9]; sums may point at its end
-};
-
-// From sums that several launches or processes have added up to the loss and the packed vector.
-int finish_sums(const FinishArgs& args, void* stream);
 
 const char* error_string(int error);
 

@@ -4,14 +4,15 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "../arl_math.h"
+#include "../finish.h"
 
 namespace arl {
 namespace cuda {
 
 constexpr int element_size(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 constexpr int compute_size(int dtype) { return dtype == kFloat64 ? 8 : 4; }
-// A loss scale must be applied before a gradient is rounded to float16, so gradients of float16 logits are float32.
+// A loss scale must be applied before a gradient is rounded to float16, so gradients of float16 logits are
+// float32.
 constexpr int grad_dtype(int dtype) { return dtype == kFloat16 ? int(kFloat32) : dtype; }
 
 // What the rule needs to know about a device.
@@ -22,13 +23,14 @@ struct Device {
 
 enum Family : int {
   kSmall = 0,  // 1 to 32 threads per row, up to kHeld elements each: many rows per block
-  kWarp = 1,   // one warp per row, up to held_vectors() 16-byte vectors per thread; not for heavy rows (see below)
+  kWarp =
+      1,  // one warp per row, up to held_vectors() 16-byte vectors per thread; not for heavy rows (see below)
   kBlock = 2,  // one block per row: registers, then shared memory, then what is left is read twice
 };
 
-constexpr int kHeld = 8;             // elements (kSmall) or vectors (kBlock) that a thread holds in registers
+constexpr int kHeld = 8;  // elements (kSmall) or vectors (kBlock) that a thread holds in registers
 constexpr int kVectorBytes = 16;
-constexpr int kRowsThreads = 256;    // block size of kSmall and kWarp
+constexpr int kRowsThreads = 256;      // block size of kSmall and kWarp
 constexpr int kElementwiseBlocks = 8;  // of kRowsThreads, resident per multiprocessor
 constexpr int kTicketBytes = 16;
 constexpr int kStaticShared = 8192;  // bound on the static shared memory of a kernel
@@ -41,29 +43,36 @@ struct Shape {
   int branches;
   int64_t rows;
   int64_t classes;
-  bool dense;         // the target's distribution differs from class to class: class probabilities, smoothed class weights
+  bool dense;  // the target's distribution differs from class to class: class probabilities, smoothed class
+               // weights
   bool per_row_loss;  // reduction "none"
-  bool counts;        // gradients have to be divided by a norm that is not given and not known to be `rows`
+  bool counts;  // gradients have to be divided by a divisor that is not given and not known to be `rows`
 };
 
 struct Plan {
   int family;
-  int threads;          // per block
+  int threads;  // per block
   int threads_per_row;
   int rows_per_block;
-  int grid_x;           // blocks over the rows, which loop ...
-  int grid_y;           // ... over the branches; one for a per-row loss: a thread then adds up the branches of its rows
-  int shared_vectors;   // kBlock: vectors per thread kept in dynamic shared memory
-  int count_blocks;     // 0: no counting launch
+  int grid_x;  // blocks over the rows, which loop ...
+  int grid_y;  // ... over the branches; one for a per-row loss: a thread then adds up the branches of its
+               // rows
+  int shared_vectors;  // kBlock: vectors per thread kept in dynamic shared memory
+  int count_blocks;    // 0: no counting launch
   int64_t workspace_bytes;
 };
 
-// Threads resident per multiprocessor: a kernel keeps to as many registers per thread as that leaves it of 64 K.
-// Heavy: float64, or a target's distribution that differs from class to class.
-constexpr int resident_threads(int family, bool heavy) { return family == kSmall ? (heavy ? 512 : 768) : heavy ? 256 : 512; }
+// Threads resident per multiprocessor: a kernel keeps to as many registers per thread as that leaves it of 64
+// K. Heavy: float64, or a target's distribution that differs from class to class.
+constexpr int resident_threads(int family, bool heavy) {
+  return family == kSmall ? (heavy ? 512 : 768) : heavy ? 256 : 512;
+}
 
-// Vectors that a thread holds in registers, kSmall apart. The short rows of 16-bit types are unpacked at once.
-constexpr int held_vectors(int element_size, int family) { return element_size == 2 && family == kWarp ? kHeld / 2 : kHeld; }
+// Vectors that a thread holds in registers, kSmall apart. The short rows of 16-bit types are unpacked at
+// once.
+constexpr int held_vectors(int element_size, int family) {
+  return element_size == 2 && family == kWarp ? kHeld / 2 : kHeld;
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -84,14 +93,15 @@ inline Plan plan(const Shape& shape, const Device& device) {
     p.threads_per_row = 32;
   } else {
     p.family = kBlock;
-    // Enough threads to hold the row in registers; where there are too few rows to fill the device more threads share a
-    // row, as long as each has a vector.
+    // Enough threads to hold the row in registers; where there are too few rows to fill the device more
+    // threads share a row, as long as each has a vector.
     const int64_t all_rows = shape.rows * p.grid_y;
     const int most = resident_threads(kBlock, heavy);
     for (const int threads : {64, 128, 256, 512}) {
       if (threads > most) break;
       p.threads = threads;
-      const bool larger_helps = threads * 2 <= vectors && threads * 2 * all_rows <= device.multiprocessors * int64_t(most);
+      const bool larger_helps =
+          threads * 2 <= vectors && threads * 2 * all_rows <= device.multiprocessors * int64_t(most);
       if (int64_t(threads) * kHeld >= vectors && !larger_helps) break;
     }
     p.threads_per_row = p.threads;
@@ -101,21 +111,25 @@ inline Plan plan(const Shape& shape, const Device& device) {
   }
   p.rows_per_block = p.threads / p.threads_per_row;
   // A persistent grid: no more blocks than are resident at once, so that partial sums and counting stay few.
-  int64_t resident = int64_t(device.multiprocessors) * (resident_threads(p.family, heavy) / p.threads) / p.grid_y;
+  int64_t resident =
+      int64_t(device.multiprocessors) * (resident_threads(p.family, heavy) / p.threads) / p.grid_y;
   const int64_t needed = ceil_div(shape.rows, p.rows_per_block);
   if (resident > needed) resident = needed;
   p.grid_x = int(resident < 1 ? 1 : resident);
-  // Every block can count the targets itself, out of L2, as long as they are few; else one small launch does it.
+  // Every block can count the targets itself, out of L2, as long as they are few; else one small launch does
+  // it.
   if (shape.counts && shape.rows > kCountInlineRows) {
     const int64_t blocks = ceil_div(shape.rows, kCountRowsPerBlock);
     p.count_blocks = int(blocks < kCountBlocks ? blocks : kCountBlocks);
   }
-  // Ticket, then the partial sums [6, branches, grid_x], then the partial norms [branches, count_blocks].
-  p.workspace_bytes = kTicketBytes + int64_t(shape.branches) * compute_size(shape.dtype) * (6 * int64_t(p.grid_x) + p.count_blocks);
+  // Ticket, then the partial sums [6, branches, grid_x], then the partial divisors [branches, count_blocks].
+  p.workspace_bytes = kTicketBytes + int64_t(shape.branches) * compute_size(shape.dtype) *
+                                         (kSums * int64_t(p.grid_x) + p.count_blocks);
   return p;
 }
 
-// Blocks per tensor of an elementwise launch over several tensors: one vector per thread, or what fills the device.
+// Blocks per tensor of an elementwise launch over several tensors: one vector per thread, or what fills the
+// device.
 inline int elementwise_blocks(int64_t size, int dtype, int tensors, const Device& device) {
   const int64_t needed = ceil_div(size, int64_t(kRowsThreads) * (kVectorBytes / element_size(dtype)));
   const int64_t resident = int64_t(device.multiprocessors) * kElementwiseBlocks / tensors;

@@ -1,7 +1,8 @@
-// The CPU row kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer (tests/test_native_sanitized.py).
+// The CPU row kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer
+// (tests/test_native_sanitized.py).
 //
-// Every buffer is a heap block of exactly its size, so that a read or write one element outside is seen. Each result is
-// checked against plain double arithmetic, so that the kernel also has to be right here.
+// Every buffer is a heap block of exactly its size, so that a read or write one element outside is seen. Each
+// result is checked against plain double arithmetic, so that the kernel also has to be right here.
 #define ARL_ISA sanitized
 #define ARL_ISA_NAME "sanitized"
 #include "../../csrc/cpu/isa.inc"
@@ -103,16 +104,17 @@ int check(const Case& c) {
   loss.logit_l1 = c.classes % 2 == 0;
 
   const size_t scratch_bytes = size_t(arl::cpu::scratch_elements(c.classes)) * sizeof(T);
-  std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64), &std::free);
+  std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64),
+                                                      &std::free);
   double total = 0, entropy_total = 0, correct_total = 0, dependence_total = 0;
   for (int64_t begin = 0; begin < c.rows; begin += arl::cpu::kChunkRows) {
     const int64_t end = begin + arl::cpu::kChunkRows < c.rows ? begin + arl::cpu::kChunkRows : c.rows;
     arl::cpu::ChunkSums sums;
     arl::cpu::isa_sanitized.rows[c.dtype](loss, 1, begin, end, scratch.get(), &sums);
-    total += sums.loss;
-    entropy_total += sums.entropy;
-    correct_total += sums.correct;
-    dependence_total += sums.dependence;
+    total += sums.of[arl::kLoss];
+    entropy_total += sums.of[arl::kEntropy];
+    correct_total += sums.of[arl::kCorrect];
+    dependence_total += sums.of[arl::kDependence];
   }
 
   // The same in the place of the logits, where these have the gradient's type and no gaps.
@@ -137,12 +139,14 @@ int check(const Case& c) {
     for (int64_t k = 0; k < c.classes; ++k) z += std::exp(read(row[k]) - top);
     const bool valid = (!c.masked || mask[i]) && (c.soft || y64[i] != -100);
     double a = 0;
-    int64_t best = 0, label = c.soft ? 0 : y64[i];  // the first largest logit, and the first largest of a soft target
+    int64_t best = 0,
+            label = c.soft ? 0 : y64[i];  // the first largest logit, and the first largest of a soft target
     std::vector<double> t(c.classes), log_p(c.classes);
     for (int64_t k = 0; k < c.classes; ++k) {
       log_p[k] = read(row[k]) - top - std::log(z);
       t[k] = c.soft ? double(soft[i * c.classes + k]) : double(k == y64[i]);
-      t[k] = (t[k] * (1 - c.smoothing) + c.smoothing / double(c.classes)) * (c.weighted ? double(weight[k]) : 1.0);
+      t[k] = (t[k] * (1 - c.smoothing) + c.smoothing / double(c.classes)) *
+             (c.weighted ? double(weight[k]) : 1.0);
       a += t[k];
       if (read(row[k]) > read(row[best])) best = k;
       if (c.soft && soft[i * c.classes + k] > soft[i * c.classes + label]) label = k;
@@ -160,13 +164,17 @@ int check(const Case& c) {
   }
   const double tolerance = sizeof(T) == 8 ? 1e-12 : 1e-4;
   const double grad_tolerance = sizeof(G) == 2 ? 2e-3 : sizeof(T) == 8 ? 1e-13 : 1e-6;
-  const bool right = in_place && std::fabs(total - expected) <= tolerance * (1 + expected) &&
-                     std::fabs(entropy_total - entropy) <= tolerance * (1 + entropy) && correct_total == correct &&
-                     std::fabs(dependence_total - dependence) <= tolerance * (1 + dependence) && worst <= grad_tolerance;
+  const bool right =
+      in_place && std::fabs(total - expected) <= tolerance * (1 + expected) &&
+      std::fabs(entropy_total - entropy) <= tolerance * (1 + entropy) && correct_total == correct &&
+      std::fabs(dependence_total - dependence) <= tolerance * (1 + dependence) && worst <= grad_tolerance;
   if (!right) {
-    std::printf("dtype %d rows %ld classes %ld soft %d weighted %d masked %d smoothing %g: loss %.9g expected %.9g, entropy %.9g "
-                "expected %.9g, correct %g expected %g, dependence %.9g expected %.9g, gradient off by %.3g\n", int(c.dtype), long(c.rows), long(c.classes), c.soft, c.weighted, c.masked,
-                c.smoothing, total, expected, entropy_total, entropy, correct_total, correct, dependence_total, dependence, worst);
+    std::printf(
+        "dtype %d rows %ld classes %ld soft %d weighted %d masked %d smoothing %g: loss %.9g expected %.9g, "
+        "entropy %.9g "
+        "expected %.9g, correct %g expected %g, dependence %.9g expected %.9g, gradient off by %.3g\n",
+        int(c.dtype), long(c.rows), long(c.classes), c.soft, c.weighted, c.masked, c.smoothing, total,
+        expected, entropy_total, entropy, correct_total, correct, dependence_total, dependence, worst);
   }
   return right ? 0 : 1;
 }
@@ -177,7 +185,8 @@ void extremes() {
   for (int64_t classes : {1, 6, 60}) {
     std::unique_ptr<float[]> x(new float[6 * classes]), grad(new float[6 * classes]);
     for (int64_t i = 0; i < 6; ++i) {
-      for (int64_t k = 0; k < classes; ++k) x[i * classes + k] = float(k % 3 == 0 ? values[i] : values[(i + k) % 6]);
+      for (int64_t k = 0; k < classes; ++k)
+        x[i * classes + k] = float(k % 3 == 0 ? values[i] : values[(i + k) % 6]);
     }
     std::unique_ptr<int64_t[]> y(new int64_t[6]());
     Loss loss = {};
@@ -205,8 +214,15 @@ int main() {
   for (int64_t classes : {1, 2, 6, 7, 12, 16, 17, 31, 34, 48, 64, 65, 309, 1000}) {
     for (int64_t rows : {1, 3, 16, 64, 67}) {
       for (int variant = 0; variant < 16; ++variant) {
-        const Case c{rows, classes, classes + variant % 3, arl::kFloat32, (variant & 1) != 0, (variant & 2) != 0,
-                     (variant & 4) != 0, (variant & 8) != 0, variant % 5 == 0 ? 0.0 : 0.1};
+        const Case c{rows,
+                     classes,
+                     classes + variant % 3,
+                     arl::kFloat32,
+                     (variant & 1) != 0,
+                     (variant & 2) != 0,
+                     (variant & 4) != 0,
+                     (variant & 8) != 0,
+                     variant % 5 == 0 ? 0.0 : 0.1};
         Case own = c;
         wrong += check<float, float, float>(own);
         own.dtype = arl::kFloat64;

@@ -1,9 +1,11 @@
-// Enough of CUDA to run the kernels of csrc/cuda on a CPU, compiled as plain C++ after this header (g++ -include).
+// Enough of CUDA to run the kernels of csrc/cuda on a CPU, compiled as plain C++ after this header (g++
+// -include).
 //
-// Blocks run one after the other, in random order. The threads of a block are fibers that switch only where CUDA threads
-// wait for one another: at a barrier (all threads of the block) and at a shuffle (all lanes of the warp). Between two of
-// those they run in random order, so a missing barrier shows as a wrong result. Static shared memory keeps what the block
-// before left in it, and dynamic shared memory is filled with NaN before each block.
+// Blocks run one after the other, in random order. The threads of a block are fibers that switch only where
+// CUDA threads wait for one another: at a barrier (all threads of the block) and at a shuffle (all lanes of
+// the warp). Between two of those they run in random order, so a missing barrier shows as a wrong result.
+// Static shared memory keeps what the block before left in it, and dynamic shared memory is filled with NaN
+// before each block.
 #pragma once
 
 #include <setjmp.h>
@@ -24,7 +26,7 @@
 #include <utility>
 #include <vector>
 
-// ---- language -----------------------------------------------------------------------------------------------------------
+// ---- language --------------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -43,7 +45,7 @@ struct alignas(16) uint4 {
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-// ---- 16-bit floating point, rounded to nearest even -------------------------------------------------------------------------
+// ---- 16-bit floating point, rounded to nearest even ------------------------------------------------------
 
 struct __half {
   uint16_t bits;
@@ -74,7 +76,8 @@ inline float __half2float(__half a) {
   const int exponent = (a.bits >> 10) & 31, mantissa = a.bits & 1023;
   const float sign = a.bits & 0x8000 ? -1.0f : 1.0f;
   if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
-  return sign * (exponent ? std::ldexp(float(1024 + mantissa), exponent - 25) : std::ldexp(float(mantissa), -24));
+  return sign *
+         (exponent ? std::ldexp(float(1024 + mantissa), exponent - 25) : std::ldexp(float(mantissa), -24));
 }
 inline __half __float2half_rn(float f) {
   const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
@@ -86,12 +89,15 @@ inline __half __float2half_rn(float f) {
   std::frexp(a, &exponent);
   exponent = std::max(exponent - 1, -14);  // a = m 2^(exponent - 10), m rounded to an integer below 2048
   const int mantissa = int(std::nearbyint(std::ldexp(a, 10 - exponent)));
-  return {uint16_t(sign | (mantissa + ((exponent + 14) << 10)))};  // a carry into the exponent is the right one
+  return {
+      uint16_t(sign | (mantissa + ((exponent + 14) << 10)))};  // a carry into the exponent is the right one
 }
-inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+  return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
+}
 inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
 
-// ---- threads ----------------------------------------------------------------------------------------------------------------
+// ---- threads ---------------------------------------------------------------------------------------------
 
 namespace emulation {
 
@@ -111,8 +117,8 @@ struct Fiber {
   ucontext_t start;
   jmp_buf resume;
   bool started, done;
-  int waits_for;          // 0: nothing, 1: the warp, 2: the block
-  unsigned parity;        // of the warp's exchange slots
+  int waits_for;    // 0: nothing, 1: the warp, 2: the block
+  unsigned parity;  // of the warp's exchange slots
   char* stack = nullptr;
 };
 
@@ -129,7 +135,8 @@ struct Block {
 struct State {
   Block block;
   Random random;
-  std::vector<std::pair<int, int>> devices = {{3, 232448}};  // multiprocessors, shared memory: callers may ask once per device
+  std::vector<std::pair<int, int>> devices = {
+      {3, 232448}};  // multiprocessors, shared memory: callers may ask once per device
   int device = 0;
   int64_t launches = 0, memsets = 0;
 };
@@ -186,7 +193,8 @@ inline void run_block() {
   for (int i = 0; i < b.threads; ++i) {
     Fiber& f = b.fibers[i];
     if (!f.stack) {
-      f.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+      f.stack = static_cast<char*>(
+          mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     }
     getcontext(&f.start);
     f.start.uc_stack.ss_sp = f.stack;
@@ -200,7 +208,8 @@ inline void run_block() {
   const int warps = b.threads / kWarpSize;
   for (;;) {
     bool ran = false;
-    const int shift = int(s.random() % b.threads), stride = 2 * int(s.random() % 16) + 1;  // odd: visits every lane of a warp
+    const int shift = int(s.random() % b.threads),
+              stride = 2 * int(s.random() % 16) + 1;  // odd: visits every lane of a warp
     for (int n = 0; n < warps; ++n) {
       const int warp = (n + shift) % warps;
       const int first = warp * kWarpSize, last = first + kWarpSize;
@@ -283,7 +292,7 @@ V __ldcg(const V* p) {
   return __ldg(p);
 }
 
-// ---- runtime -------------------------------------------------------------------------------------------------------------------
+// ---- runtime ---------------------------------------------------------------------------------------------
 
 using cudaError_t = int;
 using cudaStream_t = void*;
@@ -315,7 +324,9 @@ inline uint4* dynamic_shared() { return emulation::state().block.dynamic.data();
 template <typename Params>
 int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void*, Params params) {
   emulation::State& s = emulation::state();
-  if (threads % emulation::kWarpSize || shared_bytes > s.devices[s.device].second || !grid.x || !grid.y || grid.y > 65535) return cudaErrorInvalidValue;
+  if (threads % emulation::kWarpSize || shared_bytes > s.devices[s.device].second || !grid.x || !grid.y ||
+      grid.y > 65535)
+    return cudaErrorInvalidValue;
   ++s.launches;
   emulation::Launch<Params> launch{kernel, &params};
   s.block.threads = threads;

@@ -14,17 +14,19 @@ int64_t emulated_workspace_bytes(const ForwardArgs* args) { return forward_works
 int emulated_forward(const ForwardArgs* args) { return forward(*args, nullptr); }
 int emulated_scale(const ScaleArgs* args) { return scale(*args, nullptr); }
 int emulated_modulate(const ModulateArgs* args) { return modulate_backward(*args, nullptr); }
-int emulated_finish(const FinishArgs* args) { return finish_sums(*args, nullptr); }
 
 void plan_of(const Shape* shape, const Device* device, Plan* result) { *result = plan(*shape, *device); }
 
 // Sizes of the structures, so that their ctypes mirrors cannot drift unnoticed.
 int size_of(int which) {
-  const int sizes[] = {sizeof(ForwardArgs), sizeof(ScaleArgs), sizeof(ModulateArgs), sizeof(FinishArgs), sizeof(Shape), sizeof(Device), sizeof(Plan)};
+  const int sizes[] = {sizeof(ForwardArgs), sizeof(ScaleArgs), sizeof(ModulateArgs),
+                       sizeof(Shape),       sizeof(Device),    sizeof(Plan)};
   return sizes[which];
 }
 
-void set_seed(uint64_t seed) { emulation::state().random.state = seed * 2862933555777941757ull + 3037000493ull; }
+void set_seed(uint64_t seed) {
+  emulation::state().random.state = seed * 2862933555777941757ull + 3037000493ull;
+}
 void set_device(int multiprocessors, int shared_memory) {
   auto& s = emulation::state();
   const auto properties = std::make_pair(multiprocessors, shared_memory);

@@ -1,4 +1,6 @@
-"""Tensors that end right before, or start right after, memory that nobody may touch: an access out of range is a crash."""
+"""Tensors that end right before, or start right after, memory that nobody may touch: an access out of range
+is a crash.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,23 @@ from torch import Tensor
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _NONE, _READ, _WRITE = 0, 1, 2
 _NORESERVE = 0x4000
 
 
 def _map(size: int) -> int:
-    address = _libc.mmap(None, size, _READ | _WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE, -1, 0)
+    address = _libc.mmap(
+        None, size, _READ | _WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE, -1, 0
+    )
     if address in (None, ctypes.c_void_p(-1).value):
         raise MemoryError(size)
     return address
@@ -60,7 +71,9 @@ def read_only(x: Tensor) -> Tensor:
 
 
 def far_apart(x: Tensor, stride: int) -> Tensor:
-    """A copy of [N, C] whose rows are ``stride`` elements apart, in memory that is mapped but mostly never touched."""
+    """A copy of [N, C] whose rows are ``stride`` elements apart, in memory that is mapped but mostly never
+    touched.
+    """
     elements = (x.shape[0] - 1) * stride + x.shape[1]
     whole = _view(_map(elements * x.itemsize), (elements,), x.dtype)
     return whole.as_strided(x.shape, (stride, 1)).copy_(x)

@@ -1,4 +1,5 @@
-"""The CUDA launchers, emulated, as an implementation of the contract (docs/architecture.md) for CPU tensors."""
+"""The CUDA launchers, emulated, as an implementation of the contract (docs/architecture.md) for CPU tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from ctypes import POINTER, Structure, byref, c_bool, c_double, c_int, c_int64, 
 import torch
 from torch import Tensor
 
-from arl_fast import reference, rules
-from arl_fast.options import DEPENDENCES, GAINS, REDUCTIONS, RULES, Options
-from arl_fast.stats import packed_length
+from arl_fast._core import dtypes, rules
+from arl_fast._core.checks import check_class_range
+from arl_fast._core.options import Options, Schedule
+from arl_fast._core.spec import DEPENDENCES, GAINS, REDUCTIONS, RULES
+from arl_fast._core.stats import packed_length
 
 from . import build
 
@@ -25,14 +28,31 @@ ticket: Tensor | None = torch.zeros(1, dtype=torch.int32)
 
 
 class COptions(Structure):
+    """The fields of Options in their order: names as their position, None as -1."""
+
     _fields_ = [
         ("rule", c_int),
         ("dependence", c_int),
-        ("gain", c_int),
-        ("reduction", c_int),
         ("entropy_floor", c_double),
-        ("label_smoothing", c_double),
+        ("gain", c_int),
         ("ignore_index", c_int64),
+        ("label_smoothing", c_double),
+        ("reduction", c_int),
+    ]
+
+
+CHOICES = {"rule": RULES, "dependence": DEPENDENCES, "gain": GAINS, "reduction": REDUCTIONS}
+
+
+class ScheduleArgs(Structure):
+    _fields_ = [
+        ("gamma", c_void_p),
+        ("gamma_stride", c_int64),
+        ("temperature", c_void_p),
+        ("step", c_void_p),
+        ("gammas", c_double * (MAX_BRANCHES - 1)),
+        ("temperature_number", c_double),
+        ("warmup", c_int64),
     ]
 
 
@@ -52,11 +72,8 @@ class ForwardArgs(Structure):
         ("mask_row_stride", c_int64),
         ("mask_column_stride", c_int64),
         ("weight", c_void_p),
-        ("norm", c_void_p),
-        ("schedule", c_void_p),
-        ("gamma", c_double),
-        ("temperature", c_double),
-        ("warming", c_double),
+        ("divisor", c_void_p),
+        ("schedule", ScheduleArgs),
         ("options", COptions),
         ("loss", c_void_p),
         ("packed", c_void_p),
@@ -93,21 +110,6 @@ class ModulateArgs(Structure):
     ]
 
 
-class FinishArgs(Structure):
-    _fields_ = [
-        ("dtype", c_int),
-        ("modalities", c_int),
-        ("sums", c_void_p),
-        ("schedule", c_void_p),
-        ("gamma", c_double),
-        ("temperature", c_double),
-        ("warming", c_double),
-        ("options", COptions),
-        ("loss", c_void_p),
-        ("packed", c_void_p),
-    ]
-
-
 class Shape(Structure):
     _fields_ = [
         ("dtype", c_int),
@@ -141,7 +143,7 @@ class Plan(Structure):
 def library() -> ctypes.CDLL:
     lib = build.library()
     if not hasattr(lib, "checked"):
-        for which, mirror in enumerate((ForwardArgs, ScaleArgs, ModulateArgs, FinishArgs, Shape, Device, Plan)):
+        for which, mirror in enumerate((ForwardArgs, ScaleArgs, ModulateArgs, Shape, Device, Plan)):
             assert lib.size_of(which) == ctypes.sizeof(mirror), mirror.__name__
         lib.emulated_workspace_bytes.restype = lib.launches.restype = lib.memsets.restype = c_int64
         lib.emulated_workspace_bytes.argtypes = [POINTER(ForwardArgs)]
@@ -165,37 +167,44 @@ def describe(device: str) -> str:
 
 
 def _options(options: Options) -> COptions:
-    return COptions(
-        RULES.index(options.rule if isinstance(options.rule, str) else "constant"),
-        DEPENDENCES.index(options.dependence),
-        GAINS.index(options.gain),
-        REDUCTIONS.index(options.reduction),
-        -1.0 if options.entropy_floor is None else options.entropy_floor,
-        options.label_smoothing,
-        options.ignore_index,
-    )
+    values = options.for_kernels._asdict()
+    for name, choices in CHOICES.items():
+        values[name] = choices.index(values[name])
+    return COptions(**{name: -1 if value is None else value for name, value in values.items()})
 
 
 def _pointers(tensors: Sequence[Tensor]):
     return (c_void_p * MAX_BRANCHES)(*(x.data_ptr() for x in tensors))
 
 
-def _schedule(args: ForwardArgs | FinishArgs, schedule: rules.Schedule) -> None:
-    if isinstance(schedule, Tensor):
-        args.schedule = schedule.data_ptr()
+def _schedule(schedule: Schedule, modalities: int) -> ScheduleArgs:
+    gamma, temperature, warmup, step = schedule
+    args = ScheduleArgs(warmup=warmup)
+    if isinstance(gamma, Tensor):
+        args.gamma, args.gamma_stride = gamma.data_ptr(), gamma.stride(0) if gamma.dim() else 0
     else:
-        args.gamma, args.temperature, args.warming = (float(value) for value in schedule)
+        gammas = gamma if isinstance(gamma, tuple) else (gamma,) * modalities
+        args.gammas = (c_double * (MAX_BRANCHES - 1))(*gammas)
+    if isinstance(temperature, Tensor):
+        args.temperature = temperature.data_ptr()
+    else:
+        args.temperature_number = temperature
+    args.step = None if step is None else step.data_ptr()
+    return args
 
 
-def forward(logits, target, mask, weight, norm, schedule, options, grad, check=True):
+def forward(logits, targets, schedule, options, grad, check=True):
+    target, mask, weight, divisor = targets
     first = logits[0]
     rows, classes = first.shape
-    dtype = reference.compute_dtype(first.dtype)
+    dtype = dtypes.compute_dtype(first.dtype)
     logits = [x if x.stride(1) == 1 or classes == 1 else x.contiguous() for x in logits]
-    args = ForwardArgs(dtype=DTYPES[first.dtype], branches=len(logits), rows=rows, classes=classes, options=_options(options))
+    args = ForwardArgs(
+        dtype=DTYPES[first.dtype], branches=len(logits), rows=rows, classes=classes, options=_options(options)
+    )
     args.logits = _pointers(logits)
     args.row_stride = (c_int64 * MAX_BRANCHES)(*(x.stride(0) for x in logits))
-    grads = [allocate((rows, classes), dtype=reference.grad_dtype(first.dtype)) for _ in logits] if grad else []
+    grads = [allocate((rows, classes), dtype=dtypes.grad_dtype(first.dtype)) for _ in logits] if grad else []
     args.grads = _pointers(grads)
     if target.is_floating_point():
         target = target.to(dtype)
@@ -203,16 +212,20 @@ def forward(logits, target, mask, weight, norm, schedule, options, grad, check=T
         args.target_kind = 2
     else:
         if check:
-            reference.check_targets(target, classes, options.ignore_index)
+            check_class_range(target, classes, options.ignore_index)
         args.target_kind = TARGETS[target.dtype]
     args.target, args.target_stride = target.data_ptr(), target.stride(0)
     if mask is not None:
-        args.mask, args.mask_row_stride, args.mask_column_stride = mask.data_ptr(), mask.stride(0), mask.stride(1)
+        args.mask, args.mask_row_stride, args.mask_column_stride = (
+            mask.data_ptr(),
+            mask.stride(0),
+            mask.stride(1),
+        )
     if weight is not None:
         weight = weight.contiguous()
         args.weight = weight.data_ptr()
-    args.norm = None if norm is None else norm.data_ptr()
-    _schedule(args, schedule)
+    args.divisor = None if divisor is None else divisor.data_ptr()
+    args.schedule = _schedule(schedule, len(logits) - 1)
     loss = allocate((rows,) if options.reduction == "none" else (), dtype=dtype)
     packed = allocate((packed_length(len(logits) - 1),), dtype=dtype)
     args.loss, args.packed = loss.data_ptr(), packed.data_ptr()
@@ -228,7 +241,9 @@ def forward(logits, target, mask, weight, norm, schedule, options, grad, check=T
 
 
 def scale(grads, upstream, factor, dtype, keep):
-    args = ScaleArgs(dtype=DTYPES[dtype], branches=len(grads), rows=grads[0].shape[0], classes=grads[0].shape[1])
+    args = ScaleArgs(
+        dtype=DTYPES[dtype], branches=len(grads), rows=grads[0].shape[0], classes=grads[0].shape[1]
+    )
     out = [allocate(g.shape, dtype=dtype) for g in grads] if keep or dtype != grads[0].dtype else grads
     args.grads, args.out = _pointers(grads), _pointers(out)
     args.upstream, args.per_row = upstream.data_ptr(), upstream.dim() == 1
@@ -251,13 +266,3 @@ def modulate_backward(grads, link):
     for (m, _), g in zip(given, out, strict=True):
         result[m] = g
     return result
-
-
-def finish(sums: Tensor, schedule: rules.Schedule, options: Options) -> tuple[Tensor, Tensor]:
-    modalities = sums.shape[1] - 1
-    args = FinishArgs(dtype=DTYPES[sums.dtype], modalities=modalities, sums=sums.data_ptr(), options=_options(options))
-    _schedule(args, schedule)
-    loss, packed = allocate((), dtype=sums.dtype), allocate((packed_length(modalities),), dtype=sums.dtype)
-    args.loss, args.packed = loss.data_ptr(), packed.data_ptr()
-    assert library().emulated_finish(byref(args)) == 0
-    return loss, packed

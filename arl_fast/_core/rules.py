@@ -1,0 +1,151 @@
+"""From the sums over a batch to the loss, the shares, the coefficients and the gains (docs/method.md).
+
+Plain torch without a host read: this is the reference for the same few lines inside every kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .options import Options, Schedule
+from .spec import FLOOR, HUGE_RATIO, TINY_SHARE
+from .stats import unpack, unpack_sums
+
+Gammas = float | tuple[float, ...] | Tensor
+
+
+def effective_gamma(schedule: Schedule) -> Gammas:
+    """What multiplies the unimodal losses in this step: gamma, but 1 while the warm-up lasts."""
+    gamma, warming = schedule.gamma, schedule.warming
+    if not isinstance(warming, Tensor):
+        return 1.0 if warming else gamma
+    if isinstance(gamma, tuple):
+        gamma = torch.stack([torch.where(warming, 1.0, g) for g in gamma])
+    return torch.where(warming, 1.0, gamma)
+
+
+def gamma_of(gamma: Gammas, modality: int) -> float | Tensor:
+    """Gamma of one modality."""
+    many = isinstance(gamma, tuple) or (isinstance(gamma, Tensor) and gamma.dim() == 1)
+    return gamma[modality] if many else gamma  # type: ignore[index, return-value]
+
+
+def weighted_sum(gamma: Gammas, terms: Tensor) -> Tensor:
+    """sum_m gamma_m terms_m over the first dimension, the modalities."""
+    if isinstance(gamma, tuple):
+        return torch.stack([g * term for g, term in zip(gamma, terms.unbind(), strict=True)]).sum(0)
+    if isinstance(gamma, Tensor) and gamma.dim() == 1:
+        return (gamma.to(terms.dtype).view(-1, *[1] * (terms.dim() - 1)) * terms).sum(0)
+    return gamma * terms.sum(0)
+
+
+def _normalised(values: Tensor, absent: Tensor) -> Tensor:
+    """Values [..., M] over their sum; 0 for an absent modality, also beside a NaN."""
+    values = values.masked_fill(absent, 0)
+    return (values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)).masked_fill_(
+        absent, 0
+    )
+
+
+def shares(statistics: Tensor, absent: Tensor) -> Tensor:
+    """Shares of H and of D (Eq. 4) from means [2, M], over the present modalities; uniform if all are 0."""
+    return _normalised(statistics.clamp_min(torch.finfo(statistics.dtype).tiny), absent)  # a NaN stays
+
+
+def inverse_variance(share: Tensor, absent: Tensor, modalities: Tensor, floor: float | None) -> Tensor:
+    """Shares q [M] proportional to 1 / max(H_m / sum H, floor) over the present modalities (Eq. 17)."""
+    if floor is None:
+        share = torch.maximum(share, modalities.reciprocal() * FLOOR)
+    else:
+        share = share.clamp_min(max(floor, TINY_SHARE))
+    return _normalised(share.reciprocal(), absent)
+
+
+def _softmax(scores: Tensor, present: Tensor) -> Tensor:
+    absent = ~present
+    return torch.softmax(scores.masked_fill(absent, -torch.inf), 0).masked_fill_(
+        absent, 0
+    )  # NaN if all are absent
+
+
+def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
+    return torch.where((top == 0) & (bottom == 0), 1, top / bottom).clamp_max(HUGE_RATIO)
+
+
+def coefficients(
+    rule: str,
+    temperature: float | Tensor,
+    entropy: Tensor,
+    dependence: Tensor,
+    q: Tensor,
+    d: Tensor,
+    present: Tensor,
+) -> Tensor:
+    """Coefficients a [M] of a built-in rule; a modality absent from the batch gets 0."""
+    if rule == "share":
+        return _softmax(temperature / 2 * (q - d), present)
+    if rule == "paper":  # Eq. 18 with q0/q1 = H1/H0 (Eq. 17) and d0/d1 (Eq. 4)
+        inverse_variances = _ratio(entropy[1], entropy[0])
+        dependences = _ratio(dependence[0], dependence[1])
+        return _softmax(temperature * torch.stack([inverse_variances, dependences]), present)
+    return _softmax(torch.zeros_like(q), present)  # "constant", and "none", which leaves it unused
+
+
+def gains(a: Tensor, present: Tensor, warming: bool | Tensor, options: Options) -> Tensor:
+    """Gains [M]: 1 + a (Eq. 19), M a, or a; 1 for rule "none", an absent modality and during warm-up."""
+    if options.rule == "none" or (not isinstance(warming, Tensor) and warming):
+        return torch.ones_like(a)
+    if options.gain == "residual":
+        gain = 1 + a  # an absent modality's a is 0
+    else:
+        gain = torch.where(present, present.sum() * a if options.gain == "mean_one" else a, 1)
+    return torch.where(warming, 1, gain) if isinstance(warming, Tensor) else gain
+
+
+def finish(sums: Tensor, schedule: Schedule, options: Options) -> tuple[Tensor, Tensor]:
+    """Sums [6, M+1] -> the loss (0-d; for reduction "none" the sum over rows) and the packed vector."""
+    loss_sum, divisor, count, *_ = sums.unbind(0)
+    means = sums[3:] / count.clamp_min(1)  # accuracy, entropy, dependence
+    absent = count[1:].logical_not()
+    present = ~absent
+
+    # Eq. 22. All targets ignored: 0/0 = NaN for the fused branch, as torch; an absent modality contributes
+    # nothing.
+    loss = loss_sum / divisor
+    loss[1:].masked_fill_(absent, 0)
+    terms = loss if options.reduction == "mean" else loss_sum
+    total = terms[0] + weighted_sum(effective_gamma(schedule), terms[1:])
+
+    entropy, dependence = statistics = means[1:, 1:]
+    share, d = shares(statistics, absent)
+    q = inverse_variance(share, absent, present.sum(dtype=sums.dtype), options.entropy_floor)
+    rule = options.rule if isinstance(options.rule, str) else "constant"
+    a = coefficients(rule, schedule.temperature, entropy, dependence, q, d, present)
+    gain = gains(a, present, schedule.warming, options)
+    packed = torch.cat(
+        [loss, means[0], entropy, dependence, q, d, a, gain, count, gain - 1, sums.reshape(-1)]
+    )
+    if not isinstance(options.rule, str):
+        packed = apply_rule(packed, schedule, options)
+    return total, packed
+
+
+def apply_rule(packed: Tensor, schedule: Schedule, options: Options) -> Tensor:
+    """Let a callable rule, from BranchStats to coefficients [M], replace the coefficients and the gains.
+
+    The rule sees the uniform coefficients and the gains that these would give.
+    """
+    assert callable(options.rule)
+    stats = unpack(packed)
+    a = options.rule(stats)
+    if not isinstance(a, Tensor) or a.shape != stats.entropy.shape:
+        what = f"a tensor of shape {list(a.shape)}" if isinstance(a, Tensor) else type(a).__name__
+        raise ValueError(
+            f"rule: the callable returned {what}, expected coefficients of shape {list(stats.entropy.shape)}"
+        )
+    present = stats.count[1:] > 0
+    a = torch.where(present, a.detach().to(stats.entropy), 0)
+    gain = gains(a, present, schedule.warming, options)
+    replaced = stats._replace(coefficients=a, gains=gain)
+    return torch.cat([*replaced, gain - 1, unpack_sums(packed).reshape(-1)])

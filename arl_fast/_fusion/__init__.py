@@ -1,0 +1,1 @@
+"""What arl_fast.fusion is made of: the held-out rows, the fit, the report."""

@@ -1,0 +1,1 @@
+"""The implementations of one contract (docs/architecture.md); dispatch.py chooses among them."""

@@ -1,0 +1,251 @@
+"""The loss in plain torch: the oracle of the package, and what runs where no kernel does.
+
+Any device, float64 to float16, traceable by torch.compile. An implementation offers the three functions ``forward``,
+``scale`` and ``modulate_backward``; docs/architecture.md states the contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._core.branches import Targets
+from .._core.checks import check_class_range
+from .._core.dtypes import compute_dtype, grad_dtype
+from .._core.options import Options, Schedule
+from .._core.rules import effective_gamma, finish, weighted_sum
+
+# Logits to work on at a time: their temporaries fit a CPU's cache. A compiler gets whole branches, which it fuses.
+_BLOCK = 1 << 18
+# Branches of at most so many classes are stacked if they fit a block. Linear heads count on wide ones not being copied.
+_NARROW = 512
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether this runs on a CPU, uncompiled: its values may be looked at, and its caches count."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _clear_rows(x: Tensor, keep: Tensor) -> None:
+    """Zeros where ``keep``, integers as wide as x, is 0 and not -1. NaN * 0 is not 0; masked_fill_ takes 8 times longer."""
+    x.view(keep.dtype).bitwise_and_(keep)
+
+
+def _targets(
+    target: Tensor, classes: int, weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Of class indices [N], as [1, N, 1]: the class, whether it counts, its weight, and NaN where out of range, else 0.
+
+    Out of range is an error on a CPU, so there the last one is None.
+    """
+    index = target.long().view(1, -1, 1)
+    valid = index != options.ignore_index
+    y = index.clamp(0, classes - 1)  # of an ignored row any class
+    known = torch.where(valid, index, y)
+    row_weight = None if weight is None else weight[y]
+    if _on_host(target):
+        if not torch.equal(known, y):
+            check_class_range(target, classes, options.ignore_index)
+        return y, valid, row_weight, None
+    good = known == y
+    row_weight = good.to(torch.float32) if row_weight is None else row_weight * good
+    return y, valid, row_weight, torch.where(good, 0.0, torch.nan)
+
+
+def _blocks(logits: Sequence[Tensor]) -> Iterator[tuple[int, slice, Tensor]]:
+    """Which rows of which branch to work on at a time, and their logits [n, C]."""
+    n, classes = logits[0].shape
+    step = max(1, torch.get_num_threads() * _BLOCK // classes) if _on_host(logits[0]) else 0
+    for branch, x in enumerate(logits):
+        for part in (
+            [slice(start, start + step) for start in range(0, max(n, 1), step)] if step else [slice(None)]
+        ):
+            yield branch, part, x[part]
+
+
+def _rows(
+    x: Tensor, y: Tensor, weight: Tensor | None, options: Options, grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What is known of each row, and its gradient, from logits x [..., C] and classes y [..., 1] or probabilities [..., C].
+
+    Known are the log likelihood, whether the prediction is correct, minus the entropy, and the dependence, [..., 4]. The
+    gradient [..., C] is that of minus the log likelihood. Weights of class indices without smoothing are left to the
+    caller, who multiplies both.
+    """
+    soft = y.is_floating_point()
+    smoothing = options.label_smoothing
+    log_p = torch.log_softmax(x, -1)
+    p = log_p.exp()
+    correct = x.max(-1, keepdim=True)[1] == (y.argmax(-1, keepdim=True) if soft else y)  # the first largest
+    u = None  # of the loss -sum_c u_c log p_c, unless it is 1 at y and 0 elsewhere
+    if soft:
+        confidence = (y * p).sum(-1, keepdim=True)
+    else:
+        log_likelihood = log_p.gather(-1, y)
+        confidence = log_likelihood.exp()
+    if soft or smoothing:
+        u = y if soft else torch.zeros_like(p).scatter_(-1, y, 1.0)
+        u = u * (1 - smoothing) + smoothing / p.shape[-1] if smoothing else u
+        u = u if weight is None else u * weight
+        log_likelihood = (u * log_p).sum(-1, keepdim=True)
+    dependence = confidence if options.dependence == "confidence" else x.abs().sum(-1, keepdim=True)
+    minus_entropy = log_p.clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1, keepdim=True)  # 0 log 0 = 0
+    known = torch.cat([log_likelihood, correct.to(p.dtype), minus_entropy, dependence], -1)
+    if not grad:
+        return known, None
+    if u is not None:
+        return known, p.mul_(u.sum(-1, keepdim=True)).sub_(u)  # p sum_c u_c - u
+    return known, p.scatter_(-1, y, torch.expm1(log_likelihood))  # p_y - 1 at y
+
+
+def _torch_cross_entropy(
+    x: Tensor, target: Tensor, poison: Tensor | None, weight: Tensor | None, options: Options, grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """torch's own loss of logits [N, C] and its gradient, to the last bit; ``poison`` [1, N, 1] is added."""
+    if poison is not None:
+        target = target.masked_fill(poison.isnan().view(-1), options.ignore_index)
+    with torch.set_grad_enabled(grad):
+        x = x.detach().requires_grad_(grad)
+        loss = F.cross_entropy(
+            x,
+            target,
+            weight,
+            ignore_index=options.ignore_index,
+            reduction=options.reduction,
+            label_smoothing=options.label_smoothing,
+        )
+    g = torch.autograd.grad(loss, x, torch.ones_like(loss))[0] if grad else None
+    if poison is None:
+        return loss.detach(), g
+    loss = loss.detach() + (poison.view(-1) if options.reduction == "none" else poison.sum())
+    return loss, None if g is None else g + poison[0]
+
+
+def forward(
+    logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The loss, the packed statistics and, if ``grad``, the gradients of the logits for an upstream gradient of 1.
+
+    Args:
+        logits: M+1 tensors [N, C] of one floating dtype, the fused branch first; any strides. Never written to.
+        targets: ``target`` [N] int64 or int32 class indices, or [N, C] floating class probabilities; ``mask`` [N, M]
+            bool or None; ``weight`` [C] in the compute dtype or None; ``divisor`` [M+1] in the compute dtype or None.
+        schedule: gamma, temperature and the warm-up; its tensors are on the device, gamma and temperature of the
+            compute dtype.
+        options: see Options. A callable rule is applied here as well.
+        grad: whether to write gradients.
+
+    Returns:
+        loss (0-d, or [N] for reduction "none"), packed (spec.PACKED), and M+1 gradients [N, C] or none.
+        With reduction "none" a gradient row belongs to that row's own loss.
+    """
+    target, mask, weight, divisor, _ = targets
+    dtype, result_dtype = compute_dtype(logits[0].dtype), grad_dtype(logits[0].dtype)
+    branches = len(logits)
+    n, classes = logits[0].shape
+    gamma = effective_gamma(schedule)
+    row_weight = poison = None  # [1, N, 1]
+    if target.is_floating_point():
+        y = target.to(dtype).unsqueeze(0)
+        valid = torch.ones(1, n, 1, dtype=torch.bool, device=target.device)
+    else:
+        y, valid, row_weight, poison = _targets(target, classes, weight, options)
+    if mask is not None:
+        valid = torch.cat([valid, valid & mask.t().unsqueeze(2)])  # [M+1, N, 1], without a mask [1, N, 1]
+    keep = -valid.to(torch.int64 if dtype == torch.float64 else torch.int32)
+    valid = valid.to(dtype)
+    count = valid.sum((1, 2)).expand(branches)
+    # torch divides the loss of probabilities by the number of rows, whatever the weights
+    divisors = count if row_weight is None else (valid * row_weight).sum((1, 2)).expand(branches)
+    if options.label_smoothing:
+        row_weight = None  # the classes have been weighted one by one
+    if grad:  # the factor on the gradient of a row's own loss, [M+1, 1 or N, 1]
+        factor = torch.ones_like(count)
+        if options.reduction == "mean":
+            factor = (divisors if divisor is None else divisor).reciprocal()
+        if isinstance(gamma, tuple):
+            for term, own in zip(factor[1:].unbind(), gamma, strict=True):
+                term.mul_(own)
+        elif isinstance(gamma, Tensor) or gamma != 1:
+            factor[1:].mul_(gamma)
+        factor = factor.view(branches, 1, 1)
+        if row_weight is not None:
+            factor = factor * row_weight
+        if poison is not None:
+            factor = factor + poison
+
+    y = y.expand(branches, n, -1)
+    grads: list[Tensor] = []
+    if not torch.compiler.is_compiling() and classes <= _NARROW and branches * n * classes <= _BLOCK:
+        rows, g = _rows(
+            torch.stack(list(logits)).to(dtype), y, weight, options, grad
+        )  # [M+1, N, 4], [M+1, N, C]
+        if g is not None:
+            _clear_rows(g.mul_(factor), keep)
+            grads = list(g.to(result_dtype).unbind(0))
+    else:
+        if grad:
+            grads = [torch.empty(n, classes, dtype=result_dtype, device=target.device) for _ in logits]
+            factor, row_keep = factor.expand(branches, n, 1), keep.expand(branches, n, 1)
+        known = []
+        for branch, part, x in _blocks(logits):
+            rows, g = _rows(x.to(dtype), y[branch, part], weight, options, grad)
+            known.append(rows)
+            if g is not None:
+                _clear_rows(g.mul_(factor[branch, part]), row_keep[branch, part])
+                grads[branch][part] = g
+        rows = torch.cat(known).view(branches, n, 4)
+
+    if row_weight is not None:
+        rows[:, :, :1].mul_(row_weight)
+    if poison is not None:
+        rows = rows + poison
+    _clear_rows(rows, keep)
+    log_likelihood, correct, minus_entropy, dependence = rows.sum(1).unbind(1)
+    sums = torch.stack([-log_likelihood, divisors, count, correct, -minus_entropy, dependence])
+    total, packed = finish(sums, schedule, options)
+    if options.reduction == "none":
+        total = -rows[0, :, 0] - weighted_sum(gamma, rows[1:, :, 0])
+
+    # the baseline of comparisons
+    if is_plain(options, schedule) and divisor is None and not torch.compiler.is_compiling():
+        target = target.to(dtype) if target.is_floating_point() else target.long()
+        total, g = _torch_cross_entropy(logits[0].to(dtype), target, poison, weight, options, grad)
+        if g is not None:
+            _clear_rows(g, keep[0])
+            grads[0] = g.to(result_dtype)
+    return total, packed, grads
+
+
+def is_plain(options: Options, schedule: Schedule) -> bool:
+    """Whether the loss is a plain cross-entropy, the baseline of every comparison: it is torch's to the last bit."""
+    return options.rule == "none" and isinstance(schedule.gamma, float) and schedule.gamma == 0
+
+
+def scale(
+    grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool
+) -> Sequence[Tensor]:
+    """Gradients [N, C] times the upstream gradient (0-d, or [N] for reduction "none") and the branch's factor.
+
+    Args:
+        grads: what ``forward`` returned.
+        upstream: gradient of the loss, in the loss's dtype.
+        factor: [M+1] in the same dtype, or None for 1.
+        dtype: dtype of the result, the logits'.
+        keep: the graph is retained, so ``grads`` must stay as they are.
+    """
+    if upstream.dim() == 1:
+        upstream = upstream.unsqueeze(1)
+    factors = [upstream if factor is None else upstream * factor[b] for b in range(len(grads))]
+    if keep or dtype != upstream.dtype:
+        return [(g.to(upstream.dtype) * f).to(dtype) for g, f in zip(grads, factors, strict=True)]
+    return [g.mul_(f) for g, f in zip(grads, factors, strict=True)]
+
+
+def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[Tensor | None]:
+    """g_m * (1 + link_m) for every modality, rounded once to each gradient's dtype (Eq. 19, with link_m = gain_m - 1)."""
+    gain = 1 + link
+    return [None if g is None else (g.to(link.dtype) * gain[m]).to(g.dtype) for m, g in enumerate(grads)]

@@ -1,1 +1,0 @@
-"""Fused implementations; each is imported only when it is chosen."""

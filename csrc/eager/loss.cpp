@@ -1,0 +1,162 @@
+#include <ATen/EmptyTensor.h>
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <mutex>
+
+#include "../cpu/forward.h"
+#include "inputs.h"
+#include "steps.h"
+
+namespace arl {
+namespace {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// Hands out the gradients that forward has written: the logits of each branch first, the link last.
+struct LossBackward final : Node {
+  c10::SmallVector<SavedVariable, 4> grads;
+  c10::SmallVector<double, 4> gain_minus_one;
+  at::ScalarType dtype;       // of the logits
+  at::ScalarType link_dtype;  // of the link, if there is one
+  bool has_link = false;
+  bool hooked = false;  // a saved-tensor hook may hold the gradients too
+
+  std::string name() const override { return "ARLLossBackward"; }
+
+  variable_list apply(variable_list&& upstreams) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const size_t branches = grads.size();
+    variable_list results(branches + 1);
+    if (!upstreams[0].defined()) return results;
+    refuse_second_derivatives();
+    const double upstream = read_scalar(upstreams[0]);
+    const bool keep = hooked || torch::autograd::get_current_graph_task_keep_graph();
+    for (size_t b = 0; b < branches; ++b) {
+      if (task_should_compute_output(b)) results[b] = scaled(grads[b].unpack(), upstream, keep);
+    }
+    if (has_link && task_should_compute_output(branches)) {
+      at::Tensor link = at::detail::empty_cpu({int64_t(gain_minus_one.size())}, at::kDouble);
+      std::copy(gain_minus_one.begin(), gain_minus_one.end(), link.mutable_data_ptr<double>());
+      results[branches] = link.to(link_dtype);
+    }
+    return results;
+  }
+
+  // The buffer itself where nobody else will see it again, so that autograd need not copy it.
+  at::Tensor scaled(at::Tensor g, double upstream, bool keep) const {
+    if (g.scalar_type() != dtype) return g.mul(upstream).to(dtype);  // float16 logits: round after scaling
+    if (keep) return upstream == 1 ? g.clone() : g.mul(upstream);
+    return upstream == 1 ? g : g.mul_(upstream);
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& grad : grads) grad.reset_data();
+  }
+};
+
+// Whether the modalities' names, if unimodal has any, come in the order that modulate has left on its link.
+bool names_agree(PyObject* unimodal, PyObject* link) {
+  static PyObject* attribute = PyUnicode_InternFromString("modalities");
+  if (!PyDict_CheckExact(unimodal)) return true;
+  PyObject** attributes = _PyObject_GetDictPtr(link);
+  PyObject* names =
+      attributes == nullptr || *attributes == nullptr ? nullptr : PyDict_GetItem(*attributes, attribute);
+  if (names == nullptr) return true;
+  if (!PyTuple_CheckExact(names) || PyTuple_GET_SIZE(names) != PyDict_GET_SIZE(unimodal)) return false;
+  PyObject *name, *value;
+  Py_ssize_t at = 0;
+  for (Py_ssize_t i = 0; PyDict_Next(unimodal, &at, &name, &value); ++i) {
+    PyObject* expected = PyTuple_GET_ITEM(names, i);
+    if (name != expected && PyObject_RichCompareBool(name, expected, Py_EQ) != 1) {
+      PyErr_Clear();
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != std::ssize(kFastLoss) || !PyTuple_Check(args[1]) || PyTuple_GET_SIZE(args[1]) != 3)
+    Py_RETURN_NONE;
+  if (!no_mode_intercepts()) Py_RETURN_NONE;
+  PyObject* unimodal = PyTuple_GET_ITEM(args[1], 1);
+  PyObject* link_object = PyTuple_GET_ITEM(args[1], 2);
+  const Options* options = options_of(args[0]);
+  const at::Tensor* fused = plain(PyTuple_GET_ITEM(args[1], 0));
+  if (options == nullptr || fused == nullptr || fused->dim() != 2) Py_RETURN_NONE;
+  const auto values = values_of(unimodal);
+  const int64_t modalities = int64_t(values.size());
+  const at::ScalarType type = fused->scalar_type();
+  cpu::Inputs inputs;
+  Schedule schedule;
+  if (!read_targets(args[2], Classes::kOwn, &inputs.targets) ||
+      !read_schedule(args[3], Classes::kOwn, &schedule) ||
+      !is_usual(inputs.targets, schedule, *options, fused->size(0), fused->size(1), modalities, type)) {
+    Py_RETURN_NONE;
+  }
+  inputs.numbers = cpu::read(schedule);
+
+  c10::SmallVector<at::Tensor, 4> logits;
+  const bool record = at::GradMode::is_enabled();
+  for (int64_t b = 0; b <= modalities; ++b) {
+    const at::Tensor* x = b == 0 ? fused : plain(values[b - 1]);
+    if (x == nullptr || x->scalar_type() != type || x->sizes() != fused->sizes() || x->stride(1) != 1)
+      Py_RETURN_NONE;
+    if (record && x->requires_grad()) inputs.wanted |= uint64_t(1) << b;
+    logits.push_back(*x);
+  }
+  inputs.logits = logits;
+
+  const at::Tensor* link = nullptr;
+  if (link_object != Py_None) {
+    link = plain(link_object);
+    if (link == nullptr || link->dim() != 1 || link->size(0) != modalities || !link->is_floating_point() ||
+        !names_agree(unimodal, link_object)) {
+      Py_RETURN_NONE;
+    }
+  } else if (inputs.wanted != 0 && options->rule != kNone) {
+    Py_RETURN_NONE;  // a missing link: the general path says so
+  }
+
+  RECORD_FUNCTION("arl_fast::loss", c10::ArrayRef<const c10::IValue>());
+  cpu::Outputs outputs;
+  {
+    std::optional<pybind11::gil_scoped_release> release;
+    if (fused->numel() > 16384) release.emplace();
+    outputs = cpu::forward(inputs, *options);
+    if (inputs.wanted != 0) {
+      const auto node = make_node<LossBackward>();
+      node->dtype = type;
+      node->hooked = at::SavedTensorDefaultHooks::get_hooks().has_value();
+      node->has_link = link != nullptr && link->requires_grad();
+      variable_list edges(logits.begin(), logits.end());
+      edges.push_back(node->has_link ? *link : at::Tensor());
+      node->set_next_edges(torch::autograd::collect_next_edges(edges));
+      for (at::Tensor& grad : outputs.grads) {
+        node->grads.emplace_back(std::move(grad), /*is_output=*/false);
+      }
+      if (node->has_link) {
+        node->link_dtype = link->scalar_type();
+        node->gain_minus_one = link_gradient(outputs.packed, int(modalities));
+      }
+      torch::autograd::set_history(outputs.loss, node);
+    }
+  }
+  return pair(THPVariable_Wrap(std::move(outputs.loss)), THPVariable_Wrap(std::move(outputs.packed)));
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace arl

@@ -1,0 +1,217 @@
+"""OGM, DGL and Gradient-Blending against their formulas, written out in float64."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import arl_fast
+from arl_fast import ARLLoss, ConcatHead, History, ZeroedHead
+from arl_fast.family import OGM, Fixed, blended_loss, dgl, gammas, gradient_blending, gradient_blending_of
+
+NAMES = ["audio", "visual"]
+
+
+def model(names=NAMES, bias="split"):
+    encoders = nn.ModuleDict({m: nn.Linear(5, 4) for m in names}).double()
+    head = ConcatHead(dict.fromkeys(names, 4), 3, bias=bias).double()
+    x = {m: (1 + 2 * i) * torch.randn(8, 5, dtype=torch.float64) for i, m in enumerate(names)}
+    return encoders, head, x, torch.randint(3, (8,))
+
+
+def features(encoders, x):
+    return {m: encoders[m](x[m]) for m in encoders}
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+@pytest.mark.parametrize("names", [NAMES, ["a", "b", "c"]])
+def test_ogm_scales_the_encoders_of_a_joint_loss(implementation, names, alpha):
+    """Gradients of the fused cross-entropy times 1 - tanh(alpha rho), from softmax sums of W_m z_m + b/M; the
+    head's are left.
+    """
+    encoders, head, x, y = model(names)
+    ARLLoss(gamma=0.0, rule=OGM(alpha), gain="plain")(head(features(encoders, x)), y).backward()
+    got = {name: p.grad.clone() for name, p in [*encoders.named_parameters(), *head.named_parameters()]}
+    for p in [*encoders.parameters(), *head.parameters()]:
+        p.grad = None
+
+    z = features(encoders, x)
+    F.cross_entropy(F.linear(torch.cat(list(z.values()), 1), head.weight, head.bias), y).backward()
+    parts, shift = head.weight.detach().split(4, 1), head.bias.detach() / len(names)
+    s = [
+        float(sum(torch.softmax(w @ z[m][i].detach() + shift, 0)[y[i]] for i in range(8)))
+        for m, w in zip(names, parts, strict=True)
+    ]
+    scaled = 0
+    for m, name in enumerate(names):
+        rho = s[m] / ((sum(s) - s[m]) / (len(names) - 1))
+        k = 1 - math.tanh(alpha * rho) if rho > 1 else 1
+        scaled += k < 1
+        for part in ("weight", "bias"):
+            torch.testing.assert_close(
+                got[f"{name}.{part}"], k * getattr(encoders[name], part).grad, rtol=1e-10, atol=1e-14
+            )
+    assert 0 < scaled < len(names)
+    torch.testing.assert_close(got["weight"], head.weight.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_ogm_with_an_absent_modality_and_alone():
+    _, head, _, y = model()
+    z = {m: torch.randn(8, 4, dtype=torch.float64, requires_grad=True) for m in NAMES}
+    criterion = ARLLoss(gamma=0.0, rule=OGM(0.5), gain="plain")
+    criterion(head(z), y, torch.tensor([[True, False]] * 8))
+    assert criterion.stats.gains.tolist() == [1, 1]
+    logits = torch.randn(8, 3, dtype=torch.float64)
+    assert arl_fast.arl_loss(logits, [logits], y, rule=OGM(), gain="plain")[1].gains.tolist() == [1]
+
+
+def test_rules_are_values_and_compile():
+    """Equal where their numbers are, so that options are cached; picklable with the criterion; one graph."""
+    assert OGM(0.1) == OGM(0.1) != OGM(0.2)
+    assert hash(Fixed((1.0, 2.0))) == hash(Fixed((1.0, 2.0)))
+    criterion = pickle.loads(pickle.dumps(ARLLoss(gamma=0.0, rule=OGM(0.1), gain="plain")))
+    encoders, head, x, y = model()
+    loss = criterion(head(features(encoders, x)), y)
+    gains = criterion.stats.gains
+    step = torch.compile(
+        lambda x, y: criterion(head(features(encoders, x)), y), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(step(x, y), loss)
+    torch.testing.assert_close(criterion.stats.gains, gains)
+    with pytest.raises(ValueError, match="alpha: got 0, expected a number > 0"):
+        OGM(0)
+
+
+@pytest.mark.parametrize("kind", ["concat", "zeroed"])
+def test_dgl_routes_the_losses(kind):
+    """Encoders have the gradient of gamma times the unimodal losses alone, the head that of the fused loss
+    alone.
+    """
+    encoders, head, x, y = model()
+    if kind == "zeroed":
+        network = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        head = ZeroedHead(lambda z: network(torch.cat(list(z.values()), 1)))
+        head.fusion = Concatenate(network)
+    loss = ARLLoss(gamma=2.0, rule="none")(dgl(head, features(encoders, x)), y)
+    loss.backward()
+    got = {name: p.grad.clone() for name, p in [*encoders.named_parameters(), *head.named_parameters()]}
+
+    out = head(features(encoders, x))
+    parameters = list(encoders.parameters())
+    unimodal = 2 * sum(F.cross_entropy(logits, y) for logits in out.unimodal.values())
+    torch.testing.assert_close(loss, F.cross_entropy(out.fused, y) + unimodal)
+    want = torch.autograd.grad(unimodal, parameters, retain_graph=True)
+    for (name, _), g in zip(encoders.named_parameters(), want, strict=True):
+        torch.testing.assert_close(got[name], g, rtol=1e-10, atol=1e-14)
+    want = torch.autograd.grad(F.cross_entropy(out.fused, y), list(head.parameters()))
+    for (name, _), g in zip(head.named_parameters(), want, strict=True):
+        torch.testing.assert_close(got[name], g, rtol=1e-10, atol=1e-14)
+
+
+class Concatenate(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z):
+        return self.network(torch.cat(list(z.values()), 1))
+
+
+def test_dgl_takes_sequences_and_updates_running_statistics_once():
+    network = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    head = ZeroedHead(Concatenate(network))
+    z = {m: torch.randn(8, 4, requires_grad=True) for m in NAMES}
+    head(z)
+    once = int(network[1].num_batches_tracked)
+    dgl(head, z)
+    assert int(network[1].num_batches_tracked) == 2 * once
+    listed = ConcatHead([4, 4], 3)
+    out = dgl(listed, list(z.values()))
+    torch.testing.assert_close(out.fused, listed(list(z.values())).fused)
+    assert out.link is None
+
+
+def losses(branches: int = 3) -> list[torch.Tensor]:
+    """Of two checkpoints: every branch learns and overfits by some amount."""
+    train, gap = torch.rand(branches).double() + 2, 0.1 * torch.rand(branches).double()
+    learned, grown = torch.rand(branches).double() + 0.5, 0.1 + 0.2 * torch.rand(branches).double()
+    after = train - learned
+    return [train, train + gap, after, after + gap + grown]
+
+
+def test_blending_weights_are_the_papers_optimum():
+    """They minimise OGR^2 = sum_k (w_k O_k)^2 / (sum_k w_k G_k)^2, so that no change of the weights lowers
+    it.
+    """
+    t0, h0, t1, h1 = losses()
+    weights = gradient_blending(t0, h0, t1, h1)
+    G, O = h0 - h1, (h1 - t1) - (h0 - t0)
+    assert weights.sum().item() == pytest.approx(1)
+    torch.testing.assert_close(weights, G / O**2 / (G / O**2).sum())
+
+    def ogr(w):
+        return float((w * O).square().sum() / (w * G).sum().square())
+
+    best = ogr(weights)
+    for _ in range(200):
+        assert ogr((weights + 0.05 * torch.randn(3).double()).clamp_min(0)) >= best * (1 - 1e-12)
+    torch.testing.assert_close(gammas(weights), weights[1:] / weights[0])
+
+
+def test_blending_where_the_formula_has_no_answer():
+    t0, h0, t1, h1 = losses()
+    lost = h1.clone()
+    lost[1] = h0[1] + 0.1  # its held-out loss rises
+    weights = gradient_blending(t0, h0, t1, lost)
+    assert weights[1] == 0
+    assert weights.sum().item() == pytest.approx(1)
+    flat = t1.clone()
+    flat[2] = h1[2] - (h0[2] - t0[2])  # no overfitting at all
+    assert torch.isfinite(gradient_blending(t0, h0, flat, h1)).all()
+    assert gradient_blending(t0, h0, t1, h0 + 1).tolist() == pytest.approx([1 / 3] * 3)
+    with pytest.raises(ValueError, match=r"train_after: got shape \[2\], expected \[M\+1\] losses"):
+        gradient_blending(t0, h0, t1[:2], h1)
+    with pytest.raises(ValueError, match="floor: got 0, expected a number > 0"):
+        gradient_blending(t0, h0, t1, h1, floor=0)
+    with pytest.raises(ValueError, match="weights: got 0 for the fused branch"):
+        gammas(torch.tensor([0.0, 1.0]))
+
+
+def test_blending_from_a_history():
+    head, criterion = ConcatHead(dict.fromkeys(NAMES, 4), 3), ARLLoss(rule="none")
+    history = criterion.track(History())
+    seen = []
+    for _ in range(3):
+        for training in (True, False):
+            criterion.train(training)
+            with torch.set_grad_enabled(training):
+                criterion(head({m: torch.randn(40, 4) for m in NAMES}), torch.randint(3, (40,)))
+            seen.append(criterion.stats.loss.double())
+        history.end_epoch()
+        if history.epoch == 1:
+            with pytest.raises(
+                ValueError, match="history: got 1 epochs and 1 evaluations, expected at least 2"
+            ):
+                gradient_blending_of(history)
+    torch.testing.assert_close(
+        gradient_blending_of(history), gradient_blending(seen[0], seen[1], seen[4], seen[5])
+    )
+    want = gradient_blending(seen[2], seen[3], seen[4], seen[5])
+    torch.testing.assert_close(gradient_blending_of(history, before=1), want)
+
+
+def test_blended_loss_is_the_weighted_sum():
+    out = ConcatHead(dict.fromkeys(NAMES, 4), 3)({m: torch.randn(8, 4, requires_grad=True) for m in NAMES})
+    y = torch.randint(3, (8,))
+    weights = torch.tensor([0.5, 0.3, 0.2])
+    logits = [out.fused, *out.unimodal.values()]
+    want = sum(w * F.cross_entropy(x, y) for w, x in zip(weights, logits, strict=True))
+    torch.testing.assert_close(blended_loss(out, y, weights), want)
+    torch.testing.assert_close(ARLLoss(gamma=gammas(weights), rule="none")(out, y), want / weights[0])
+    with pytest.raises(ValueError, match=r"weights: got shape \[2\], expected \[3\]"):
+        blended_loss(out, y, weights[:2])
