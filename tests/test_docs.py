@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import needs_gloo
-from test_readme import RUNS, TUTORIAL, blocks
+from test_readme import RUNS, blocks
 
 import arl_fast
 
