@@ -32,6 +32,7 @@ def linear_arl_loss(
     temperature: float | Tensor = 8.0,
     rule: str | Callable[[BranchStats], Tensor] = "share",
     weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     mask: Tensor | None = None,
     warming: bool | Tensor = False,
     sync_stats: bool | Any = False,
@@ -74,7 +75,7 @@ def linear_arl_loss(
     """
     loss, packed, logits = linear_loss_and_packed(
         LinearHead(features, weights, bias, fusion, bias_mode, chunk),
-        Targets(target, mask, weight),
+        Targets(target, mask, weight, pos_weight=pos_weight),
         make_schedule(gamma, temperature, warming),
         make_options(rule=rule, **options),
         sync_stats,

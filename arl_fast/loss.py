@@ -39,6 +39,7 @@ def arl_loss(
     rule: str | Callable[[BranchStats], Tensor] = "share",
     *,
     weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     mask: Tensor | None = None,
     warming: bool | Tensor = False,
     sync_stats: bool | Any = False,
@@ -83,7 +84,7 @@ def arl_loss(
     """
     loss, packed = loss_and_packed(
         BranchLogits(fused, unimodal, link),
-        Targets(target, mask, weight),
+        Targets(target, mask, weight, pos_weight=pos_weight),
         make_schedule(gamma, temperature, warming),
         make_options(rule=rule, **options),
         sync_stats,
@@ -136,6 +137,7 @@ class ARLLoss(nn.Module):
 
     steps: Tensor
     weight: Tensor | None
+    pos_weight: Tensor | None
 
     @with_options
     def __init__(
@@ -146,6 +148,7 @@ class ARLLoss(nn.Module):
         *,
         warmup: int = 0,
         weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
         sync_stats: bool | Any = False,
         **options: Unpack[LossOptions],
     ) -> None:
@@ -155,13 +158,17 @@ class ARLLoss(nn.Module):
         check_scalar("temperature", temperature)
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
             raise ValueError(f"warmup: got {warmup!r}, expected a number of steps >= 0")
-        if weight is not None and not isinstance(weight, Tensor):
-            raise TypeError(f"weight: got {type(weight).__name__}, expected a Tensor [C] of class weights")
+        for name, value in {"weight": weight, "pos_weight": pos_weight}.items():
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor [C] of weights")
+        if pos_weight is not None and self.options.task != "multilabel":
+            raise ValueError("pos_weight: got one with task='multiclass', expected task='multilabel'")
         self.gamma = gamma if isinstance(gamma, (int, float, Tensor)) else tuple(gamma)
         self.temperature = temperature
         self.warmup = warmup
         self.sync_stats = sync_stats
         self.register_buffer("weight", weight)
+        self.register_buffer("pos_weight", pos_weight)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._packed: Tensor | None = None
         self.modalities: tuple[str, ...] | None = None
@@ -223,7 +230,7 @@ class ARLLoss(nn.Module):
     def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
         branches = as_branch_logits(output)
         schedule = self._schedule(branches.fused)
-        targets = Targets(target, mask, self.weight)
+        targets = Targets(target, mask, self.weight, pos_weight=self.pos_weight)
         loss, packed = loss_and_packed(branches, targets, schedule, self.options, self.sync_stats)
         self._remember(packed, branches.unimodal)
         return loss
@@ -250,7 +257,7 @@ class ARLLoss(nn.Module):
         """
         loss, packed, _ = linear_loss_and_packed(
             LinearHead(features, weights, bias, fusion, bias_mode, chunk),
-            Targets(target, mask, self.weight),
+            Targets(target, mask, self.weight, pos_weight=self.pos_weight),
             self._schedule(target),
             self.options,
             self.sync_stats,

@@ -64,6 +64,11 @@ def sharded_arl_loss(
         ValueError: the shards leave gaps or overlap (on a GPU, and when compiled: the loss is NaN); else as
             ``arl_loss``.
     """
+    if options.get("task", "multiclass") != "multiclass":
+        raise ValueError(
+            "task: got 'multilabel', expected 'multiclass': labels need no exchange; call arl_loss with each "
+            "process's labels, reduction='sum' and sync_stats=group"
+        )
     shards = resolve_group(group, "group")
     if offset is None:
         offset = shards.rank * fused.shape[1] if shards is not None and isinstance(fused, Tensor) else 0

@@ -86,11 +86,11 @@ def test_against_truth(implementation, poisoned, modalities, dtype):
 
 @pytest.mark.parametrize(
     ("batch", "classes"),
-    [(1, 1), (1, 2), (5, 1), (3, 2), (64, 6), (9, 33), (4, 130), (3, 1031), (2, 4099)],
+    [(1, 2), (3, 2), (64, 6), (9, 33), (4, 130), (3, 1031), (2, 4099)],
     ids=lambda v: str(v),
 )
 def test_shapes(implementation, poisoned, batch, classes):
-    """One class, fewer classes than a vector, odd tails, more than one tile."""
+    """Fewer classes than a vector, odd tails, more than one tile."""
     check(*make(2, batch, classes))
 
 

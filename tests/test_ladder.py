@@ -53,17 +53,8 @@ def test_every_rung_is_there_and_starts_from_the_same_place():
     """With learning rate 0 all are the model of the seed: the same test numbers, zero differences."""
     out = climb(Net, data, Budget(1, (0.0,)), seeds=2, **OPTIONS)
     assert list(out.chosen) == [
-        "alone audio",
-        "alone visual",
-        "late",
-        "joint",
-        "unimodal",
-        "constant",
-        "share",
-        "paper",
-        "paper_swapped",
-        "reversed",
-        "rates",
+        *("alone audio", "alone visual", "late", "joint", "unimodal", "weights", "constant", "share"),
+        *("share_weights", "paper", "paper_swapped", "reversed", "rates"),
     ]
     for name in ("unimodal", "constant", "share", "paper", "paper_swapped", "reversed", "rates"):
         assert out.difference(name).mean == 0
@@ -352,7 +343,10 @@ def test_fusion_weights_are_fitted_on_the_validation_rows(monkeypatch):
             return out.unimodal["visual"]
 
     plain = climb(Net, data, Budget(1, (0.1,)), seeds=1, methods=["unimodal"], **OPTIONS)
-    monkeypatch.setattr(arl_fast, "FusionWeights", Weights, raising=False)
+    weights = list(plain.chosen["weights"][0]["weights"].values())
+    assert len(weights) == 2
+    assert min(weights) > 0
+    monkeypatch.setattr(training, "FusionWeights", Weights)
     out = climb(Net, data, Budget(1, (0.1,)), seeds=1, methods=["unimodal"], **OPTIONS)
     assert seen == [(arl_fast.ConcatHead, (40, 3), NAMES, (40,))]
     assert torch.equal(out.values("weights"), out.values("unimodal", "visual"))
@@ -367,6 +361,12 @@ def test_ignored_rows_are_not_measured():
     assert bits == "2:01"
     with pytest.raises(ValueError, match="target: got no row to measure"):
         results.measure(logits, torch.full((3,), -100))
+
+
+def test_several_labels_per_row_are_refused():
+    """Their accuracy is another one than that of the largest logit."""
+    with pytest.raises(ValueError, match="criterion: got task='multilabel', but the ladder measures"):
+        climb(Net, data, Budget(1, (0.1,)), criterion={"task": "multilabel"})
 
 
 def test_without_tqdm_it_runs_in_silence(monkeypatch, capsys):

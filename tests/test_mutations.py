@@ -15,7 +15,7 @@ from arl_fast.implementations import dispatch, reference
 
 def poke(packed, field, change):
     """The packed vector with one statistic changed."""
-    pieces = list(torch.split(packed.clone(), stats.packed_sizes((packed.shape[0] - 9) // 16)))
+    pieces = list(torch.split(packed.clone(), stats.packed_sizes(stats.modalities_of(packed))))
     index = stats.BranchStats._fields.index(field)
     pieces[index] = change(pieces[index])
     return torch.cat(pieces)

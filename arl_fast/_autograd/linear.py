@@ -35,7 +35,7 @@ from .._core.collectives import Group, all_reduce, resolve_group, synchronise
 from .._core.dtypes import compute_dtype
 from .._core.options import Options, Schedule
 from .._core.stats import link_gradient, unpack_sums
-from ..implementations import dispatch
+from ..implementations import dispatch, multilabel
 from .loss import Step, keeps_graph, refuse_second_derivatives
 from .products import BUDGET, GradientSums, Layout, chunk_rows, take, times
 
@@ -44,7 +44,10 @@ def _divisor(
     targets: Targets, options: Options, dtype: torch.dtype, branches: int, group: Group | None
 ) -> Tensor:
     """[M+1] what "mean" divides the gradients by, over all rows (of all processes, per process)."""
-    target, mask, weight, _ = targets
+    if options.task == "multilabel":
+        divisor = multilabel.divisors(targets, branches, dtype)
+        return divisor if group is None else all_reduce(divisor, group) / group.size
+    target, mask, weight, *_ = targets
     if target.is_floating_point():
         rows = torch.ones_like(target[:, 0], dtype=dtype)
     elif weight is None:
@@ -174,7 +177,7 @@ def _late_products(ctx: Any, upstream: Tensor, keep: bool) -> list[Tensor | None
     """The products with the kept gradients of the logits, or with those of logits that are computed again."""
     layout, implementation = ctx.layout, ctx.implementation
     link, *rest = ctx.saved_tensors
-    on_device, targets, rest = rest[:4], Targets(*rest[4:8]), rest[8:]
+    on_device, targets, rest = rest[:4], Targets(*rest[4:9]), rest[9:]
     schedule = Schedule(*(n if t is None else t for t, n in zip(on_device, ctx.numbers, strict=True)))
     kept, tensors = rest[: ctx.kept], rest[ctx.kept :]
     features, weights, biases = layout.split(tensors)
@@ -235,7 +238,7 @@ def linear_loss_and_packed(
     # needs_input_grad would not tell whether to record: the parameters need gradients in evaluation too
     loss, packed, *logits = _LinearARL.apply(step, layout, torch.is_grad_enabled(), *rows, *w, *b)
     if options.reduction == "none":
-        loss = loss.view(batch, *positions)
+        loss = from_rows(loss, like.shape) if options.task == "multilabel" else loss.view(batch, *positions)
     if not return_logits:
         return loss, packed, None
     fused, *unimodal = [from_rows(x, like.shape) for x in logits]

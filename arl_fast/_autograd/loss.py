@@ -47,7 +47,8 @@ def compute(
     if group is not None:
         loss, packed, factor = synchronise(loss, packed, schedule, options, group, targets.divisor)
     if options.reduction == "none":
-        loss = loss.view(logits[0].shape[:1] + logits[0].shape[2:])
+        shape = logits[0].shape
+        loss = from_rows(loss, shape) if options.task == "multilabel" else loss.view(shape[:1] + shape[2:])
     return loss, packed, factor, grads
 
 
@@ -71,7 +72,8 @@ class _ARLLoss(torch.autograd.Function):
         link, factor, *grads = ctx.saved_tensors
         if upstream is None:  # nothing depends on the loss
             return None, None, *[None] * ctx.branches
-        upstream = upstream.reshape(-1) if upstream.dim() else upstream
+        if upstream.dim():  # of a loss per row, or per row and label
+            upstream = to_rows(upstream) if upstream.shape == ctx.shape else upstream.reshape(-1)
         if not grads:  # only the link needs a gradient
             return None, link, *[None] * ctx.branches
         scaled = ctx.implementation.scale(grads, upstream, factor, ctx.dtype, keeps_graph())

@@ -33,12 +33,14 @@ class Targets(NamedTuple):
         weight: [C] class weights; None: 1.
         divisor: [M+1] what reduction "mean" divides the gradients of each branch by, where these rows are
             only a part of the batch; None: it is counted. Callers of the loss do not give it.
+        pos_weight: [C] weight of a "yes" of each label, for task "multilabel"; None: 1.
     """
 
     target: Tensor
     mask: Tensor | None = None
     weight: Tensor | None = None
     divisor: Tensor | None = None
+    pos_weight: Tensor | None = None
 
 
 def as_branch_logits(output: object) -> BranchLogits:

@@ -171,7 +171,11 @@ def _check_targets_and_schedule(
     logits: Tensor, modalities: int, targets: Targets, schedule: Schedule, options: Options
 ) -> tuple[Targets, Schedule]:
     """What comes with ``modalities`` + 1 tensors like ``logits``; class weights in the compute dtype."""
-    _check_target(targets.target, logits)
+    if options.task == "multilabel":
+        _check_labels(targets.target, logits)
+    else:
+        _check_classes(logits)
+        _check_target(targets.target, logits)
     check_gamma(schedule.gamma, modalities)
     check_scalar("temperature", schedule.temperature)
     if options.rule == "paper" and modalities != 2:
@@ -182,8 +186,13 @@ def _check_targets_and_schedule(
     if targets.mask is not None:
         _check_mask(targets.mask, logits, modalities)
     if targets.weight is not None:
-        _check_weight(targets.weight, logits)
+        _check_weight("weight", targets.weight, logits)
         targets = targets._replace(weight=targets.weight.detach().to(compute_dtype(logits.dtype)))
+    if targets.pos_weight is not None:
+        if options.task != "multilabel":
+            raise ValueError("pos_weight: got one with task='multiclass', expected task='multilabel'")
+        _check_weight("pos_weight", targets.pos_weight, logits)
+        targets = targets._replace(pos_weight=targets.pos_weight.detach().to(compute_dtype(logits.dtype)))
     return targets, _on_device(schedule, logits)
 
 
@@ -241,6 +250,46 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
         )
 
 
+def _check_classes(logits: Tensor) -> None:
+    """One class is certain: the loss would be 0, and so would every gradient."""
+    if logits.shape[1] == 1:
+        raise ValueError(
+            f"fused: got logits of shape {list(logits.shape)}, a single class, which is always right: for "
+            "one yes or no per row pass task='multilabel' and targets of the logits' shape, for classes at least "
+            "two logits"
+        )
+
+
+def _check_labels(target: Tensor, logits: Tensor) -> None:
+    """Task "multilabel": a number in [0, 1], or NaN where it is not known, for every logit."""
+    if not isinstance(target, Tensor):
+        raise TypeError(
+            f"target: got {type(target).__name__}, expected a Tensor of the logits' shape, in [0, 1]"
+        )
+    if target.device != logits.device:
+        raise ValueError(f"target: got device {target.device}, expected that of the logits, {logits.device}")
+    if not target.is_floating_point():
+        raise TypeError(
+            f"target: got dtype {target.dtype}, expected floating-point labels in [0, 1] for "
+            "task='multilabel': pass target.float()"
+        )
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"target: got labels of shape {list(target.shape)}, expected that of the logits, "
+            f"{list(logits.shape)}"
+        )
+    if target.requires_grad:
+        raise ValueError(
+            "target: got labels that require grad; the loss gives them none, pass target.detach()"
+        )
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (target < 0) | (target > 1)  # NaN is neither
+        if bool(wrong.any()):
+            raise ValueError(
+                f"target: got {float(target[wrong][0])}, expected labels in [0, 1], or NaN for unknown ones"
+            )
+
+
 def check_class_range(target: Tensor, classes: int, ignore_index: int) -> None:
     """A class index out of range is an error on a CPU. On a GPU looking would stall: the row becomes NaN."""
     bad = (target != ignore_index) & ((target < 0) | (target >= classes))
@@ -265,18 +314,18 @@ def _check_mask(mask: Tensor, logits: Tensor, modalities: int) -> None:
         raise ValueError(f"mask: got device {mask.device}, expected that of the logits, {logits.device}")
 
 
-def _check_weight(weight: Tensor, logits: Tensor) -> None:
-    """[C] floating class weights."""
+def _check_weight(name: str, weight: Tensor, logits: Tensor) -> None:
+    """[C] floating weights of the classes or labels."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: got {type(weight).__name__}, expected a Tensor [C] of class weights")
+        raise TypeError(f"{name}: got {type(weight).__name__}, expected a Tensor [C] of weights")
     if not weight.is_floating_point():
-        raise TypeError(f"weight: got dtype {weight.dtype}, expected floating point")
+        raise TypeError(f"{name}: got dtype {weight.dtype}, expected floating point")
     if weight.shape != (logits.shape[1],):
-        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [C] = [{logits.shape[1]}]")
+        raise ValueError(f"{name}: got shape {list(weight.shape)}, expected [C] = [{logits.shape[1]}]")
     if weight.device != logits.device:
         advice = "(move the loss with .to())"
         raise ValueError(
-            f"weight: got device {weight.device}, expected that of the logits, {logits.device} {advice}"
+            f"{name}: got device {weight.device}, expected that of the logits, {logits.device} {advice}"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from .spec import DEPENDENCES, GAINS, REDUCTIONS, RULES
+from .spec import DEPENDENCES, GAINS, REDUCTIONS, RULES, TASKS
 
 
 class Options(NamedTuple):
@@ -27,6 +27,8 @@ class Options(NamedTuple):
         gain: "residual" 1 + a_m (Eq. 19), "mean_one" M a_m, or "plain" a_m.
         ignore_index, label_smoothing, reduction: as in ``torch.nn.functional.cross_entropy``, for each
             branch.
+        task: "multiclass", one class per row, or "multilabel", a yes or no for every label (C = 1: binary),
+            with the loss of ``torch.nn.functional.binary_cross_entropy_with_logits``.
     """
 
     rule: str | Callable[[Any], Tensor] = "share"
@@ -36,6 +38,7 @@ class Options(NamedTuple):
     ignore_index: int = -100
     label_smoothing: float = 0.0
     reduction: str = "mean"
+    task: str = "multiclass"
 
     @property
     def scales(self) -> bool:
@@ -57,6 +60,7 @@ class LossOptions(TypedDict, total=False):
     ignore_index: int
     label_smoothing: float
     reduction: str
+    task: str
 
 
 def with_options(function: Callable) -> Callable:
@@ -96,12 +100,18 @@ def _checked(**given: Any) -> Options:
     check_choice("dependence", options.dependence, DEPENDENCES)
     check_choice("gain", options.gain, GAINS)
     check_choice("reduction", options.reduction, REDUCTIONS)
+    check_choice("task", options.task, TASKS)
     if options.entropy_floor is not None:
         _check_number("entropy_floor", options.entropy_floor, 0.0, 1.0)
     _check_number("label_smoothing", options.label_smoothing, 0.0, 1.0)
     if isinstance(options.ignore_index, bool) or not isinstance(options.ignore_index, int):
         got = f"{type(options.ignore_index).__name__} {options.ignore_index!r}"
         raise TypeError(f"ignore_index: got {got}, expected an int")
+    if options.task == "multilabel" and options.label_smoothing != 0:
+        raise ValueError(
+            f"label_smoothing: got {options.label_smoothing} with task='multilabel', expected 0; smooth the "
+            "targets themselves, they may be any number in [0, 1]"
+        )
     return options
 
 

@@ -25,6 +25,12 @@ def effective_gamma(schedule: Schedule) -> Gammas:
     return torch.where(warming, 1.0, gamma)
 
 
+def gamma_of(gamma: Gammas, modality: int) -> float | Tensor:
+    """Gamma of one modality."""
+    many = isinstance(gamma, tuple) or (isinstance(gamma, Tensor) and gamma.dim() == 1)
+    return gamma[modality] if many else gamma  # type: ignore[index, return-value]
+
+
 def weighted_sum(gamma: Gammas, terms: Tensor) -> Tensor:
     """sum_m gamma_m terms_m over the first dimension, the modalities."""
     if isinstance(gamma, tuple):

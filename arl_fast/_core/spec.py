@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+TASKS = ("multiclass", "multilabel")
 RULES = ("share", "paper", "constant", "none")
 DEPENDENCES = ("confidence", "logit_l1")
 GAINS = ("residual", "mean_one", "plain")

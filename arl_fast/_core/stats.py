@@ -20,7 +20,7 @@ _FIXED = sum(_TABLE[0])  # the length is linear in M
 _PER_MODALITY = sum(_TABLE[1]) - _FIXED
 
 
-def _sizes(modalities: int) -> tuple[int, ...]:
+def packed_sizes(modalities: int) -> tuple[int, ...]:
     """The number of entries of every field."""
     return _TABLE[modalities] if modalities < len(_TABLE) else _sizes_of(modalities)
 
@@ -32,7 +32,7 @@ def packed_length(modalities: int) -> int:
 
 def packed_offset(field: str, modalities: int) -> int:
     """Where a field of the packed vector begins."""
-    return sum(_sizes(modalities)[: PACKED.index(field)])
+    return sum(packed_sizes(modalities)[: PACKED.index(field)])
 
 
 def modalities_of(packed: Tensor) -> int:
@@ -42,7 +42,7 @@ def modalities_of(packed: Tensor) -> int:
 
 def unpack(packed: Tensor) -> BranchStats:
     """Packed vector -> BranchStats, which share its memory."""
-    sizes = _sizes(modalities_of(packed))
+    sizes = packed_sizes(modalities_of(packed))
     # unsafe: without the records by which autograd sees a write into a view, and at half the cost
     return BranchStats(*packed.unsafe_split_with_sizes(sizes)[: len(BranchStats._fields)])
 

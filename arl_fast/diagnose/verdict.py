@@ -66,7 +66,7 @@ def decide(results: Results) -> Verdict:
             else f"{text}: the rest is within noise."
         )
     else:
-        reasons.append(f"{results.title(chosen)} against joint training: {_points(differences[chosen])}.")
+        reasons.append(f"{_name(results, chosen)} against joint training: {_points(differences[chosen])}.")
         others = [name for name in rungs[rungs.index(chosen) + 1 :] if not even]
         if others:
             reasons.append(f"Not clearly better than that: {_list(results, others)}.")
@@ -75,8 +75,14 @@ def decide(results: Results) -> Verdict:
             reasons.append(f"But it is not told apart from {_list(results, skipped)}, which is simpler.")
     unclear = [name for name, d in differences.items() if not d.clear and d.mean > 1.96 * d.error]
     if chosen == "joint" and unclear:
-        shown = "; ".join(f"{results.title(name)} {_points(differences[name])}" for name in unclear)
+        shown = "; ".join(f"{_name(results, name)} {_points(differences[name])}" for name in unclear)
         reasons.append(f"More seeds may tell more, {len(results.seeds)} are too few to: {shown}.")
+    if chosen == "weights":
+        reasons.append(
+            "The weights are fitted on the half of the held-out rows that learning rates are chosen on. "
+            "Training "
+            "on those rows as well is the alternative to compare with."
+        )
     spread = f"{weakest} alone predicts {_percent(branches[weakest])} of the held-out rows"
     spread += f", {strongest} {_percent(branches[strongest])}"
     if even:
@@ -87,11 +93,6 @@ def decide(results: Results) -> Verdict:
         )
     else:
         reasons.append(f"The branches are uneven, r = {r:.2f}: {spread}.")
-        if "weights" not in results.chosen:
-            reasons.append(
-                "Weights on the prediction, fitted on held-out rows, were not tried here; at r <= 0.5 they "
-                "gained most."
-            )
     for m in results.modalities:
         d = results.difference("unimodal", "joint", m)
         if d.clear and d.mean > 0:
@@ -155,5 +156,9 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def _name(results: Results, name: str) -> str:
+    return results.title(name).removeprefix("+ ")
+
+
 def _list(results: Results, names: list[str]) -> str:
-    return ", ".join(results.title(name) for name in names)
+    return ", ".join(_name(results, name) for name in names)

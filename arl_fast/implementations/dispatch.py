@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._core._torch import constant_for_compiler
 from .._core.options import Options, Schedule
-from . import reference
+from . import multilabel, reference
 
 # Where each lies, below this folder. A new implementation needs a line here and a place in PREFERENCE.
 MODULES = {"reference": ".reference", "native": ".native", "triton": ".triton.host"}
@@ -80,6 +80,8 @@ def for_tensor(x: Tensor) -> Any:
 
 def for_loss(logits: Tensor, options: Options, schedule: Schedule) -> Any:
     """The implementation for a loss over tensors like ``logits``."""
+    if options.task == "multilabel":
+        return multilabel
     return reference if reference.is_plain(options, schedule) else for_tensor(logits)
 
 

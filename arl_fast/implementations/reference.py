@@ -142,7 +142,7 @@ def forward(
         loss (0-d, or [N] for reduction "none"), packed (spec.PACKED), and M+1 gradients [N, C] or none.
         With reduction "none" a gradient row belongs to that row's own loss.
     """
-    target, mask, weight, divisor = targets
+    target, mask, weight, divisor, _ = targets
     dtype, result_dtype = compute_dtype(logits[0].dtype), grad_dtype(logits[0].dtype)
     branches = len(logits)
     n, classes = logits[0].shape
@@ -237,7 +237,7 @@ def scale(
         dtype: dtype of the result, the logits'.
         keep: the graph is retained, so ``grads`` must stay as they are.
     """
-    if upstream.dim():
+    if upstream.dim() == 1:
         upstream = upstream.unsqueeze(1)
     factors = [upstream if factor is None else upstream * factor[b] for b in range(len(grads))]
     if keep or dtype != upstream.dtype:

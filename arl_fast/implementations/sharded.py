@@ -40,7 +40,7 @@ class Sharded(NamedTuple):
         self, logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As reference.forward. All processes get the same loss and packed vector, each its own gradients."""
-        target, mask, weight, divisor = targets
+        target, mask, weight, divisor, _ = targets
         dtype, device = compute_dtype(logits[0].dtype), logits[0].device
         n, classes = logits[0].shape
         weights = torch.ones(classes, dtype=dtype, device=device) if weight is None else weight
@@ -89,7 +89,7 @@ class Sharded(NamedTuple):
                 if options.reduction == "mean":
                     scale = scale / (sums[-1][1] if divisor is None else divisor[branch])
                 if branch > 0:
-                    scale = scale * (gamma if not isinstance(gamma, tuple) else gamma[branch - 1])
+                    scale = scale * rules.gamma_of(gamma, branch - 1)
                 g = torch.where(valid.unsqueeze(1), g * scale.unsqueeze(1), 0)
                 grads.append(g.to(grad_dtype(logits[branch].dtype)))
         loss, packed = rules.finish(torch.stack(sums, 1), schedule, options)

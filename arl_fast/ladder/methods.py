@@ -26,7 +26,7 @@ TITLES = {
     "rates": "own learning rates",
 }
 
-# rungs that come twice where there are FusionWeights: the same models, with weights on their predictions
+# rungs that come twice where there are validation data: the same models, with weights on their predictions
 WEIGHTED = {"unimodal": "weights", "share": "share_weights"}
 
 
@@ -48,9 +48,9 @@ def methods(modalities: Sequence[str]) -> dict[str, Method]:
 
     "late": a model per modality, trained apart on its own branch, their logits added; with "alone", each.
     "joint": the cross-entropy of the fused logits.
-    "unimodal": and of each modality's. With "weights" where there are FusionWeights.
+    "unimodal": and of each modality's. With "weights", FusionWeights of validation data.
     "constant": and the gain 1 + 1/M for every encoder.
-    "share": ARL. With "share_weights" where there are FusionWeights.
+    "share": ARL. With "share_weights", FusionWeights of validation data.
     "paper", "paper_swapped": Eq. 18, the modalities in the given and in the other order; for two only.
     "reversed": the share rule with the sign of T changed.
     "rates": unimodal losses, one encoder's gradient times 2 or a half, or none's. Under SGD without weight

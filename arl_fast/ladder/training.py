@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.branches import BranchLogits, as_branch_logits
+from ..fusion import FusionWeights
 from ..heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
 from ..history import History
 from ..loss import ARLLoss
@@ -208,6 +209,11 @@ def climb(
             file.
     """
     setup = Setup(factory, optimizer, forward, device, dict(criterion or {}), head)
+    if setup.criterion.get("task", "multiclass") != "multiclass":
+        raise ValueError(
+            f"criterion: got task={setup.criterion['task']!r}, but the ladder measures the accuracy of one "
+            "class per row"
+        )
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     first = data(seeds[0])
     modalities = modalities_of(setup, first.train)
@@ -345,8 +351,7 @@ def _fusion_weights(
     setup: Setup, model: nn.Module, sides: Predictions
 ) -> tuple[dict[str, float], Predictions] | None:
     """The same predictions with weights that are fitted on the validation rows, if there are any."""
-    fusion_weights = getattr(sys.modules["arl_fast"], "FusionWeights", None)
-    if fusion_weights is None or sides[0] is None:
+    if sides[0] is None:
         return None
 
     def branches(logits: dict[str, Tensor]) -> BranchLogits:
@@ -357,7 +362,7 @@ def _fusion_weights(
     ignored = {"ignore_index": setup.criterion["ignore_index"]} if "ignore_index" in setup.criterion else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a branch that beats the whole: the table shows it
-        fusion = fusion_weights.fit(setup.head(model), branches(logits), target.to(setup.device), **ignored)
+        fusion = FusionWeights.fit(setup.head(model), branches(logits), target.to(setup.device), **ignored)
     with torch.no_grad():
         weighted = _each(sides, lambda logits: {**logits, "fused": fusion(branches(logits)).float().cpu()})
     weights = fusion.weights.detach().cpu().tolist()

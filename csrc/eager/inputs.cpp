@@ -126,7 +126,8 @@ const Options* options_of(PyObject* object) {
 }
 
 bool read_targets(PyObject* object, Classes classes, Targets* targets) {
-  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 4) return false;
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != std::size(kTargetsFields)) return false;
+  if (PyTuple_GET_ITEM(object, 4) != Py_None) return false;  // pos_weight: of another task
   targets->target = as_tensor(PyTuple_GET_ITEM(object, 0), classes);
   return targets->target != nullptr && read_optional(PyTuple_GET_ITEM(object, 1), classes, &targets->mask) &&
          read_optional(PyTuple_GET_ITEM(object, 2), classes, &targets->weight) &&
@@ -207,7 +208,7 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
               int64_t classes, int64_t modalities, const at::Tensor& like) {
   const at::ScalarType type = like.scalar_type(), compute = type == at::kDouble ? at::kDouble : at::kFloat;
   const int most = cuda::serves(like) ? cuda::kMaxBranches : cpu::kMaxBranches;
-  if (!is_float(type) || classes == 0 || modalities == 0 || modalities >= most) return false;
+  if (!is_float(type) || classes < 2 || modalities == 0 || modalities >= most) return false;
   if (options.reduction == kNoReduction || (options.rule == kPaper && modalities != 2)) return false;
   const size_t gammas = schedule.gammas.size();
   if (schedule.gamma == nullptr && gammas != 1 && gammas != size_t(modalities)) return false;

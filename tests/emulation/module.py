@@ -36,10 +36,17 @@ class COptions(Structure):
         ("ignore_index", c_int64),
         ("label_smoothing", c_double),
         ("reduction", c_int),
+        ("task", c_int),
     ]
 
 
-CHOICES = {"rule": RULES, "dependence": DEPENDENCES, "gain": GAINS, "reduction": REDUCTIONS}
+CHOICES = {
+    "rule": RULES,
+    "dependence": DEPENDENCES,
+    "gain": GAINS,
+    "reduction": REDUCTIONS,
+    "task": ("multiclass",),
+}
 
 
 class ScheduleArgs(Structure):
@@ -194,7 +201,7 @@ def _schedule(schedule: Schedule, modalities: int) -> ScheduleArgs:
 
 
 def forward(logits, targets, schedule, options, grad, check=True):
-    target, mask, weight, divisor = targets
+    target, mask, weight, divisor, _ = targets
     first = logits[0]
     rows, classes = first.shape
     dtype = dtypes.compute_dtype(first.dtype)
