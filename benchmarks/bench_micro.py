@@ -186,7 +186,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     clock = pytest.mark.benchmark(timer=machine.timer(device, option("--threads")))
     for suite in option("--suites").split(","):
         for case in SUITES[suite]:
-            names = [c.name for c in contenders(case, device, not option("--no-compile"), option("--only-compiled"))]
+            names = [
+                c.name
+                for c in contenders(case, device, not option("--no-compile"), option("--only-compiled"))
+            ]
             whats = ("both",) if suite.startswith("scaling") else measure.WHATS
             if device == "cpu" and case.elements >= HUGE:
                 whats = ("both", "forward")

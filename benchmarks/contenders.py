@@ -219,9 +219,7 @@ COMPILED_SHAPES = {
 }  # half a minute of compiling each
 
 
-def contenders(
-    case: Case, device: str, compile: bool = True, only_compiled: bool = False
-) -> list[Contender]:
+def contenders(case: Case, device: str, compile: bool = True, only_compiled: bool = False) -> list[Contender]:
     """Everybody who can run this case on this type of device; the unit first."""
     names = [n for n in dispatch.MODULES if dispatch.load(n, device)[0] is not None]
     served = [ours(n) for n in names]

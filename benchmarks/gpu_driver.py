@@ -1,7 +1,7 @@
 """Small native steps on a GPU for compute-sanitizer: every kernel once, without pytest and without cuBLAS.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.gpu_driver
-    python -m benchmarks.gpu_driver --device cpu       the same steps, to see that they run
+compute-sanitizer --tool memcheck python -m benchmarks.gpu_driver
+python -m benchmarks.gpu_driver --device cpu       the same steps, to see that they run
 """
 
 from __future__ import annotations

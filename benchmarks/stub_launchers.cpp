@@ -4,7 +4,10 @@
 namespace arl {
 namespace cuda {
 
-int64_t forward_workspace_bytes(const ForwardArgs&) { return 16384; }
+int forward_workspace_bytes(const ForwardArgs&, int64_t* bytes) {
+  *bytes = 16384;
+  return 0;
+}
 int forward(const ForwardArgs&, void*) { return 0; }
 int scale(const ScaleArgs&, void*) { return 0; }
 int modulate_backward(const ModulateArgs&, void*) { return 0; }

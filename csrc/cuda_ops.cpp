@@ -119,7 +119,9 @@ Results forward(at::TensorList logits, const Targets& targets, const Schedule& s
                                                       : at::empty({}, first.options().dtype(compute));
   const int64_t size = int64_t(c10::elementSize(compute));
   const int64_t length = packed_length(args.branches - 1);
-  const int64_t scratch = aligned_elements(forward_workspace_bytes(args), 1) / size;
+  int64_t workspace_bytes;
+  check(forward_workspace_bytes(args, &workspace_bytes));
+  const int64_t scratch = aligned_elements(workspace_bytes, 1) / size;
   at::Tensor packed, workspace;
   if (memory == Memory::kShared) {
     const int64_t first_of_scratch = aligned_elements(length, size);

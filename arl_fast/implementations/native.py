@@ -1,7 +1,6 @@
-"""The native kernels (csrc/): the contract's three functions over ``arl_fast._C``, and the short way for eager
-steps.
+"""The native kernels (csrc/): the contract's three functions over ``arl_fast._C``, and a short way for eager steps.
 
-Eager calls go straight to the extension. torch.compile sees the registered ops ``torch.ops.arl_fast.native_*``.
+Eager calls go straight to the extension; torch.compile sees the ops ``torch.ops.arl_fast.native_*``.
 """
 
 from __future__ import annotations
@@ -68,7 +67,8 @@ else:
     _absent = _stale(_C)
     _C = None if _absent else _C
 
-# Usual eager steps on a CPU, checked, computed and recorded for autograd in one call (csrc/eager/steps.h):
+# Usual eager steps, checked, computed and recorded for autograd in one call (csrc/eager/steps.h), the linear
+# head's on a CPU only:
 #   fast_loss(options, branches, targets, schedule) -> (loss, packed)
 #   fast_linear_loss(options, head, targets, schedule, budget) -> (loss, packed)
 #   fast_modulate([z_1, ...]) -> ([z_1, ...], link)

@@ -96,9 +96,11 @@ bool is_capturing(void* stream) {
   return without_trace(error) != cudaSuccess || status != cudaStreamCaptureStatusNone;
 }
 
-int64_t forward_workspace_bytes(const ForwardArgs& args) {
+int forward_workspace_bytes(const ForwardArgs& args, int64_t* bytes) {
   Plan plan;
-  return make_plan(args, plan) == cudaSuccess ? plan.workspace_bytes : 0;
+  const int error = make_plan(args, plan);
+  *bytes = error == cudaSuccess ? plan.workspace_bytes : 0;
+  return error;
 }
 
 int forward(const ForwardArgs& args, void* stream) {

@@ -65,7 +65,7 @@ struct ForwardArgs {
 
 // Scratch that forward() needs for these arguments on the current device (workspace itself may still be
 // null).
-int64_t forward_workspace_bytes(const ForwardArgs& args);
+int forward_workspace_bytes(const ForwardArgs& args, int64_t* bytes);
 
 // Loss, packed statistics and, where asked for, gradients of all branches: one launch, plus a small one that
 // counts the rows when plan() says that this is cheaper.

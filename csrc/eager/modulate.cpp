@@ -1,4 +1,4 @@
-// modulate in one call for usual eager calls on a CPU: identity on the features, whose gradients the link's
+// modulate in one call for usual eager calls: identity on the features, whose gradients the link's
 // then scales.
 #include <ATen/EmptyTensor.h>
 #include <torch/csrc/Exceptions.h>

@@ -79,7 +79,10 @@ def _binding(emulated: Path) -> ModuleType:
     files = [*(CSRC / name for name in BINDING), HERE / "binding.cpp"]
     headers = sorted([*CSRC.glob("*.h"), *CSRC.glob("*/*.h")])
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-DARL_FAST_CUDA_ON_CPU"]
-    flags += ["-DTORCH_EXTENSION_NAME=arl_cuda_binding", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    flags += [
+        "-DTORCH_EXTENSION_NAME=arl_cuda_binding",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+    ]
     folder = emulated.parent / _hash([*files, *headers], emulated.name, flags, torch.__version__)
     built = folder / "arl_cuda_binding.so"
     if not built.exists():

@@ -10,7 +10,10 @@ using namespace arl::cuda;
 
 extern "C" {
 
-int64_t emulated_workspace_bytes(const ForwardArgs* args) { return forward_workspace_bytes(*args); }
+int64_t emulated_workspace_bytes(const ForwardArgs* args) {
+  int64_t bytes;
+  return forward_workspace_bytes(*args, &bytes) == 0 ? bytes : -1;
+}
 int emulated_forward(const ForwardArgs* args) { return forward(*args, nullptr); }
 int emulated_scale(const ScaleArgs* args) { return scale(*args, nullptr); }
 int emulated_modulate(const ModulateArgs* args) { return modulate_backward(*args, nullptr); }

@@ -1,5 +1,4 @@
-"""The CUDA launchers, emulated, as an implementation of the contract (docs/architecture.md) for CPU tensors.
-"""
+"""The CUDA launchers, emulated, as an implementation of the contract (docs/architecture.md) for CPU tensors."""
 
 from __future__ import annotations
 
@@ -237,7 +236,9 @@ def forward(logits, targets, schedule, options, grad, check=True):
     packed = allocate((packed_length(len(logits) - 1),), dtype=dtype)
     args.loss, args.packed = loss.data_ptr(), packed.data_ptr()
     lib = library()
-    workspace = allocate((lib.emulated_workspace_bytes(byref(args)),), dtype=torch.uint8)
+    workspace_bytes = lib.emulated_workspace_bytes(byref(args))
+    assert workspace_bytes >= 0
+    workspace = allocate((workspace_bytes,), dtype=torch.uint8)
     args.workspace = workspace.data_ptr()
     assert lib.emulated_forward(byref(args)) == 0
     if not isinstance(options.rule, str):
