@@ -1,4 +1,5 @@
-// Launchers (csrc/cuda/launch.h) that do nothing: what is left of a step is its host time (benchmarks/native_host.py).
+// Launchers (csrc/cuda/launch.h) that do nothing: what is left of a step is its host time
+// (benchmarks/native_host.py).
 #include "../csrc/cuda/launch.h"
 
 namespace arl {

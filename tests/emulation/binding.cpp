@@ -1,5 +1,5 @@
-// csrc/cuda_ops.cpp and the eager step of csrc/eager as a Python module of its own, to be linked with launchers that
-// run on a CPU: it serves CPU tensors as the extension serves those of a GPU.
+// csrc/cuda_ops.cpp and the eager step of csrc/eager as a Python module of its own, to be linked with
+// launchers that run on a CPU: it serves CPU tensors as the extension serves those of a GPU.
 #include "../../csrc/cuda_ops.h"
 #include "../../csrc/eager/steps.h"
 

@@ -143,6 +143,7 @@ struct State {
   int64_t launches = 0, memsets = 0;
   std::map<const void*, int> opted_in;  // kernels, and how much dynamic shared memory they asked for
   bool capturing = false;
+  int failing_launches = 0;
   int failing_queries = 0;  // of the device's properties, from now on
   int last_error = 0;
 };
@@ -378,6 +379,10 @@ cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int sh
                           Params& params) {
   constexpr int kStatic = 8192;  // as much static shared memory as any kernel may have
   emulation::State& s = emulation::state();
+  if (s.failing_launches > 0) {
+    --s.failing_launches;
+    return failed(cudaErrorInvalidValue);
+  }
   const auto opted_in = s.opted_in.find(reinterpret_cast<const void*>(kernel));
   const int most = opted_in == s.opted_in.end() ? 48 * 1024 - kStatic : opted_in->second;
   if (threads % emulation::kWarpSize || shared_bytes > most || shared_bytes > s.devices[s.device].second ||

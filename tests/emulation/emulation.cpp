@@ -41,6 +41,7 @@ void set_device(int multiprocessors, int shared_memory) {
 // error.
 void set_capturing(bool capturing) { emulation::state().capturing = capturing; }
 void fail_queries(int count) { emulation::state().failing_queries = count; }
+void fail_launches(int count) { emulation::state().failing_launches = count; }
 void forget_opt_ins() { emulation::state().opted_in.clear(); }
 int last_error() { return emulation::state().last_error; }
 // The place of the counter that a launch on this stream would get, or -1.
