@@ -95,6 +95,7 @@ Results forward(at::TensorList logits, const Targets& targets, const Schedule& s
   }
   const auto adjacent = [&](const at::Tensor* values, c10::ScalarType dtype) -> const void* {
     if (values == nullptr) return nullptr;
+    if (values->scalar_type() == dtype && values->is_contiguous()) return values->const_data_ptr();
     held.push_back(values->to(dtype).contiguous());
     return held.back().const_data_ptr();
   };
@@ -160,7 +161,7 @@ std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream,
     args.grads[b] = grads[b].const_data_ptr();
     args.out[b] = scaled[b].mutable_data_ptr();
   }
-  const at::Tensor own = upstream.to(compute);
+  const at::Tensor own = upstream.scalar_type() == compute ? upstream : upstream.to(compute);
   args.upstream = own.const_data_ptr();
   args.per_row = own.dim() == 1;
   args.upstream_stride = args.per_row ? own.stride(0) : 0;

@@ -153,7 +153,7 @@ def test_native_leaves_more_branches_to_the_reference(monkeypatch):
 
 
 @pytest.fixture
-def fast_calls(binding, monkeypatch):
+def fast_calls(binding, implementation, monkeypatch):
     """The node of csrc/eager over the emulated launchers; what each call of fast_loss has served."""
     calls = []
 
@@ -166,7 +166,6 @@ def fast_calls(binding, monkeypatch):
         fast_loss=fast_loss, fast_modulate=binding.fast_modulate, fast_linear_loss=lambda *_: None
     )
     monkeypatch.setattr(dispatch, "native_steps", lambda: steps)
-    monkeypatch.setattr(dispatch, "override", "native")  # the general path, to compare with
     return calls
 
 

@@ -55,7 +55,8 @@ struct LossBackward final : Node {
     if (!given.empty()) scale(upstream, keep, &given);
     for (size_t i = 0; i < needed.size(); ++i) results[needed[i]] = std::move(given[i]);
     if (link.defined() && task_should_compute_output(branches)) {
-      results[branches] = link.to(link_dtype, /*non_blocking=*/false, /*copy=*/keep);
+      const bool as_is = !keep && link.scalar_type() == link_dtype;
+      results[branches] = as_is ? link : link.to(link_dtype, /*non_blocking=*/false, /*copy=*/keep);
     }
     return results;
   }
