@@ -2,10 +2,11 @@
 
     python -m benchmarks.native_host
 
-The node of ``csrc/eager`` and the binding in ``csrc/cuda_ops.cpp`` serve tensors of the CPU here, so that allocations
-cost what they cost there. What a launch itself takes in the driver is left out: a step with M+1 branches has two of
-them, and one cross-entropy three (log-softmax, NLL, and the backwards of both are four kernels). Medians of the
-process's CPU time, taking turns, relative to ``F.cross_entropy(x, y).backward()``: B = 64, C = 6, M = 2.
+The node of ``csrc/eager`` and the binding in ``csrc/cuda_ops.cpp`` serve tensors of the CPU here, so that
+allocations cost what they cost there. What a launch itself takes in the driver is left out: a step with M+1
+branches has two of them, one cross-entropy four (log-softmax, NLL, and the backwards of both). The CPU kernels'
+own steps stand beside. Medians of the process's CPU time, taking turns, relative to one ``F.cross_entropy`` with
+its backward: B = 64, C = 6, M = 2.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils.cpp_extension import load
 from arl_fast import ARLLoss, BranchLogits, modulate
 from arl_fast._core.branches import Targets
 from arl_fast._core.options import Options, Schedule
-from arl_fast.implementations import dispatch, ops
+from arl_fast.implementations import dispatch, native, ops
 
 from .linear import timed
 
@@ -76,9 +77,9 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
     logits = [torch.randn(64, 6, requires_grad=True) for _ in range(3)]
     link = torch.zeros(2, requires_grad=True)
     branches = BranchLogits(logits[0], logits[1:], link)
-    features = [torch.randn(64, 512, requires_grad=True) * 1 for _ in range(2)]
+    features = [torch.randn(64, 32, requires_grad=True) * 1 for _ in range(2)]
     criterion, warming = ARLLoss(), ARLLoss(warmup=10**9)
-    one, gradients = torch.ones(()), [torch.randn(64, 512) for _ in range(2)]
+    one, gradients = torch.ones(()), [torch.randn(64, 32) for _ in range(2)]
     options, schedule, targets = Options(), Schedule(1.0, 8.0), Targets(target)
 
     def unit() -> None:
@@ -102,14 +103,30 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
     calls: dict[str, Callable[[], Any]] = {
         "F.cross_entropy, forward and backward": unit,
         "F.cross_entropy, forward": lambda: F.cross_entropy(leaf, target),
-        "ARL step by the C++ node": step(criterion, node, "native"),
-        "the same with a warm-up on the device": step(warming, node, "native"),
-        "fast_loss alone": lambda: module.fast_loss(options, branches, targets, schedule),
-        "ARL step by the general path": step(criterion, None, general),
-        "cuda_forward alone": lambda: module.cuda_forward(logits, targets, schedule, options, True),
-        "modulate by the C++ node": links(node, "native"),
-        "modulate by the general path": links(None, general),
+        "ARL step, C++ node": step(criterion, node, "native"),
+        "ARL step, C++ node, warm-up counted on the device": step(warming, node, "native"),
+        "ARL step, Python autograd Function": step(criterion, None, general),
+        "forward alone, with all checks and the node": lambda: module.fast_loss(
+            options, branches, targets, schedule
+        ),
+        "forward alone, without": lambda: module.cuda_forward(logits, targets, schedule, options, True),
+        "modulate, C++ node": links(node, "native"),
+        "modulate, Python autograd Function": links(None, general),
     }
+    if native.unavailable("cpu") is None:
+        calls |= {
+            "CPU: ARL step, C++ node": step(criterion, native, "native"),
+            "CPU: ARL step, Python autograd Function": step(criterion, None, "native"),
+            "CPU: forward alone, with all checks and the node": lambda: native.fast_loss(
+                options, branches, targets, schedule
+            ),
+            "CPU: forward alone, without": lambda: native._C.forward(
+                logits, targets, schedule, options, True
+            ),
+            "CPU: forward alone, registered op": lambda: ops.forward(
+                "native", logits, targets, schedule, options, True
+            ),
+        }
     for call in calls.values():
         for _ in range(20):
             call()

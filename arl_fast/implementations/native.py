@@ -1,4 +1,4 @@
-"""The native kernels (csrc/): the contract's three functions over ``arl_fast._C``, and a short way for eager steps.
+"""The native kernels (csrc/): the contract's functions over ``arl_fast._C``, and one call for eager steps.
 
 Eager calls go straight to the extension; torch.compile sees the ops ``torch.ops.arl_fast.native_*``.
 """
@@ -73,9 +73,9 @@ else:
 #   fast_linear_loss(options, head, targets, schedule, budget) -> (loss, packed)
 #   fast_modulate([z_1, ...]) -> ([z_1, ...], link)
 # All return None for the general path, ``_autograd``, to serve or diagnose the call.
-fast_loss = getattr(_C, "fast_loss", None)
-fast_linear_loss = getattr(_C, "fast_linear_loss", None)
-fast_modulate = getattr(_C, "fast_modulate", None)
+fast_loss: Any = getattr(_C, "fast_loss", None)
+fast_linear_loss: Any = getattr(_C, "fast_linear_loss", None)
+fast_modulate: Any = getattr(_C, "fast_modulate", None)
 
 
 def unavailable(device: str) -> str | None:

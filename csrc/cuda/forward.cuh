@@ -612,18 +612,16 @@ __global__ void __launch_bounds__(
 
   for (int branch = blockIdx.y; branch < a.branches; branch += gridDim.y) {
     C scale = C(0);
-    bool counted = false;
     BranchSums<C, kFamily> sums;
-    RowOf<T, kFamily> held(p);
     for (int64_t base = int64_t(blockIdx.x) * rows_per_block; base < a.rows;
          base += int64_t(gridDim.x) * rows_per_block) {
       const int64_t row = base + own;
       const bool inside = row < a.rows;
+      RowOf<T, kFamily> held(p);
       const RowTarget target = load_row<T, kFamily>(a, branch, row, inside, held);
-      if (!counted) {  // while the first row is on its way
+      if (base == int64_t(blockIdx.x) * rows_per_block) {  // while the first row is on its way
         const C gamma = branch == 0 ? C(1) : gamma_of<C>(a.schedule, branch - 1);
         scale = gamma / gradient_divisor(p, branch, block_sums);
-        counted = true;
       }
       const C loss =
           process_row<T, kFamily, kDense>(p, branch, row, inside, target, held, scale, buffers, sums);
