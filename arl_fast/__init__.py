@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from ._autograd.link import modulate
+from ._autograd.link import apply_gains, modulate
 from ._core.branches import BranchLogits
 from ._core.spec import BranchStats
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
@@ -22,6 +22,7 @@ __all__ = [
     "SharedHead",
     "SumHead",
     "ZeroedHead",
+    "apply_gains",
     "arl_loss",
     "linear_arl_loss",
     "modulate",

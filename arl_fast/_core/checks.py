@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _torch
+from . import _torch, graph
 from .branches import BranchLogits, Targets
 from .dtypes import compute_dtype
 from .options import Options, Schedule, check_choice, check_gamma, check_scalar
@@ -49,18 +49,46 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def named_tensors(argument: str, values: Any) -> dict[Any, Tensor]:
-    """The tensors of a dict or a sequence by name or position, after checking that they are floating-point tensors."""
-    if isinstance(values, Tensor) or not isinstance(values, (Mapping, Sequence)):
+class FlatFeatures(NamedTuple):
+    """The features given to ``modulate``, after the checks."""
+
+    names: list[Any] | None  # None for a sequence
+    tensors: list[Tensor]  # those of all modalities, in order
+    sizes: tuple[int, ...]  # how many of them each modality has
+    grouped: tuple[bool, ...]  # whether they came as a list, modality by modality
+
+    def as_given(self, tensors: Sequence[Tensor]) -> dict[Any, Any] | list[Any]:
+        """Other tensors, one for each of these, in the containers in which these came."""
+        rest = iter(tensors)
+        values: list[Any] = []
+        for size, grouped in zip(self.sizes, self.grouped, strict=True):
+            own = [next(rest) for _ in range(size)]
+            values.append(own if grouped else own[0])
+        return values if self.names is None else dict(zip(self.names, values, strict=True))
+
+
+def check_features(features: Any) -> FlatFeatures:
+    """What ``modulate`` takes: a floating-point tensor or a list of them per modality, all on one device."""
+    if isinstance(features, (Tensor, str)) or not isinstance(features, (Mapping, Sequence)):
         raise TypeError(
-            f"{argument}: got {type(values).__name__}, expected a dict or a sequence of tensors, one per modality"
+            f"features: got {type(features).__name__}, expected a dict or a sequence of tensors, one per modality, or of "
+            "lists of tensors"
         )
-    tensors = dict(values) if isinstance(values, Mapping) else dict(enumerate(values))
-    if not tensors:
-        raise ValueError(f"{argument}: got none, expected at least one modality")
-    first = next(iter(tensors.values()))
-    for name, x in tensors.items():
-        label = f"{argument}[{name!r}]"
+    names = list(features) if isinstance(features, Mapping) else None
+    values = list(features.values()) if isinstance(features, Mapping) else list(features)
+    if not values:
+        raise ValueError("features: got none, expected at least one modality")
+    labelled: dict[str, Any] = {}
+    for name, value in zip(names or range(len(values)), values, strict=True):
+        label = f"features[{name!r}]"
+        if isinstance(value, (list, tuple)):
+            if not value:
+                raise ValueError(f"{label}: got an empty {type(value).__name__}, expected at least one tensor")
+            labelled |= {f"{label}[{i}]": x for i, x in enumerate(value)}
+        else:
+            labelled[label] = value
+    first = next(iter(labelled.values()))
+    for label, x in labelled.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{label}: got {type(x).__name__}, expected a Tensor")
         if type(x) is not Tensor:
@@ -71,7 +99,9 @@ def named_tensors(argument: str, values: Any) -> dict[Any, Tensor]:
             raise ValueError(
                 f"{label}: got device {x.device}, expected that of the first modality, {first.device}"
             )
-    return tensors
+    grouped = tuple(isinstance(value, (list, tuple)) for value in values)
+    sizes = tuple(len(value) if own else 1 for value, own in zip(values, grouped, strict=True))
+    return FlatFeatures(names, list(labelled.values()), sizes, grouped)
 
 
 class CheckedStep(NamedTuple):
@@ -146,10 +176,11 @@ def _check_branches(branches: BranchLogits) -> tuple[Tensor, ...]:
 def _check_link(link: Tensor, names: Sequence, fused: Tensor) -> None:
     if not isinstance(link, Tensor):
         raise TypeError(f"link: got {type(link).__name__}, expected the second result of arl_fast.modulate")
-    # the links of several replicas may be concatenated
-    if link.dim() != 1 or link.shape[0] == 0 or link.shape[0] % len(names):
+    if (link.dim() != 1 or link.shape[0] != len(names)) and not graph.is_gathered(link, len(names)):
         raise ValueError(
-            f"link: got shape {list(link.shape)}, expected [{len(names)}], one entry per modality"
+            f"link: got shape {list(link.shape)}, expected [{len(names)}], one entry per modality. Give modulate several "
+            "features of one modality as a list, {'audio': [a1, a2], 'visual': [v1, v2]}. A longer link is taken from "
+            "DataParallel only, which joins the links of its replicas, and outside of torch.compile"
         )
     if link.device != fused.device:
         raise ValueError(f"link: got device {link.device}, expected that of the logits, {fused.device}")
