@@ -8,14 +8,17 @@ cancels; ``detach_link`` keeps the gradients as they are, so that the gain is no
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._core import wiring
 from ._core.branches import BranchLogits, as_branch_logits
 from ._core.dtypes import compute_dtype
+from .loss import ARLLoss
 
 
 def detach_link(output: Any) -> BranchLogits:
@@ -27,7 +30,11 @@ def detach_link(output: Any) -> BranchLogits:
     fused, unimodal, link = as_branch_logits(output)
     if link is None:
         link = torch.zeros(len(unimodal), dtype=compute_dtype(fused.dtype), device=fused.device)
-    return BranchLogits(fused, unimodal, link.detach())
+    detached: Any = link.detach()
+    if not torch.compiler.is_compiling():
+        detached.__dict__.update(link.__dict__)  # the names of the modalities
+        detached.detached = True  # for wiring.look
+    return BranchLogits(fused, unimodal, detached)
 
 
 class UpdateGains:
@@ -47,6 +54,9 @@ class UpdateGains:
     rate of a step is a 0-d tensor, which all optimizers of torch take but LBFGS and SparseAdam. On a GPU give Adam and its
     relatives ``capturable=True`` or ``fused=True``, or they read it back to the host. Decoupled weight decay is a part
     of the update and scales with it.
+
+    Without ``detach_link`` the gain would act on the gradient too: the criterion raises an error in its first step then, and
+    warns of ``detach_link`` without an ``UpdateGains``.
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` with learning rates, numbers or tensors, in its groups.
@@ -93,6 +103,9 @@ class UpdateGains:
                         f"groups[{name!r}]: got {index}, which modality {seen[index]!r} has as well"
                     )
                 seen[index] = name
+        if isinstance(criterion, ARLLoss):  # so that it can tell whether its gains act, and once
+            wiring.update_gains[criterion] = weakref.ref(self)
+            criterion._unseen = True
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -100,6 +113,9 @@ class UpdateGains:
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
+        if isinstance(self.criterion, ARLLoss):
+            wiring.update_gains.pop(self.criterion, None)
+            self.criterion._unseen = True
         for hook in self._hooks:
             hook.remove()
 

@@ -116,3 +116,217 @@ def test_a_link_that_a_node_of_its_own_has_gathered():
     loss, stats = arl_loss(a + v, [a, v], target, link)
     for i, (got, want) in enumerate(zip(grads_of(loss, z), plain, strict=True)):
         torch.testing.assert_close(got, want * stats.gains[i // 2])
+
+
+# ---- what a criterion's first step tells ---------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Two encoders and a head; ``wire`` may be replaced by a wrong one."""
+
+    def __init__(self, head=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.audio, self.visual = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.head = head or arl_fast.ConcatHead({"audio": 4, "visual": 4}, 5)
+
+    def forward(self, audio, visual):
+        return self.head(self.features(audio, visual))
+
+    def features(self, audio, visual):
+        return {"audio": self.audio(audio), "visual": self.visual(visual)}
+
+
+class Raw(Model):
+    """The head gets the features that went into modulate; the link is that of modulate."""
+
+    def forward(self, audio, visual):
+        raw = self.features(audio, visual)
+        _, link = modulate(raw)
+        return BranchLogits(*self.head(raw)[:2], link)
+
+
+def batch(rows=16):
+    return torch.randn(rows, 6), torch.randn(rows, 6), torch.randint(0, 5, (rows,))
+
+
+def said(*arguments, **options):
+    """The warnings of a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        arguments[0](*arguments[1:], **options)
+    return [str(w.message) for w in caught if w.category is UserWarning]
+
+
+def test_a_link_beside_the_path_to_the_loss_raises():
+    """The statistics tell of gains that no encoder gets."""
+    audio, visual, target = batch()
+    model = Model()
+    raw = model.features(audio, visual)
+    _, link = modulate(raw)
+    logits = model.head.branches(list(raw.values()))
+    with pytest.raises(ValueError, match="link: got one whose modulate took no part in these logits"):
+        ARLLoss()((logits[0], dict(zip(raw, logits[1], strict=True)), link), target)
+
+
+def test_a_link_of_another_step_raises():
+    audio, visual, target = batch()
+    model = Model()
+    stale = model(audio, visual).link
+    with pytest.raises(ValueError, match="link: got one whose modulate took no part"):
+        ARLLoss()(model(audio, visual)._replace(link=stale), target)
+
+
+def test_the_function_says_so_in_backward(implementation):
+    if implementation == "native":
+        pytest.skip("csrc's modulate does not say it")
+    z = [torch.randn(4, 3, requires_grad=True) for _ in range(2)]
+    _, link = modulate(z)
+    loss, _ = arl_loss(z[0] + z[1], z, torch.randint(0, 3, (4,)), link)
+    messages = said(loss.backward)
+    assert len(messages) == 1
+    assert "none of its gradient came through the features that modulate returned" in messages[0]
+
+
+def test_detach_link_without_update_gains_warns_once():
+    audio, visual, target = batch()
+    model, criterion = Model(), ARLLoss()
+    first, second = (said(criterion, arl_fast.optim.detach_link(model(audio, visual)), target) for _ in range(2))
+    assert len(first) == 1
+    assert "link: got that of detach_link, but no UpdateGains was given this criterion" in first[0]
+    assert second == []
+    assert said(ARLLoss(rule="none"), arl_fast.optim.detach_link(model(audio, visual)), target) == []
+
+
+def test_update_gains_without_detach_link_raises():
+    """Whether it comes before or after the first step; taken away, the criterion is as before."""
+    audio, visual, target = batch()
+    model, criterion = Model(), ARLLoss()
+    criterion(model(audio, visual), target)
+    optimizer = torch.optim.SGD([{"params": m.parameters()} for m in (model.audio, model.visual, model.head)], lr=0.1)
+    updates = arl_fast.optim.UpdateGains(optimizer, {"audio": 0, "visual": 1}, criterion)
+    with pytest.raises(ValueError, match=r"link: got one that scales gradients.*2\.25"):
+        criterion(model(audio, visual), target)
+    with pytest.raises(ValueError, match=r"features: got some whose gradients the linear loss scales.*2\.25"):
+        model.head.loss(model.features(audio, visual), target, criterion)
+    assert said(criterion, arl_fast.optim.detach_link(model(audio, visual)), target) == []
+    updates.remove()
+    criterion(model(audio, visual), target)
+
+
+def test_a_link_that_leads_nowhere_warns():
+    audio, visual, target = batch()
+    model = Model().requires_grad_(False)
+    model.head.requires_grad_(True)
+    messages = said(ARLLoss(), model(audio, visual), target)
+    assert len(messages) == 1
+    assert "link: got one that leads to no encoder" in messages[0]
+
+
+def test_nothing_is_said_of_right_wirings():
+    """Evaluation first, replicas, checkpoints, a frozen encoder, a link beside a deep head."""
+    audio, visual, target = batch()
+    model = Model(arl_fast.ZeroedHead(lambda z: sum(x.tanh() for x in z.values()).repeat(1, 2)))
+    criterion = ARLLoss()
+    with torch.no_grad():
+        assert said(criterion, model(audio, visual), target) == []
+    model.audio.requires_grad_(False)
+    assert said(criterion, model(audio, visual), target) == []
+    out = torch.utils.checkpoint.checkpoint(
+        lambda a, v: tuple((o := Model()(a, v)).unimodal.values()) + (o.fused, o.link),
+        audio.requires_grad_(),
+        visual,
+        use_reentrant=True,
+    )
+    assert said(ARLLoss(), (out[2], list(out[:2]), out[3]), target) == []
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adafactor])
+def test_an_optimiser_of_adams_kind_warns_once(cls):
+    """In its own first step, and only if it has parameters of these encoders."""
+    audio, visual, target = batch()
+    model, other = Model(), nn.Linear(2, 2)
+    optimizer, unrelated = cls(model.parameters(), lr=1e-3), torch.optim.Adam(other.parameters())
+    criterion = ARLLoss()
+    criterion(model(audio, visual), target).backward()
+    other(torch.randn(3, 2)).sum().backward()
+    assert said(unrelated.step) == []
+    messages = said(optimizer.step)
+    assert len(messages) == 1
+    assert f"{cls.__name__} divides each gradient by a running estimate of its size" in messages[0]
+    criterion(model(audio, visual), target).backward()
+    assert said(optimizer.step) == []
+
+
+@pytest.mark.parametrize("case", ["sgd", "none", "updates", "linear"])
+def test_which_optimisers_are_left_alone(case):
+    """SGD, a rule without gains, and gains on the update. The linear loss has no link, and its gains are cancelled too."""
+    audio, visual, target = batch()
+    model, criterion = Model(), ARLLoss(rule="none" if case == "none" else "share")
+    cls = torch.optim.SGD if case == "sgd" else torch.optim.AdamW
+    optimizer = cls([{"params": m.parameters()} for m in (model.audio, model.visual, model.head)], lr=1e-3)
+    if case == "updates":
+        arl_fast.optim.UpdateGains(optimizer, {"audio": 0, "visual": 1}, criterion)
+        criterion(arl_fast.optim.detach_link(model(audio, visual)), target).backward()
+    elif case == "linear":
+        model.head.loss(model.features(audio, visual), target, criterion)[0].backward()
+    else:
+        criterion(model(audio, visual), target).backward()
+    assert len(said(optimizer.step)) == (case == "linear")
+
+
+def test_a_compiled_optimiser_step_with_the_hook_in_place():
+    audio, visual, target = batch()
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ARLLoss()(model(audio, visual), target).backward()
+    before = model.audio.weight.detach().clone()
+    torch.compile(optimizer.step, backend="eager")()
+    torch.testing.assert_close(model.audio.weight.detach(), before - 0.1 * model.audio.weight.grad)
+
+
+# ---- one's own gains -----------------------------------------------------------------------------------------------------
+
+
+def regression():
+    model, (audio, visual, _) = Model(), batch()
+    features, link = modulate(model.features(audio, visual))
+    return model, (sum(features.values()) - 1).square().mean(), link
+
+
+@pytest.mark.parametrize("gains", [GAINS, GAINS.tolist(), GAINS.double().requires_grad_()])
+def test_apply_gains_scales_any_loss(gains):
+    model, loss, link = regression()
+    parameters = [model.audio.weight, model.visual.weight]
+    plain = grads_of(loss, parameters)
+    scaled = apply_gains(loss, link, gains)
+    assert torch.equal(scaled, loss)
+    for got, want, gain in zip(grads_of(1024 * scaled, parameters), plain, GAINS, strict=True):
+        torch.testing.assert_close(got, 1024 * gain * want)
+
+
+def test_apply_gains_takes_gathered_links_and_names_what_is_wrong():
+    _, loss, link = regression()
+    _, other, second = regression()
+    apply_gains(loss + other, torch.cat([link, second]), GAINS).backward()
+    with pytest.raises(ValueError, match=r"gains: got shape \[3\], expected \[2\], one gain per entry of the link"):
+        apply_gains(loss, link, [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"gains: got shape \[1\], expected \[2\]"):
+        apply_gains(loss, link, [1.0])
+    with pytest.raises(TypeError, match=r"link: got NoneType, expected the second result of arl_fast.modulate"):
+        apply_gains(loss, None, [1.0, 2.0])
+    with torch.no_grad():
+        assert apply_gains(loss, link, GAINS) is loss
+
+
+def test_apply_gains_compiled():
+    model, (audio, visual, _) = Model(), batch()
+
+    def step(audio, visual):
+        features, link = modulate(model.features(audio, visual))
+        return apply_gains((sum(features.values()) - 1).square().mean(), link, GAINS)
+
+    parameters = [model.audio.weight, model.visual.weight]
+    compiled = grads_of(torch.compile(step, fullgraph=True, backend="aot_eager")(audio, visual), parameters)
+    for got, want in zip(compiled, grads_of(step(audio, visual), parameters), strict=True):
+        torch.testing.assert_close(got, want)
