@@ -216,7 +216,7 @@ class ARLLoss(nn.Module):
         if self._unseen and not torch.compiler.is_compiling():
             fused, unimodal, link = branches
             logits = [fused, *(unimodal.values() if isinstance(unimodal, Mapping) else unimodal)]
-            self._unseen = not wiring.look(self, self.options, logits, link, mask)
+            self._unseen = not wiring.look(self, self.options, logits, link)
         return loss
 
     def _plain(self, fused: Tensor, target: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def _check_targets_and_schedule(
             f"rule: 'paper' (Eq. 18) is defined for two modalities, got {modalities}; 'share' takes any number"
         )
     if targets.mask is not None:
-        _check_mask(targets.mask, logits, modalities)
+        check_mask(targets.mask, logits, modalities)
     if targets.weight is not None:
         _check_weight(targets.weight, logits)
         targets = targets._replace(weight=targets.weight.detach().to(compute_dtype(logits.dtype)))
@@ -273,18 +273,18 @@ def check_class_range(target: Tensor, classes: int, ignore_index: int) -> None:
         )
 
 
-def _check_mask(mask: Tensor, logits: Tensor, modalities: int) -> None:
-    """[B, M] bool, False where a modality is absent."""
+def check_mask(mask: Tensor, like: Tensor, modalities: int) -> None:
+    """[B, M] bool, False where a modality is absent, for a batch of logits or features."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: got {type(mask).__name__}, expected a bool Tensor [B, M]")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: got dtype {mask.dtype}, expected bool (True where the modality is present)")
-    if mask.shape != (logits.shape[0], modalities):
+    if mask.shape != (like.shape[0], modalities):
         raise ValueError(
-            f"mask: got shape {list(mask.shape)}, expected [B, M] = [{logits.shape[0]}, {modalities}]"
+            f"mask: got shape {list(mask.shape)}, expected [B, M] = [{like.shape[0]}, {modalities}]"
         )
-    if mask.device != logits.device:
-        raise ValueError(f"mask: got device {mask.device}, expected that of the logits, {logits.device}")
+    if mask.device != like.device:
+        raise ValueError(f"mask: got device {mask.device}, expected that of the batch, {like.device}")
 
 
 def _check_weight(weight: Tensor, logits: Tensor) -> None:

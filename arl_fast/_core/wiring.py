@@ -35,17 +35,12 @@ def cancels_gains(optimizer: Any) -> bool:
     return any(part in name for name in names for part in _CANCELLING)
 
 
-def look(criterion: Any, options: Options, logits: Sequence[Tensor], link: Tensor | None, mask: Any) -> bool:
+def look(criterion: Any, options: Options, logits: Sequence[Tensor], link: Tensor | None) -> bool:
     """Raise or warn if the wiring of this call is wrong. Returns whether there was anything to see."""
     if not options.scales:
         return True
     if link is None or not torch.is_grad_enabled() or not any(x.requires_grad for x in logits):
         return False
-    if mask is None and getattr(link, "mask", None) is not None:
-        raise ValueError(
-            "mask: got None, but the head was given one: pass it to the criterion too, criterion(head(features, mask), "
-            "target, mask), or absent modalities count in the losses and in the statistics"
-        )
     updates = criterion in update_gains
     if not link.requires_grad:
         if not updates:
