@@ -6,6 +6,7 @@ from typing import Any
 from ._autograd.link import apply_gains, modulate
 from ._core.branches import BranchLogits
 from ._core.spec import BranchStats
+from .check import Check, check
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
 from .linear import linear_arl_loss
 from .loss import ARLLoss, arl_loss
@@ -17,6 +18,7 @@ __all__ = [
     "BilinearHead",
     "BranchLogits",
     "BranchStats",
+    "Check",
     "ConcatHead",
     "GatedHead",
     "SharedHead",
@@ -24,6 +26,7 @@ __all__ = [
     "ZeroedHead",
     "apply_gains",
     "arl_loss",
+    "check",
     "linear_arl_loss",
     "modulate",
 ]

@@ -330,3 +330,153 @@ def test_apply_gains_compiled():
     compiled = grads_of(torch.compile(step, fullgraph=True, backend="aot_eager")(audio, visual), parameters)
     for got, want in zip(compiled, grads_of(step(audio, visual), parameters), strict=True):
         torch.testing.assert_close(got, want)
+
+
+# ---- arl_fast.check ------------------------------------------------------------------------------------------------------
+
+
+def test_check_of_a_right_wiring():
+    """Factors as said; heads with a layer per modality are no encoders; nothing is left behind."""
+    for head in (None, arl_fast.SumHead({"audio": 4, "visual": 4}, 5), arl_fast.GatedHead({"audio": 4, "visual": 4}, 5)):
+        model, criterion = Model(head), ARLLoss(warmup=7)
+        model.norm = nn.BatchNorm1d(6)
+        model.register_forward_pre_hook(lambda m, args: (m.norm(args[0]), *args[1:]))
+        model.audio.weight.grad = torch.ones_like(model.audio.weight)
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        given = batch()
+        state = torch.get_rng_state()
+        result = arl_fast.check(model, given, criterion, torch.optim.SGD(model.parameters(), lr=0.1))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert result.ok, str(result)
+        for name, gain in result.said.items():
+            assert abs(gain - 1) > 0.1
+            assert result.real[name] == pytest.approx(gain, rel=1e-4)
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+        assert torch.equal(model.audio.weight.grad, torch.ones(4, 6))
+        assert criterion.stats is None
+        assert int(criterion.steps) == 0
+    assert "every encoder gets its gain" in str(result)
+    assert "audio" in str(result)
+
+
+def problem(model, *arguments, **options):
+    result = arl_fast.check(model, batch(), *arguments, **options)
+    assert not result.ok
+    assert len(result.problems) == 1, str(result)
+    return result, result.problems[0]
+
+
+class Bypass(Model):
+    """The visual feature goes to the head as it was before modulate."""
+
+    def forward(self, audio, visual):
+        raw = self.features(audio, visual)
+        features, link = modulate(raw)
+        logits = self.head.branches([features["audio"], raw["visual"]])
+        return BranchLogits(logits[0], dict(zip(raw, logits[1], strict=True)), link)
+
+
+def test_check_names_features_that_bypass_modulate():
+    result, text = problem(Bypass(), ARLLoss())
+    assert text.startswith("'visual': the gradient of visual.bias, visual.weight bypasses modulate")
+    assert result.real["audio"] == pytest.approx(result.said["audio"], rel=1e-4)
+    assert result.real["visual"] == pytest.approx(1.0)
+    assert result.said["visual"] > 1.1
+
+
+def test_check_says_real_one_where_the_statistics_say_more():
+    result, text = problem(Raw(), ARLLoss())
+    assert "its modulate took no part in these logits" in text
+    assert list(result.real.values()) == pytest.approx([1.0, 1.0])
+
+
+class Swapped(Model):
+    """A list of features in one order, a list of logits in the other."""
+
+    def forward(self, audio, visual):
+        (v, a), link = modulate(list(reversed(self.features(audio, visual).values())))
+        return BranchLogits(*self.head.branches([a, v]), link)
+
+
+def test_check_finds_swapped_gains_even_where_they_are_equal():
+    for criterion in (ARLLoss(), ARLLoss(rule="constant")):
+        result = arl_fast.check(Swapped(), batch(), criterion)
+        assert [p.split(":")[0] for p in result.problems] == ["0", "1"]
+        assert "0: audio.bias, audio.weight get the gain of 1: the features of modulate and the unimodal" in str(result)
+
+
+class Skip(Model):
+    """A second visual encoder beside modulate, which only the fused logits see; and half of the audio one's gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Embedding(3, 5)
+
+    def forward(self, audio, visual):
+        raw = self.features(audio, visual)
+        features, link = modulate(raw)
+        logits = self.head.branches([(features["audio"] + raw["audio"]) / 2, features["visual"]])
+        fused = logits[0] + self.extra((visual[:, 0] > 0).long())
+        return BranchLogits(fused, dict(zip(raw, logits[1], strict=True)), link)
+
+
+def test_check_finds_a_part_beside_modulate_and_what_only_the_fused_logits_see():
+    result = arl_fast.check(Skip(), batch(), ARLLoss())
+    assert len(result.problems) == 2
+    assert "'audio': a part of the gradient of audio.bias, audio.weight bypasses modulate" in result.problems[0]
+    assert result.problems[1].startswith("the gradient of extra.weight bypasses modulate: these are computed from the data")
+    assert result.real["audio"] == pytest.approx((1 + result.said["audio"]) / 2, rel=1e-4)
+
+
+class Shared(Model):
+    def features(self, audio, visual):
+        return {"audio": self.audio(self.visual(audio) @ torch.ones(4, 6)), "visual": self.visual(visual)}
+
+
+def test_check_notes_shared_parameters():
+    result = arl_fast.check(Shared(), batch(), ARLLoss())
+    assert result.ok
+    assert any("several modalities share visual.bias, visual.weight" in note for note in result.notes)
+    assert any("'visual': no parameter moves its unimodal logits alone" in note for note in result.notes)
+
+
+def test_check_of_links_and_optimisers():
+    model, criterion = Model(), ARLLoss()
+
+    def groups():
+        return [{"params": m.parameters()} for m in (model.audio, model.visual, model.head)]
+
+    _, text = problem(model, criterion, torch.optim.AdamW(model.parameters()))
+    assert "optimizer: AdamW divides each gradient" in text
+
+    def detached(model, batch):
+        return arl_fast.optim.detach_link(model(*batch[:2])), batch[2]
+
+    _, text = problem(model, criterion, step=detached)
+    assert "link: got that of detach_link" in text
+    updates = arl_fast.optim.UpdateGains(torch.optim.AdamW(groups()), {"audio": 0, "visual": 1}, criterion)
+    result = arl_fast.check(model, batch(), criterion)
+    assert result.ok, str(result)
+    assert list(result.real.values()) == pytest.approx(list(result.said.values()))
+    updates.remove()
+    arl_fast.optim.UpdateGains(torch.optim.AdamW(groups()), {"audio": 0, "visual": 2}, criterion)
+    result = arl_fast.check(model, batch(), criterion)
+    assert "'visual': visual.bias, visual.weight in none of the parameter groups of its modality" in result.problems[0]
+    assert "head.linear.bias, head.linear.weight in a modality's parameter group, but a part of the head" in str(result)
+
+
+def test_check_takes_dicts_masks_and_wrapped_models():
+    class Named(Model):
+        def forward(self, audio, visual, mask=None):
+            out = self.head(self.features(audio, visual), mask)
+            return {"fused": out.fused, **out.unimodal, "link": out.link}
+
+    audio, visual, target = batch()
+    mask = torch.rand(16, 2) < 0.8
+    given = {"audio": audio, "visual": visual, "mask": mask, "labels": target}
+    for model in (Named(), nn.DataParallel(Named()), torch.compile(Named(), backend="eager")):
+        assert arl_fast.check(model, given, ARLLoss()).ok
+    with pytest.raises(TypeError, match=r"batch: got Tensor, expected \(inputs..., target\) or a dict with one of labels"):
+        arl_fast.check(Named(), audio, ARLLoss())
+    with pytest.raises(TypeError, match="criterion: got Linear, expected an ARLLoss"):
+        arl_fast.check(Named(), given, nn.Linear(1, 1))

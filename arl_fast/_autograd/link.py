@@ -30,11 +30,12 @@ def new_link(features: Sequence[Tensor], modalities: int) -> Tensor:
 
 
 def for_link(link: Tensor, packed: Tensor) -> Tensor:
-    """gains - 1, as often as the link holds the modalities: DataParallel concatenates the links of its replicas."""
-    return _repeated(link, link_gradient(packed))
+    """gains - 1 as the link's gradient: DataParallel concatenates the links of its replicas."""
+    return for_replicas(link, link_gradient(packed))
 
 
-def _repeated(link: Tensor, gradient: Tensor) -> Tensor:
+def for_replicas(link: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient [M] as often as the link holds the modalities."""
     return gradient if link.shape == gradient.shape else gradient.repeat(link.shape[0] // gradient.shape[0])
 
 
@@ -76,7 +77,7 @@ class _ApplyGains(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, link: Tensor, gains: Tensor) -> Tensor:
-        ctx.save_for_backward(_repeated(link, gains - 1))
+        ctx.save_for_backward(for_replicas(link, gains - 1))
         return loss.view_as(loss)
 
     @staticmethod

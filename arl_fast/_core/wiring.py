@@ -44,7 +44,7 @@ def look(criterion: Any, options: Options, logits: Sequence[Tensor], link: Tenso
     updates = criterion in update_gains
     if not link.requires_grad:
         if not updates:
-            warnings.warn(_why_no_gradient(link), stacklevel=5)
+            warnings.warn(why_no_gradient(link), stacklevel=5)
         return True
     if updates:
         raise ValueError(
@@ -76,7 +76,7 @@ def look_at_linear(criterion: Any, options: Options, features: Sequence[Tensor])
     return True
 
 
-def _why_no_gradient(link: Tensor) -> str:
+def why_no_gradient(link: Tensor) -> str:
     if getattr(link, "detached", False):
         return (
             "link: got that of detach_link, but no UpdateGains was given this criterion, so that its gains have no effect: "
