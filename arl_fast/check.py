@@ -174,7 +174,9 @@ class _Measured:
         signs = torch.sign(torch.randn(fused.shape)).to(fused)
         own = {}
         for m, name in enumerate(self.names):
-            present = torch.where(logits[m].isnan(), 0, logits[m])  # a head leaves NaN where a modality is absent
+            present = torch.where(
+                logits[m].isnan(), 0, logits[m]
+            )  # a head leaves NaN where a modality is absent
             own[name] = _gradients((present * signs).sum(), self.parameters)
             if self.link.requires_grad:
                 entry = torch.zeros(len(logits), dtype=self.link.dtype, device=self.link.device)
@@ -198,9 +200,15 @@ class _Measured:
         return [name for name, moved in self.moves.items() if moved == {modality} and self.encodes(name)]
 
     def encodes(self, parameter: str) -> bool:
-        if not self.modulates or self.foreign:  # nothing tells an encoder from a part of the head that one modality uses
+        if (
+            not self.modulates or self.foreign
+        ):  # nothing tells an encoder from a part of the head that one modality uses
             return True
-        return parameter in self.bypassing or max(map(abs, self.through[parameter])) > 1e-3 or not self.link.requires_grad
+        return (
+            parameter in self.bypassing
+            or max(map(abs, self.through[parameter])) > 1e-3
+            or not self.link.requires_grad
+        )
 
 
 def _judged(measured: _Measured, criterion: ARLLoss, optimizer: torch.optim.Optimizer | None) -> Check:
@@ -223,7 +231,9 @@ def _judged(measured: _Measured, criterion: ARLLoss, optimizer: torch.optim.Opti
         weight = sum(measured.weight[p] for p in owned)
         real[name] = sum(factor[p] * measured.weight[p] for p in owned) / weight if owned else None
         if not owned:
-            notes.append(f"{name!r}: no parameter moves its unimodal logits alone, so that it has no factor of its own")
+            notes.append(
+                f"{name!r}: no parameter moves its unimodal logits alone, so that it has no factor of its own"
+            )
         elif known and updates is not None:
             if wrong := [p for p in owned if not _near(factor[p], measured.said[name])]:
                 problems.append(f"{name!r}: {_some(wrong)} in none of the parameter groups of its modality")
@@ -232,7 +242,12 @@ def _judged(measured: _Measured, criterion: ARLLoss, optimizer: torch.optim.Opti
     if known:
         problems += _wrong_elsewhere(measured, factor, updates, notes)
     optimizer = optimizer or (updates.optimizer if updates is not None else None)
-    if optimizer is not None and updates is None and criterion.options.scales and wiring.cancels_gains(optimizer):
+    if (
+        optimizer is not None
+        and updates is None
+        and criterion.options.scales
+        and wiring.cancels_gains(optimizer)
+    ):
         problems.append(
             f"optimizer: {type(optimizer).__name__} divides each gradient by a running estimate of its size, which cancels "
             "most of the gains: arl_fast.optim.UpdateGains, or SGD"
@@ -242,7 +257,9 @@ def _judged(measured: _Measured, criterion: ARLLoss, optimizer: torch.optim.Opti
 
 def _wrong_paths(measured: _Measured, m: int, owned: Sequence[str]) -> list[str]:
     """Which of a modality's parameters get another gain than its own, by what their gradients went through."""
-    name, around, partly, swapped, other = measured.names[m], [], [], {}, []
+    name = measured.names[m]
+    around, partly, other = [], [], []
+    swapped: dict[Any, list[str]] = {}
     for parameter in owned:
         through = measured.through[parameter]
         rest = [part for k, part in enumerate(through) if k != m]
@@ -287,7 +304,9 @@ def _wrong_elsewhere(
         )
     head = [p for p in measured.parameters if not measured.encodes(p)]
     if updates is not None and (scaled := [p for p in head if not _near(factor[p], 1.0)]):
-        found.append(f"{_some(scaled)} in a modality's parameter group, but a part of the head, whose gain is 1")
+        found.append(
+            f"{_some(scaled)} in a modality's parameter group, but a part of the head, whose gain is 1"
+        )
     return found
 
 
@@ -314,7 +333,9 @@ def _gradients(
     upstream = [torch.ones_like(loss)] if link is None else [torch.ones_like(loss), entry]
     if not loss.requires_grad or not parameters:
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
-    grads = torch.autograd.grad(outputs, list(parameters.values()), upstream, retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(
+        outputs, list(parameters.values()), upstream, retain_graph=True, allow_unused=True
+    )
     return {
         name: torch.zeros_like(p) if g is None else g.detach()
         for (name, p), g in zip(parameters.items(), grads, strict=True)
@@ -340,7 +361,9 @@ def _some(names: Collection[str], most: int = 3) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def _bypassing(tensors: Iterable[Tensor], parameters: Mapping[str, Tensor], leaves: Sequence[Tensor]) -> set[str]:
+def _bypassing(
+    tensors: Iterable[Tensor], parameters: Mapping[str, Tensor], leaves: Sequence[Tensor]
+) -> set[str]:
     """Parameters of what is computed from the data, and reaches the logits, without any modulate behind or before it."""
     inputs = {id(x) for x in leaves}
     data: dict[Any, bool] = {}  # by node: whether data reach it beside the modulates
@@ -348,7 +371,11 @@ def _bypassing(tensors: Iterable[Tensor], parameters: Mapping[str, Tensor], leav
     todo = [(x.grad_fn, False) for x in tensors if x.grad_fn is not None]
     while todo:  # depth first, children before their parents
         node, done = todo.pop()
-        behind = [] if graph.is_modulate(node) else [child for child, _ in node.next_functions if child is not None]
+        behind = (
+            []
+            if graph.is_modulate(node)
+            else [child for child, _ in node.next_functions if child is not None]
+        )
         if not done:
             if node not in data:
                 todo += [(node, True), *((child, False) for child in behind if child not in data)]

@@ -51,34 +51,31 @@ class _Head(nn.Module):
                 raise ValueError(
                     f"features: got {describe(features)}, expected a sequence of {len(self.dims)} tensors"
                 )
-            given = list(features)
+            given: list[Any] = list(features)
         else:
             if not isinstance(features, Mapping) or set(features) != set(self.names):
                 raise ValueError(
                     f"features: got {describe(features)}, expected a dict with the keys {self.names}"
                 )
             given = [features[name] for name in self.names]
-        first = next((z for z in given if isinstance(z, Tensor)), None)
-        batch = None if first is None else first.shape[:-1]
+        first = given[0] if isinstance(given[0], Tensor) else next((z for z in given if isinstance(z, Tensor)), None)
+        batch = () if first is None else first.shape[:-1]
         complete = mask is None
         for name, z, dim in zip(self.names or range(len(given)), given, self.dims, strict=True):
             if z is None and first is not None:
                 complete = False
-                continue
-            if not isinstance(z, Tensor) or z.dim() < 2 or z.shape[-1] != dim:
+            elif not isinstance(z, Tensor) or z.dim() < 2 or z.shape[-1] != dim:
                 got = f"shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
                 raise ValueError(f"features[{name!r}]: got {got}, expected [B, {dim}] or [B, d1, ..., {dim}]")
-            if z.shape[:-1] != batch:
+            elif z.shape[:-1] != batch:
                 raise ValueError(
-                    f"features[{name!r}]: got shape {list(z.shape)}, expected {[*batch, dim]}, the batch and positions of "
-                    "the first modality's features"
+                    f"features[{name!r}]: got shape {list(z.shape)}, expected {[*batch, dim]}, the batch and "
+                    "positions of the first modality's features"
                 )
-        if complete:
-            return given, None
-        return self._without_absent(given, first, mask)
+        return (given, None) if complete else self._without_absent(given, first, mask)
 
     def _without_absent(
-        self, given: list[Tensor | None], first: Tensor, mask: Tensor | None
+        self, given: list[Any], first: Any, mask: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
         """Features with zeros where the mask is False or None stands for a modality; the mask with both."""
         if mask is None:
@@ -112,7 +109,9 @@ class _Head(nn.Module):
             if mask is not None:
                 link.mask = mask  # type: ignore[attr-defined]
         fused, unimodal = self.branches(tensors)
-        if fused.dim() > 2:  # layers leave the classes in the last dimension, the loss takes them in dimension 1
+        if (
+            fused.dim() > 2
+        ):  # layers leave the classes in the last dimension, the loss takes them in dimension 1
             fused, unimodal = fused.movedim(-1, 1), [x.movedim(-1, 1) for x in unimodal]
         if mask is not None:
             unimodal = no_prediction(unimodal, mask)
@@ -486,20 +485,24 @@ class ZeroedHead(nn.Module):
         """
         features, link = modulate(features)
         by_name = isinstance(features, dict)
-        names = list(features) if by_name else list(range(len(features)))
+        names: list[Any] = list(features) if by_name else list(range(len(features)))
         given = [features[name] for name in names]
-        stand_in = [self._each(z, lambda x, name=name: self._absent(name, x)) for name, z in zip(names, given, strict=True)]
+        stand_in = [self._absent(name, z) for name, z in zip(names, given, strict=True)]
         first = given[0][0] if isinstance(given[0], list) else given[0]
         if mask is not None:
             check_mask(mask, first, len(names))
-            given = [_chosen(mask, m, z, other) for m, (z, other) in enumerate(zip(given, stand_in, strict=True))]
+            given = [
+                _chosen(mask, m, z, other) for m, (z, other) in enumerate(zip(given, stand_in, strict=True))
+            ]
             if not torch.compiler.is_compiling():
                 link.mask = mask  # type: ignore[attr-defined]
 
         def fused_of(values: list[Any], alone: int | None) -> Tensor:
             arguments: list[Any] = [dict(zip(names, values, strict=True)) if by_name else values]
             if self.absent == "mask":
-                present = first.new_ones(first.shape[0], len(names), dtype=torch.bool) if mask is None else mask
+                present = (
+                    first.new_ones(first.shape[0], len(names), dtype=torch.bool) if mask is None else mask
+                )
                 if alone is not None:
                     columns = torch.arange(len(names), device=first.device)
                     present = present & (columns == alone)
@@ -519,12 +522,10 @@ class ZeroedHead(nn.Module):
             unimodal = no_prediction(unimodal, mask)
         return BranchLogits(fused, dict(zip(names, unimodal, strict=True)) if by_name else unimodal, link)
 
-    @staticmethod
-    def _each(z: Any, function: Callable[[Tensor], Tensor]) -> Any:
-        return [function(x) for x in z] if isinstance(z, list) else function(z)
-
-    def _absent(self, name: Any, z: Tensor) -> Tensor:
-        """What stands for the feature z of an absent modality."""
+    def _absent(self, name: Any, z: Any) -> Any:
+        """What stands for the feature z of an absent modality, or for its several features."""
+        if isinstance(z, list):
+            return [self._absent(name, x) for x in z]
         if isinstance(self.absent, str) and self.absent != "tokens":
             return torch.zeros_like(z)
         if callable(self.absent):

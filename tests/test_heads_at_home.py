@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -97,7 +99,9 @@ def test_an_adapter_in_the_layers_place_takes_part(bias):
     head.linear = adapter
     z = features()
     close(head(z), merged(z))
-    with pytest.raises(TypeError, match=r"head.loss: got a LoRA in the head.*criterion\(head\(features\), target\)"):
+    with pytest.raises(
+        TypeError, match=r"head.loss: got a LoRA in the head.*criterion\(head\(features\), target\)"
+    ):
         head.loss(z, torch.zeros(6, dtype=torch.int64))
     shared = SharedHead(SIZES, 5)
     shared.layer = LoRA(shared.layer)
@@ -153,7 +157,9 @@ def test_a_model_that_returns_fused_logits_in_evaluation():
     weight = torch.rand(5)
     criterion = ARLLoss(weight=weight, label_smoothing=0.1).eval()
     fused = head(z).fused
-    torch.testing.assert_close(criterion(fused, target), F.cross_entropy(fused, target, weight, label_smoothing=0.1))
+    torch.testing.assert_close(
+        criterion(fused, target), F.cross_entropy(fused, target, weight, label_smoothing=0.1)
+    )
     assert criterion.stats is None
     with pytest.raises(TypeError, match="output: got Tensor, expected BranchLogits"):
         criterion.train()(fused, target)
@@ -170,7 +176,9 @@ def test_absent_features_count_as_zeros_whatever_they_hold(kind, junk):
     mask = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [0, 0], [1, 0]], dtype=torch.bool)
     z = features()
     zeroed = {name: x * mask[:, m, None] for m, (name, x) in enumerate(z.items())}
-    given = {name: x.masked_fill(~mask[:, m, None], junk).requires_grad_() for m, (name, x) in enumerate(z.items())}
+    given = {
+        name: x.masked_fill(~mask[:, m, None], junk).requires_grad_() for m, (name, x) in enumerate(z.items())
+    }
     out, want = head(given, mask), head({name: x.requires_grad_() for name, x in zeroed.items()})
     torch.testing.assert_close(out.fused, want.fused)
     for m, name in enumerate(SIZES):
@@ -229,7 +237,12 @@ def test_the_mask_reaches_the_loss_in_every_way():
     want = criterion(out, target, mask)
     bare = torch.zeros(2)
     dict_output = {"fused": out.fused, **out.unimodal, "link": bare, "mask": mask}
-    for output in (out, dict_output, {**dict_output, "link": out.link, "mask": None}, arl_fast.optim.detach_link(out)):
+    for output in (
+        out,
+        dict_output,
+        {**dict_output, "link": out.link, "mask": None},
+        arl_fast.optim.detach_link(out),
+    ):
         torch.testing.assert_close(criterion(output, target), want)
     summed = ARLLoss(reduction="sum")
     total = summed(out, target)
@@ -242,9 +255,13 @@ def test_masked_heads_compile():
     head, z, target = ConcatHead(SIZES, 5), features(), torch.randint(0, 5, (6,))
     mask = torch.tensor([[True, True]] * 4 + [[True, False]] * 2)
     criterion = ARLLoss()
-    step = torch.compile(lambda z, mask: criterion(head(z, mask), target, mask), fullgraph=True, backend="aot_eager")
+    step = torch.compile(
+        lambda z, mask: criterion(head(z, mask), target, mask), fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(step(z, mask), criterion(head(z, mask), target))
-    without = torch.compile(lambda z, mask: criterion(head(z, mask), target), fullgraph=True, backend="aot_eager")
+    without = torch.compile(
+        lambda z, mask: criterion(head(z, mask), target), fullgraph=True, backend="aot_eager"
+    )
     assert without(z, mask).isnan()
 
 
@@ -323,7 +340,9 @@ def test_absent_tokens_are_learned():
     fusion, z = Fusion(nn.LayerNorm), features()
     head = ZeroedHead(fusion, absent=tokens)
     out = head(z)
-    torch.testing.assert_close(out.unimodal["audio"], fusion({"audio": z["audio"], "visual": tokens["visual"].expand(6, 4)}))
+    torch.testing.assert_close(
+        out.unimodal["audio"], fusion({"audio": z["audio"], "visual": tokens["visual"].expand(6, 4)})
+    )
     assert {"absent_audio", "absent_visual"} < set(head.state_dict())
     ARLLoss()(out, torch.randint(0, 5, (6,))).backward()
     assert all(p.grad.abs().sum() > 0 for p in head.parameters())
@@ -348,7 +367,9 @@ def test_absent_by_a_mask_and_by_a_callable():
     mean = {"audio": 1.0, "visual": 2.0}
     fusion = Fusion(nn.LayerNorm)
     out = ZeroedHead(fusion, absent=lambda name, x: torch.full_like(x, mean[name]))(z)
-    torch.testing.assert_close(out.unimodal["visual"], fusion({"audio": torch.ones(6, 4), "visual": z["visual"]}))
+    torch.testing.assert_close(
+        out.unimodal["visual"], fusion({"audio": torch.ones(6, 4), "visual": z["visual"]})
+    )
 
 
 @pytest.mark.parametrize("missing", ["zeros", "tokens"])
@@ -371,7 +392,7 @@ def test_zeroed_head_with_absent_and_several_features(missing):
 
 def test_zeroed_head_says_what_is_wrong():
     z = features()
-    with pytest.raises(ValueError, match="absent: got 'mean', expected one of 'zeros', 'mask'"):
+    with pytest.raises(ValueError, match="absent: got .mean., expected one of 'zeros', 'mask'"):
         ZeroedHead(Fusion(), absent="mean")
     with pytest.raises(TypeError, match="absent: got int, expected 'zeros', 'mask', tensors by modality"):
         ZeroedHead(Fusion(), absent=3)
@@ -379,5 +400,31 @@ def test_zeroed_head_says_what_is_wrong():
         ZeroedHead(Fusion(), absent={"audio": 3})
     with pytest.raises(ValueError, match="absent: got no tensor for the modality 'visual'"):
         ZeroedHead(Fusion(), absent={"audio": torch.zeros(4)})(z)
-    with pytest.raises(ValueError, match=r"absent: the callable returned .*\[4\] for 'audio', expected .*\[6, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"absent: the callable returned .*\[4\] for 'audio', expected .*\[6, 4\]"
+    ):
         ZeroedHead(Fusion(), absent=lambda name, x: torch.zeros(4))(z)
+
+
+# ---- for editors ---------------------------------------------------------------------------------------------------------
+
+SNIPPET = """
+import torch, arl_fast
+x = torch.randn(2, 4)
+reveal_type(arl_fast.ConcatHead([4, 4], 5)([x, x]))
+reveal_type(arl_fast.ZeroedHead(torch.nn.Identity())({"a": x}, mask=None))
+reveal_type(arl_fast.ARLLoss()((x, [x]), x))
+reveal_type(arl_fast.modulate({"a": [x], "b": [x, x]})[0])
+reveal_type(arl_fast.modulate([x])[0])
+"""
+
+
+def test_calls_are_typed():
+    """An editor completes what follows ``out.``; nn.Module's own ``__call__`` returns Any."""
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    run = subprocess.run([sys.executable, "-m", "mypy", "-c", SNIPPET], capture_output=True, text=True)
+    revealed = [line.split('"')[1].replace("builtins.", "") for line in run.stdout.splitlines() if "Revealed" in line]
+    tensor = "torch._tensor.Tensor"
+    assert revealed[0] == revealed[1], run.stdout
+    assert revealed[0].endswith("arl_fast._core.branches.BranchLogits]")
+    assert revealed[2:] == [tensor, f"dict[str, list[{tensor}]]", f"list[{tensor}]"]

@@ -65,7 +65,9 @@ def test_grouped_features_compile():
         return arl_loss(unimodal[0] + unimodal[1], unimodal, target, link)[0]
 
     eager = grads_of(step(*z), z)
-    for got, want in zip(grads_of(torch.compile(step, fullgraph=True, backend="aot_eager")(*z), z), eager, strict=True):
+    for got, want in zip(
+        grads_of(torch.compile(step, fullgraph=True, backend="aot_eager")(*z), z), eager, strict=True
+    ):
         torch.testing.assert_close(got, want)
 
 
@@ -74,7 +76,9 @@ def test_a_flat_list_of_several_features_per_modality_raises():
     z, target = four_features()
     (a1, a2, v1, v2), link = modulate(z)
     unimodal = [a1 + a2, v1 + v2]
-    message = r"link: got shape \[4\], expected \[2\].* {'audio': \[a1, a2\], 'visual': \[v1, v2\]}.*DataParallel"
+    message = (
+        r"link: got shape \[4\], expected \[2\].* {'audio': \[a1, a2\], 'visual': \[v1, v2\]}.*DataParallel"
+    )
     with pytest.raises(ValueError, match=message):
         arl_loss(unimodal[0] + unimodal[1], unimodal, target, link)
 
@@ -108,7 +112,10 @@ class Gather(torch.autograd.Function):
 def test_a_link_that_a_node_of_its_own_has_gathered():
     """With several features per modality in each replica."""
     z, target = four_features()
-    features = [modulate({"a": [x[rows] for x in z[:2]], "v": [x[rows] for x in z[2:]]}) for rows in (slice(3), slice(3, 8))]
+    features = [
+        modulate({"a": [x[rows] for x in z[:2]], "v": [x[rows] for x in z[2:]]})
+        for rows in (slice(3), slice(3, 8))
+    ]
     a = Gather.apply(*(f["a"][0] + f["a"][1] for f, _ in features))
     v = Gather.apply(*(f["v"][0] * f["v"][1] for f, _ in features))
     link = Gather.apply(*(link for _, link in features))
@@ -191,7 +198,9 @@ def test_the_function_says_so_in_backward(implementation):
 def test_detach_link_without_update_gains_warns_once():
     audio, visual, target = batch()
     model, criterion = Model(), ARLLoss()
-    first, second = (said(criterion, arl_fast.optim.detach_link(model(audio, visual)), target) for _ in range(2))
+    first, second = (
+        said(criterion, arl_fast.optim.detach_link(model(audio, visual)), target) for _ in range(2)
+    )
     assert len(first) == 1
     assert "link: got that of detach_link, but no UpdateGains was given this criterion" in first[0]
     assert second == []
@@ -203,7 +212,9 @@ def test_update_gains_without_detach_link_raises():
     audio, visual, target = batch()
     model, criterion = Model(), ARLLoss()
     criterion(model(audio, visual), target)
-    optimizer = torch.optim.SGD([{"params": m.parameters()} for m in (model.audio, model.visual, model.head)], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [{"params": m.parameters()} for m in (model.audio, model.visual, model.head)], lr=0.1
+    )
     updates = arl_fast.optim.UpdateGains(optimizer, {"audio": 0, "visual": 1}, criterion)
     with pytest.raises(ValueError, match=r"link: got one that scales gradients.*2\.25"):
         criterion(model(audio, visual), target)
@@ -309,11 +320,15 @@ def test_apply_gains_takes_gathered_links_and_names_what_is_wrong():
     _, loss, link = regression()
     _, other, second = regression()
     apply_gains(loss + other, torch.cat([link, second]), GAINS).backward()
-    with pytest.raises(ValueError, match=r"gains: got shape \[3\], expected \[2\], one gain per entry of the link"):
+    with pytest.raises(
+        ValueError, match=r"gains: got shape \[3\], expected \[2\], one gain per entry of the link"
+    ):
         apply_gains(loss, link, [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match=r"gains: got shape \[1\], expected \[2\]"):
         apply_gains(loss, link, [1.0])
-    with pytest.raises(TypeError, match=r"link: got NoneType, expected the second result of arl_fast.modulate"):
+    with pytest.raises(
+        TypeError, match=r"link: got NoneType, expected the second result of arl_fast.modulate"
+    ):
         apply_gains(loss, None, [1.0, 2.0])
     with torch.no_grad():
         assert apply_gains(loss, link, GAINS) is loss
@@ -337,7 +352,11 @@ def test_apply_gains_compiled():
 
 def test_check_of_a_right_wiring():
     """Factors as said; heads with a layer per modality are no encoders; nothing is left behind."""
-    for head in (None, arl_fast.SumHead({"audio": 4, "visual": 4}, 5), arl_fast.GatedHead({"audio": 4, "visual": 4}, 5)):
+    for head in (
+        None,
+        arl_fast.SumHead({"audio": 4, "visual": 4}, 5),
+        arl_fast.GatedHead({"audio": 4, "visual": 4}, 5),
+    ):
         model, criterion = Model(head), ARLLoss(warmup=7)
         model.norm = nn.BatchNorm1d(6)
         model.register_forward_pre_hook(lambda m, args: (m.norm(args[0]), *args[1:]))
@@ -402,7 +421,10 @@ def test_check_finds_swapped_gains_even_where_they_are_equal():
     for criterion in (ARLLoss(), ARLLoss(rule="constant")):
         result = arl_fast.check(Swapped(), batch(), criterion)
         assert [p.split(":")[0] for p in result.problems] == ["0", "1"]
-        assert "0: audio.bias, audio.weight get the gain of 1: the features of modulate and the unimodal" in str(result)
+        assert (
+            "0: audio.bias, audio.weight get the gain of 1: the features of modulate and the unimodal"
+            in str(result)
+        )
 
 
 class Skip(Model):
@@ -423,8 +445,12 @@ class Skip(Model):
 def test_check_finds_a_part_beside_modulate_and_what_only_the_fused_logits_see():
     result = arl_fast.check(Skip(), batch(), ARLLoss())
     assert len(result.problems) == 2
-    assert "'audio': a part of the gradient of audio.bias, audio.weight bypasses modulate" in result.problems[0]
-    assert result.problems[1].startswith("the gradient of extra.weight bypasses modulate: these are computed from the data")
+    assert (
+        "'audio': a part of the gradient of audio.bias, audio.weight bypasses modulate" in result.problems[0]
+    )
+    assert result.problems[1].startswith(
+        "the gradient of extra.weight bypasses modulate: these are computed from the data"
+    )
     assert result.real["audio"] == pytest.approx((1 + result.said["audio"]) / 2, rel=1e-4)
 
 
@@ -461,8 +487,14 @@ def test_check_of_links_and_optimisers():
     updates.remove()
     arl_fast.optim.UpdateGains(torch.optim.AdamW(groups()), {"audio": 0, "visual": 2}, criterion)
     result = arl_fast.check(model, batch(), criterion)
-    assert "'visual': visual.bias, visual.weight in none of the parameter groups of its modality" in result.problems[0]
-    assert "head.linear.bias, head.linear.weight in a modality's parameter group, but a part of the head" in str(result)
+    assert (
+        "'visual': visual.bias, visual.weight in none of the parameter groups of its modality"
+        in result.problems[0]
+    )
+    assert (
+        "head.linear.bias, head.linear.weight in a modality's parameter group, but a part of the head"
+        in str(result)
+    )
 
 
 def test_check_takes_dicts_masks_and_wrapped_models():
@@ -476,7 +508,9 @@ def test_check_takes_dicts_masks_and_wrapped_models():
     given = {"audio": audio, "visual": visual, "mask": mask, "labels": target}
     for model in (Named(), nn.DataParallel(Named()), torch.compile(Named(), backend="eager")):
         assert arl_fast.check(model, given, ARLLoss()).ok
-    with pytest.raises(TypeError, match=r"batch: got Tensor, expected \(inputs..., target\) or a dict with one of labels"):
+    with pytest.raises(
+        TypeError, match=r"batch: got Tensor, expected \(inputs..., target\) or a dict with one of labels"
+    ):
         arl_fast.check(Named(), audio, ARLLoss())
     with pytest.raises(TypeError, match="criterion: got Linear, expected an ARLLoss"):
         arl_fast.check(Named(), given, nn.Linear(1, 1))

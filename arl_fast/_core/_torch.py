@@ -37,7 +37,10 @@ def constant_for_compiler(function: Callable) -> Callable:
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether calling a module runs more than its forward."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 

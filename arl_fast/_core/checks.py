@@ -27,6 +27,11 @@ def refuse_transforms(what: str) -> None:
             "loss to the encoders: use loss.backward() or torch.autograd.grad; for predictions alone, "
             "head.branches(features) returns the logits"
         )
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{what}: called inside torch.jit.trace, which would record its result as a constant: trace predictions "
+            "under torch.no_grad(), without the loss, or use torch.export"
+        )
 
 
 def check_not_dtensor(label: str, x: Tensor) -> None:
@@ -83,7 +88,9 @@ def check_features(features: Any) -> FlatFeatures:
         label = f"features[{name!r}]"
         if isinstance(value, (list, tuple)):
             if not value:
-                raise ValueError(f"{label}: got an empty {type(value).__name__}, expected at least one tensor")
+                raise ValueError(
+                    f"{label}: got an empty {type(value).__name__}, expected at least one tensor"
+                )
             labelled |= {f"{label}[{i}]": x for i, x in enumerate(value)}
         else:
             labelled[label] = value

@@ -28,7 +28,9 @@ def features_of(node: Any) -> list[list[Any]]:
     """The nodes that computed a modulate node's features, by modality; those of constants are left out."""
     sizes = getattr(node, "sizes", None) or [1] * len(node.next_functions)
     inputs = iter(node.next_functions)
-    return [[child for child, _ in (next(inputs) for _ in range(size)) if child is not None] for size in sizes]
+    return [
+        [child for child, _ in (next(inputs) for _ in range(size)) if child is not None] for size in sizes
+    ]
 
 
 def walk(roots: Iterable[Any], stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:

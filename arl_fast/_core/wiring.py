@@ -25,8 +25,9 @@ _DETACHED = "call criterion(arl_fast.optim.detach_link(output), target)"
 
 # Parts of the names of optimisers whose step does not depend on a constant scale of the gradient, in lower case.
 _CANCELLING = (
-    "adam adan adagrad adadelta adafactor adabelief rmsprop rprop lion lamb muon prodigy sophia novograd shampoo soap"
-).split()
+    *("adam", "adan", "adagrad", "adadelta", "adafactor", "adabelief", "rmsprop", "rprop", "lion", "lamb"),
+    *("muon", "prodigy", "sophia", "novograd", "shampoo", "soap"),
+)
 
 
 def cancels_gains(optimizer: Any) -> bool:
@@ -102,7 +103,9 @@ def _watch(encoders: Sequence[Sequence[Any]]) -> None:
     parameters = [weakref.ref(p) for p in found if p is not None]
     if parameters:
         _watched.append(parameters)
-        if _hook is None:  # it stays: a hook cannot be removed while hooks run, and costs nothing while none is watched
+        if (
+            _hook is None
+        ):  # it stays: a hook cannot be removed while hooks run, and costs nothing while none is watched
             _hook = register_optimizer_step_pre_hook(_look_at_optimizer)
 
 
