@@ -161,3 +161,12 @@ def test_hf_gains_act_under_adamw(example):
     torch.manual_seed(0)
     start = torch.cat([p.detach().flatten() for p in hf_trainer.Model().audio.parameters()])
     assert (ends[1] - ends[0]).norm() > 0.2 * (ends[0] - start).norm()
+
+
+def test_batchnorm(example):
+    """Two seeds: with running statistics of all passes the whole model is worse in evaluation, its branches better."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    _, fused_pass, all_passes = example("batchnorm").main(seeds=2, epochs=10).values()
+    for one, other in zip(fused_pass, all_passes, strict=True):
+        assert one[0] > other[0]

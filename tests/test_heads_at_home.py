@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -419,10 +420,14 @@ reveal_type(arl_fast.modulate([x])[0])
 """
 
 
-def test_calls_are_typed():
+def test_calls_are_typed(tmp_path):
     """An editor completes what follows ``out.``; nn.Module's own ``__call__`` returns Any."""
     pytest.importorskip("mypy", reason="mypy is not installed")
-    run = subprocess.run([sys.executable, "-m", "mypy", "-c", SNIPPET], capture_output=True, text=True)
+    file = tmp_path / "snippet.py"
+    file.write_text(SNIPPET)
+    root = Path(arl_fast.__file__).parents[1]
+    command = [sys.executable, "-m", "mypy", "--config-file=", f"--cache-dir={root / '.mypy_cache' / 'typed'}", str(file)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root)
     revealed = [line.split('"')[1].replace("builtins.", "") for line in run.stdout.splitlines() if "Revealed" in line]
     tensor = "torch._tensor.Tensor"
     assert revealed[0] == revealed[1], run.stdout

@@ -18,7 +18,9 @@ def blocks(page: Path) -> list[str]:
 
 
 RUNNABLE = [
-    (page, i) for page in (ROOT / "README.md", ROOT / "docs" / "method.md") for i in range(len(blocks(page)))
+    (page, i)
+    for page in (ROOT / "README.md", ROOT / "docs" / "method.md", ROOT / "docs" / "start-here.md")
+    for i in range(len(blocks(page)))
 ]
 
 

@@ -161,9 +161,10 @@ def modulate(features: Any) -> tuple[Any, Tensor]:
             link.modalities = names = tuple(features)
             return dict(zip(names, tensors, strict=True)), link
     checked = checks.check_features(features)
+    checks.refuse_transforms("modulate")
     tensors = checked.tensors
     if recorded(tensors):
-        checks.refuse_transforms("modulate")
+        checks.refuse_tracing("modulate")
         *tensors, link = _Modulate.apply(checked.sizes, *tensors)
     else:
         link = new_link(tensors, len(checked.sizes))

@@ -27,6 +27,10 @@ def refuse_transforms(what: str) -> None:
             "loss to the encoders: use loss.backward() or torch.autograd.grad; for predictions alone, "
             "head.branches(features) returns the logits"
         )
+
+
+def refuse_tracing(what: str) -> None:
+    """torch.jit.trace sees torch's own operations only."""
     if torch.jit.is_tracing():
         raise RuntimeError(
             f"{what}: called inside torch.jit.trace, which would record its result as a constant: trace predictions "
@@ -124,6 +128,7 @@ class CheckedStep(NamedTuple):
 def check_loss(branches: BranchLogits, targets: Targets, schedule: Schedule, options: Options) -> CheckedStep:
     """Everything that is given to ``arl_loss``."""
     refuse_transforms("arl_loss")
+    refuse_tracing("arl_loss")
     logits = _check_branches(branches)
     targets, schedule = _check_targets_and_schedule(logits[0], len(logits) - 1, targets, schedule, options)
     needs_link = options.scales and torch.is_grad_enabled() and any(x.requires_grad for x in logits)
@@ -336,6 +341,7 @@ def check_linear_loss(
 ) -> tuple[CheckedHead, CheckedStep]:
     """Everything that is given to ``linear_arl_loss``. ``dtype_of(features)`` is the dtype of the logits."""
     refuse_transforms("linear_arl_loss")
+    refuse_tracing("linear_arl_loss")
     check_choice("fusion", head.fusion, FUSIONS)
     check_choice("bias_mode", head.bias_mode, BIAS_MODES)
     chunk = head.chunk
