@@ -1,4 +1,4 @@
-"""``arl_fast.check``: does every encoder get the gain that the statistics tell of? Measured on the user's own model."""
+"""``arl_fast.check``: does every encoder get the gain that the loss reports? Measured on the user's model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class Check(NamedTuple):
 
     Attributes:
         said: the gain of each modality, as ``criterion.stats.gains`` tells it.
-        real: the factor on the gradient of each modality's encoder between rule "none" and the criterion's rule (on its update
-            with an ``UpdateGains``); None where no parameter of its own was found.
+        real: the factor on the gradient of each modality's encoder between rule "none" and the criterion's
+            rule (on its update with an ``UpdateGains``); None where no parameter of its own was found.
         problems: what is wrong, in sentences; empty if every encoder gets its gain.
-        notes: what is worth knowing: parameters that several modalities share, modalities without an encoder of their own.
+        notes: what is worth knowing: parameters that several modalities share, modalities without an encoder
+            of their own.
     """
 
     said: dict[Any, float]
@@ -57,23 +58,25 @@ def check(
     optimizer: torch.optim.Optimizer | None = None,
     step: Callable[[nn.Module, Any], tuple[Any, ...]] | None = None,
 ) -> Check:
-    """Measure, at equal parameters, what each encoder's gradient is multiplied by, and compare it with what the loss says.
+    """Measure, at equal parameters, what each encoder's gradient is multiplied by, and compare it with what
+    the loss says.
 
         print(arl_fast.check(model, next(iter(loader)), criterion, optimizer))
 
-    One forward and M + 4 backward passes, without the warm-up. The model, its buffers, gradients and random numbers, and the
-    criterion are left as they were. It finds features that bypass ``modulate`` or get another modality's gain, a link that is
-    detached or of another step, parameters that modalities share, gains that act twice or nowhere, and an optimiser
-    that cancels them.
+    One forward and M + 4 backward passes, without the warm-up. The model, its buffers, gradients and random
+    numbers, and the criterion are left as they were. It finds features that bypass ``modulate`` or get
+    another modality's gain, a link that is detached or of another step, parameters that modalities share,
+    gains that act twice or nowhere, and an optimiser that cancels them.
 
     Args:
-        model: the model in the mode in which it trains. Wrappers (DataParallel, DDP, torch.compile) are taken off.
-        batch: (inputs..., target) for ``model(*inputs)``, or a dict with the target under one of "labels", "label",
-            "target", "targets", "y" for ``model(**others)``.
+        model: the model in the mode in which it trains. Wrappers (DataParallel, DDP, torch.compile) are taken
+            off.
+        batch: (inputs..., target) for ``model(*inputs)``, or a dict with the target under one of "labels",
+            "label", "target", "targets", "y" for ``model(**others)``.
         criterion: the ``ARLLoss`` of the training loop, with its ``UpdateGains`` in place, if there is one.
         optimizer: the optimiser of the training loop; that of an ``UpdateGains`` is known.
-        step: for any other batch or model, a function of model and batch to (output, target) or (output, target, mask),
-            with the output that the criterion gets, before a ``detach_link``.
+        step: for any other batch or model, a function of model and batch to (output, target) or (output,
+            target, mask), with the output that the criterion gets, before a ``detach_link``.
 
     Returns:
         Check: a table of said and real factors, and what is wrong, with the names of parameters.
@@ -126,8 +129,8 @@ def _usual_step(model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
         *inputs, target = batch
         return model(*inputs), target
     raise TypeError(
-        f"batch: got {type(batch).__name__}, expected (inputs..., target) or a dict with one of {', '.join(_TARGETS)}; for "
-        "others give step=, a function of model and batch to (output, target)"
+        f"batch: got {type(batch).__name__}, expected (inputs..., target) or a dict with one of "
+        f"{', '.join(_TARGETS)}; for others give step=, a function of model and batch to (output, target)"
     )
 
 
@@ -221,8 +224,8 @@ def _judged(measured: _Measured, criterion: ARLLoss, optimizer: torch.optim.Opti
         problems.append(wiring.why_no_gradient(measured.link))
     elif measured.foreign:
         problems.append(
-            "link: its modulate took no part in these logits: give the loss the link that modulate returned together with "
-            "the features that the head gets"
+            "link: its modulate took no part in these logits: give the loss the link that modulate "
+            "returned together with the features that the head gets"
         )
     known = not problems and criterion.options.scales  # else no encoder gets its gain, for that one reason
     factor = measured.factor if updates is None else _on_the_update(measured, updates)
@@ -249,14 +252,14 @@ def _judged(measured: _Measured, criterion: ARLLoss, optimizer: torch.optim.Opti
         and wiring.cancels_gains(optimizer)
     ):
         problems.append(
-            f"optimizer: {type(optimizer).__name__} divides each gradient by a running estimate of its size, which cancels "
-            "most of the gains: arl_fast.optim.UpdateGains, or SGD"
+            f"optimizer: {type(optimizer).__name__} divides each gradient by a running estimate of its "
+            "size, which cancels most of the gains: arl_fast.optim.UpdateGains, or SGD"
         )
     return Check(measured.said, real, problems, notes)
 
 
 def _wrong_paths(measured: _Measured, m: int, owned: Sequence[str]) -> list[str]:
-    """Which of a modality's parameters get another gain than its own, by what their gradients went through."""
+    """Which of a modality's parameters get another gain than its own, by where their gradients went."""
     name = measured.names[m]
     around, partly, other = [], [], []
     swapped: dict[Any, list[str]] = {}
@@ -272,13 +275,14 @@ def _wrong_paths(measured: _Measured, m: int, owned: Sequence[str]) -> list[str]
         elif not _near(measured.factor[parameter], measured.said[name]):
             other.append(parameter)
     found = [
-        f"{name!r}: {_some(parameters)} get the gain of {wrong!r}: the features of modulate and the unimodal logits are in "
-        "different orders, or several features of one modality are not in one list"
+        f"{name!r}: {_some(parameters)} get the gain of {wrong!r}: the features of modulate and the "
+        "unimodal logits are in different orders, or several features of one modality are not in one list"
         for wrong, parameters in swapped.items()
     ]
     if around:
         found.append(
-            f"{name!r}: the gradient of {_some(around)} bypasses modulate: give the head the features that modulate returns"
+            f"{name!r}: the gradient of {_some(around)} bypasses modulate: give the head the features that "
+            "modulate returns"
         )
     if partly:
         found.append(f"{name!r}: a part of the gradient of {_some(partly)} bypasses modulate")
@@ -290,7 +294,7 @@ def _wrong_paths(measured: _Measured, m: int, owned: Sequence[str]) -> list[str]
 def _wrong_elsewhere(
     measured: _Measured, factor: Mapping[str, float], updates: Any, notes: list[str]
 ) -> list[str]:
-    """Parameters of no modality or of several: what bypasses modulate, what is shared, a head that is scaled."""
+    """Parameters of no modality or of several: what bypasses modulate, is shared, or is a scaled head."""
     shared = [p for p, moved in measured.moves.items() if len(moved) != 1 and max(measured.through[p]) > 1e-3]
     if shared:
         notes.append(f"several modalities share {_some(shared)}, which get a mixture of their gains")
@@ -300,7 +304,8 @@ def _wrong_elsewhere(
     ]
     if around:
         found.append(
-            f"the gradient of {_some(around)} bypasses modulate: these are computed from the data, and no gain reaches them"
+            f"the gradient of {_some(around)} bypasses modulate: these are computed from the data, and no "
+            "gain reaches them"
         )
     head = [p for p in measured.parameters if not measured.encodes(p)]
     if updates is not None and (scaled := [p for p in head if not _near(factor[p], 1.0)]):
@@ -322,7 +327,7 @@ def _on_the_update(measured: _Measured, updates: Any) -> dict[str, float]:
     return {name: gain_of.get(id(p), 1.0) for name, p in measured.parameters.items()}
 
 
-# ---- gradients and the graph ---------------------------------------------------------------------------------------------
+# ---- gradients and the graph -------------------------------------------------------------------------------
 
 
 def _gradients(
@@ -364,7 +369,7 @@ def _some(names: Collection[str], most: int = 3) -> str:
 def _bypassing(
     tensors: Iterable[Tensor], parameters: Mapping[str, Tensor], leaves: Sequence[Tensor]
 ) -> set[str]:
-    """Parameters of what is computed from the data, and reaches the logits, without any modulate behind or before it."""
+    """Parameters of what is computed from the data and reaches the logits without any modulate."""
     inputs = {id(x) for x in leaves}
     data: dict[Any, bool] = {}  # by node: whether data reach it beside the modulates
     marked: dict[Any, bool] = {}  # whether a modulate is behind it
@@ -389,7 +394,8 @@ def _bypassing(
     outside = {node for node, reached in data.items() if reached and not marked[node]}
     roots = [x.grad_fn for x in tensors]
     computing = {id(n.variable) for n in graph.walk(outside) if hasattr(n, "variable")}
-    # a head that is used on features beside modulate too is no encoder: its parameters are reached without these
+    # a head that is used on features beside modulate too is no encoder: its parameters are reached without
+    # these
     heads = {
         id(n.variable)
         for n in graph.walk(roots, lambda n: n in outside or graph.is_modulate(n))

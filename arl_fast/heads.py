@@ -45,7 +45,7 @@ class _Head(nn.Module):
         def __call__(self, features: Features, mask: Tensor | None = None) -> BranchLogits: ...
 
     def _as_list(self, features: Features, mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-        """The features in this head's order, checked, zero where they are absent; and the mask, None if all are present."""
+        """The features in this head's order, checked, zero where absent; the mask, None if all are present."""
         if self.names is None:
             if isinstance(features, (Tensor, Mapping)) or len(features) != len(self.dims):
                 raise ValueError(
@@ -58,7 +58,9 @@ class _Head(nn.Module):
                     f"features: got {describe(features)}, expected a dict with the keys {self.names}"
                 )
             given = [features[name] for name in self.names]
-        first = given[0] if isinstance(given[0], Tensor) else next((z for z in given if isinstance(z, Tensor)), None)
+        first = given[0]
+        if not isinstance(first, Tensor):
+            first = next((z for z in given if isinstance(z, Tensor)), None)
         batch = () if first is None else first.shape[:-1]
         complete = mask is None
         for name, z, dim in zip(self.names or range(len(given)), given, self.dims, strict=True):
@@ -92,14 +94,16 @@ class _Head(nn.Module):
         return tensors, mask
 
     def forward(self, features: Features, mask: Tensor | None = None) -> BranchLogits:
-        """Features [B, D_m] by modality -> BranchLogits with logits [B, C]; [B, d1, ..., D_m] -> [B, C, d1, ...].
+        """Features [B, D_m] -> BranchLogits with logits [B, C]; [B, d1, ..., D_m] -> [B, C, d1, ...].
 
         Args:
-            features: a dict or a sequence as in the constructor. None for a modality that the whole batch lacks.
-            mask: [B, M] bool, False where a modality is absent. Such features count as zeros, whatever they hold, NaN
-                included; the fused logits see zeros there, and the unimodal logits are NaN, since no prediction exists.
-                The link takes the mask along to the loss. Where it cannot, in torch.compile, under DataParallel or with a
-                link of your own, give the loss the mask too, or it becomes NaN.
+            features: a dict or a sequence as in the constructor. None for a modality that the whole batch
+                lacks.
+            mask: [B, M] bool, False where a modality is absent. Such features count as zeros, whatever they
+                hold, NaN included; the fused logits see zeros there, and the unimodal logits are NaN, since
+                no prediction exists. The link takes the mask along to the loss. Where it cannot, in
+                torch.compile, under DataParallel or with a link of your own, give the loss the mask too, or
+                it becomes NaN.
         """
         tensors, mask = self._as_list(features, mask)
         tensors, link = modulate(tensors)
@@ -158,8 +162,8 @@ class _LinearHead(_Head):
         """``loss, stats = head.loss(features, target)`` in the place of ``criterion(head(features), target)``.
 
         Never holds more than a chunk of logits (``linear_arl_loss``). The layers' parameters are read directly: forward
-        hooks on the layers do not run, and layers that compute something else than W z + b (LoRA's, quantised ones) are
-        refused.
+        hooks on the layers do not run, and layers that compute something else than W z + b (LoRA's, quantised
+        ones) are refused.
 
         Args:
             features, mask: as for the head, with zeros for absent features. The loss gets the mask too.
@@ -207,8 +211,9 @@ def _parameters_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """W and b of a layer that computes W z + b with them and nothing else."""
     if not is_plain_linear(layer):
         raise TypeError(
-            f"head.loss: got a {type(layer).__name__} in the head, whose weight alone does not tell what it computes: use "
-            "criterion(head(features), target), which calls the layer, or merge it into an nn.Linear"
+            f"head.loss: got a {type(layer).__name__} in the head, whose weight alone does not tell what it "
+            "computes: use criterion(head(features), target), which calls the layer, or merge it into an "
+            "nn.Linear"
         )
     return layer.weight, layer.bias  # type: ignore[return-value]
 
@@ -219,8 +224,9 @@ class ConcatHead(_LinearHead):
     A unimodal branch is the same layer with the other features at zero, x_m = W_m z_m + b (``bias="full"``, as in the
     release) or, so that the branches sum up to the fused logits, x_m = W_m z_m + b / M (``bias="split"``).
 
-    The layer may be wrapped or replaced, as LoRA and quantisation do, may carry hooks or be parametrised: whatever is not
-    an ``nn.Linear`` of plain tensors is called, once per branch. A state_dict of an ``nn.Linear`` in the same place loads.
+    The layer may be wrapped or replaced, as LoRA and quantisation do, may carry hooks or be parametrised:
+    whatever is not an ``nn.Linear`` of plain tensors is called, once per branch. A state_dict of an
+    ``nn.Linear`` in the same place loads.
 
     Args:
         features: feature size by modality, as {"audio": 512, "visual": 512} or [512, 512].
@@ -245,7 +251,8 @@ class ConcatHead(_LinearHead):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, features: Dims, bias: str = "full") -> ConcatHead:
-        """A head around a layer that exists, as the last one of a trained model; the layer itself, not a copy.
+        """A head around a layer that exists, as the last one of a trained model; the layer itself, not a
+        copy.
 
         Args:
             linear: what maps the concatenated features [B, sum D_m] to logits [B, C].
@@ -302,7 +309,7 @@ class ConcatHead(_LinearHead):
 
 
 def _accept_bare_linear(head: nn.Module, state: dict, prefix: str, *_: Any) -> None:
-    """State of a layer in the head's place, or of a head from before it owned its layer: "weight" is "linear.weight"."""
+    """State of a layer in the head's place, or of a head that had no layer of its own: add "linear."."""
     for name in ("weight", "bias"):
         if prefix + name in state:
             state[f"{prefix}linear.{name}"] = state.pop(prefix + name)
@@ -417,27 +424,30 @@ class BilinearHead(_Head):
 
 
 class ZeroedHead(nn.Module):
-    """Any fusion: the fused logits are ``fusion(features)``, modality m's the same with all other features absent.
+    """Any fusion: the fused logits are ``fusion(features)``, modality m's the same with all other features
+    absent.
 
     One call per branch, M+1 in all; use a linear head where the fusion is linear.
 
-    Where the fusion has BatchNorm, the unimodal passes normalise with their own batch, as every pass in training does, but
-    leave the running statistics alone: these are then the fused pass's, which evaluation of the whole model needs. The
-    price is a worse unimodal evaluation, with statistics of the fused pass. docs/intermediate.md has the numbers; LayerNorm
+    Where the fusion has BatchNorm, the unimodal passes normalise with their own batch, as every pass in
+    training does, but leave the running statistics alone: these are then the fused pass's, which evaluation of
+    the whole model needs. The unimodal evaluation pays for it. docs/intermediate.md has the numbers; LayerNorm
     has neither problem.
 
     Args:
-        fusion: a callable (an ``nn.Module`` is registered) from features, a dict or a list as given, to logits. A modality's
-            entry is a list of tensors where it came as one.
+        fusion: a callable (an ``nn.Module`` is registered) from features, a dict or a list as given, to logits.
+            A modality's entry is a list of tensors where it came as one.
         absent: what stands for an absent modality.
             "zeros": zeros of the feature's shape.
-            "mask": zeros too, and the fusion is called as ``fusion(features, mask)`` with mask [B, M] bool, False where a
-            modality is absent: for attention, pooling, or anything that can leave entries out.
-            A dict or a sequence of tensors by modality, each of a shape that expands to the feature's: a fixed stand-in, or
-            with ``nn.Parameter(torch.zeros(D_m))`` a learned token, which becomes a parameter of this head.
-            A callable ``absent(name, z)`` to a tensor of z's shape, with a name or position (an ``nn.Module`` is registered).
-        track_unimodal: whether unimodal passes update running statistics too, as they would without further ado. Modules are
-            found in a fusion that is a module, a module's method, or a function that closes over modules.
+            "mask": zeros too, and the fusion is called as ``fusion(features, mask)`` with mask [B, M] bool,
+            False where a modality is absent: for attention, pooling, or whatever can leave entries out.
+            Tensors by modality, a dict or a sequence, each of a shape that expands to the feature's: a fixed
+            stand-in, or with ``nn.Parameter(torch.zeros(D_m))`` a learned token, a parameter of this head.
+            A callable ``absent(name, z)``, with a name or position, to a tensor of z's shape (an ``nn.Module``
+            is registered).
+        track_unimodal: whether unimodal passes update running statistics too, as they would by themselves.
+            Modules are found in a fusion that is a module, a module's method, or a function that closes over
+            modules.
     """
 
     def __init__(
@@ -479,9 +489,11 @@ class ZeroedHead(nn.Module):
         """Features of any shape by modality -> BranchLogits of whatever shape the fusion returns.
 
         Args:
-            features: a tensor per modality or a list of them, with the batch in dimension 0; a dict or a sequence.
-            mask: [B, M] bool, False where a modality is absent, whose features, NaN included, are then replaced as
-                ``absent`` says. The unimodal logits are NaN there; the link takes the mask along, as in the other heads.
+            features: a tensor per modality or a list of them, with the batch in dimension 0; a dict or a
+                sequence.
+            mask: [B, M] bool, False where a modality is absent, whose features, NaN included, are then
+                replaced as ``absent`` says. The unimodal logits are NaN there; the link takes the mask along,
+                as in the other heads.
         """
         features, link = modulate(features)
         by_name = isinstance(features, dict)
@@ -532,8 +544,8 @@ class ZeroedHead(nn.Module):
             other = self.absent(name, z)
             if not isinstance(other, Tensor) or other.shape != z.shape:
                 raise ValueError(
-                    f"absent: the callable returned {describe(other)} for {name!r}, expected the shape of the feature, "
-                    f"{list(z.shape)}"
+                    f"absent: the callable returned {describe(other)} for {name!r}, expected the shape of "
+                    f"the feature, {list(z.shape)}"
                 )
             return other
         token = getattr(self, f"absent_{name}", None)
@@ -550,7 +562,7 @@ def _chosen(mask: Tensor, m: int, z: Any, other: Any) -> Any:
 
 
 def _tracking(fusion: Callable) -> list[Any]:
-    """The layers of a fusion that keep running statistics: BatchNorm, SyncBatchNorm, InstanceNorm, or others like them."""
+    """The layers of a fusion that keep running statistics: BatchNorm, InstanceNorm, or others like them."""
     cells = [cell.cell_contents for cell in getattr(fusion, "__closure__", None) or ()]
     owners = [fusion, getattr(fusion, "__self__", None), *cells]
     modules = {m: None for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()}

@@ -101,7 +101,7 @@ _RELEASE_RULE: dict[str, Any] = dict(rule="constant", dependence="logit_l1", ent
 
 
 def _accept_checkpoint_without_criterion(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
-    """A state_dict that holds nothing of this submodule is from before it was added: the submodule keeps its buffers."""
+    """A state_dict with nothing of this submodule is from before it was added: it keeps its buffers."""
     if prefix and not any(name.startswith(prefix) for name in state):
         state.update({prefix + name: buffer for name, buffer in module.named_buffers()})
 
@@ -127,11 +127,14 @@ class ARLLoss(nn.Module):
         mask: [B, M] bool, False where a modality is absent; optional. In a dict it may be the entry "mask".
 
     ``stats`` holds the BranchStats of the last call (None before the first), ``modalities`` the names in its unimodal
-    logits (None for a sequence). Errors are those of ``arl_loss``. The first training step also looks at how the model is
-    wired: a link that leads past the logits, or a gain that would act twice, is an error; a gain without effect, of a
-    detached link or under an optimiser of Adam's kind, is a warning. ``arl_fast.check`` measures the rest.
+    logits (None for a sequence). Errors are those of ``arl_loss``. The first training step also looks at how
+    the model is
+    wired: a link that leads past the logits, or a gain that would act twice, is an error; a gain without
+    effect, of a detached link or under an optimiser of Adam's kind, is a warning. ``arl_fast.check`` measures
+    the rest.
 
-    A checkpoint from before the criterion became a submodule loads strictly: the criterion then keeps its own ``steps``.
+    A checkpoint from before the criterion became a submodule loads strictly: the criterion then keeps its own
+        ``steps``.
     """
 
     steps: Tensor
@@ -177,9 +180,11 @@ class ARLLoss(nn.Module):
     def paper(cls, dataset: str, **changes: Any) -> ARLLoss:
         """The settings that the paper names for "crema-d", "ave", "ks", "mosi" or "ucf101"; ``changes`` override them.
 
-        Eq. 18 is defined for two modalities. For the three of "mosi" the share rule takes its place. "mosi" is the
-        classification variant of that data set: targets are classes of sentiment. For its scores, a regression, there is
-        no probability of the true class and no entropy; ``apply_gains`` takes gains of your own there.
+        Eq. 18 is defined for two modalities. For the three of "mosi" the share rule takes its place. "mosi"
+        is the
+        classification variant of that data set: targets are classes of sentiment. For its scores, a
+        regression, there is no probability of the true class and no entropy; ``apply_gains`` takes gains of
+        your own there.
         """
         return cls._preset("paper", _PAPER, dataset, changes)
 
@@ -220,7 +225,7 @@ class ARLLoss(nn.Module):
         return loss
 
     def _plain(self, fused: Tensor, target: Tensor) -> Tensor:
-        """The cross-entropy of fused logits alone, as a model may return them in evaluation. There are no statistics."""
+        """The cross-entropy of fused logits alone, as a model may return in evaluation. No statistics."""
         self._packed = self.modalities = None
         options = self.options
         return F.cross_entropy(

@@ -55,8 +55,8 @@ class UpdateGains:
     relatives ``capturable=True`` or ``fused=True``, or they read it back to the host. Decoupled weight decay is a part
     of the update and scales with it.
 
-    Without ``detach_link`` the gain would act on the gradient too: the criterion raises an error in its first step then, and
-    warns of ``detach_link`` without an ``UpdateGains``.
+    Without ``detach_link`` the gain would act on the gradient too: the criterion raises an error in its first
+    step then, and warns of ``detach_link`` without an ``UpdateGains``.
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` with learning rates, numbers or tensors, in its groups.

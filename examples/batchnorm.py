@@ -37,7 +37,10 @@ def train(seed: int, norm, options, epochs: int = 50, batch: int = 24) -> list[f
     data = split(seed)
     torch.manual_seed(seed)
     encoders = nn.ModuleDict(
-        {m: nn.Sequential(nn.Linear(32, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()) for m in HALVES}
+        {
+            m: nn.Sequential(nn.Linear(32, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
+            for m in HALVES
+        }
     )
     head, criterion = arl_fast.ZeroedHead(Fusion(norm), **options), arl_fast.ARLLoss()
     optimizer = torch.optim.SGD([*encoders.parameters(), *head.parameters()], lr=0.05, momentum=0.9)

@@ -146,7 +146,7 @@ def test_hf_adapter():
 
 
 def test_hf_gains_act_under_adamw(example):
-    """The constant rule's 1.5 moves the encoders elsewhere than rule "none" does, by as much as a gain does under SGD."""
+    """The constant rule's 1.5 moves the encoders elsewhere than rule "none" does."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     hf_trainer = example("hf_trainer")
@@ -164,7 +164,7 @@ def test_hf_gains_act_under_adamw(example):
 
 
 def test_batchnorm(example):
-    """Two seeds: with running statistics of all passes the whole model is worse in evaluation, its branches better."""
+    """Two seeds: with running statistics of all passes the whole model is worse in evaluation."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     _, fused_pass, all_passes = example("batchnorm").main(seeds=2, epochs=10).values()

@@ -1,4 +1,4 @@
-"""Heads in other people's models: layers that are replaced, old checkpoints, absent features, BatchNorm in the fusion."""
+"""Heads in other people's models: replaced layers, old checkpoints, absent features, BatchNorm in a fusion."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def close(out, want):
         torch.testing.assert_close(got, expected, equal_nan=True)
 
 
-# ---- ConcatHead owns an nn.Linear ----------------------------------------------------------------------------------------
+# ---- ConcatHead owns an nn.Linear --------------------------------------------------------------------------
 
 
 def test_init_functions_find_the_layer():
@@ -43,7 +43,7 @@ def test_init_functions_find_the_layer():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_checkpoints_of_a_bare_linear_load_strictly(bias):
-    """State of heads that held weight and bias themselves, and of the nn.Linear that a ConcatHead took the place of."""
+    """Of heads that held weight and bias themselves, and of an nn.Linear in whose place the head now is."""
     old = nn.ModuleDict({"fc": nn.Linear(8, 5, bias=bias)})
     new = nn.ModuleDict({"fc": ConcatHead(SIZES, 5, bias="full" if bias else False)})
     new.load_state_dict(old.state_dict())
@@ -68,7 +68,7 @@ def test_from_linear_takes_the_layer_itself():
     assert ConcatHead.from_linear(nn.Linear(8, 5, bias=False), SIZES).bias_mode is False
     with pytest.raises(ValueError, match=r"sizes \[4, 4\], which add up to 8, expected the layer's 9 input"):
         ConcatHead.from_linear(nn.Linear(9, 5), SIZES)
-    with pytest.raises(TypeError, match="linear: got Sequential, expected a torch.nn.Linear"):
+    with pytest.raises(TypeError, match=r"linear: got Sequential, expected a torch.nn.Linear"):
         ConcatHead.from_linear(nn.Sequential(layer), SIZES)
 
 
@@ -106,7 +106,7 @@ def test_an_adapter_in_the_layers_place_takes_part(bias):
         head.loss(z, torch.zeros(6, dtype=torch.int64))
     shared = SharedHead(SIZES, 5)
     shared.layer = LoRA(shared.layer)
-    with pytest.raises(TypeError, match="head.loss: got a LoRA"):
+    with pytest.raises(TypeError, match=r"head.loss: got a LoRA"):
         shared.loss(z, torch.zeros(6, dtype=torch.int64))
 
 
@@ -153,7 +153,7 @@ def test_a_criterion_in_a_model_loads_an_old_checkpoint_strictly():
 
 
 def test_a_model_that_returns_fused_logits_in_evaluation():
-    """The criterion takes them there, so that foreign validation loops and predict functions need nothing else."""
+    """The criterion takes them there, so that foreign validation loops need nothing else."""
     head, z, target = ConcatHead(SIZES, 5), features(), torch.randint(0, 5, (6,))
     weight = torch.rand(5)
     criterion = ARLLoss(weight=weight, label_smoothing=0.1).eval()
@@ -166,7 +166,7 @@ def test_a_model_that_returns_fused_logits_in_evaluation():
         criterion.train()(fused, target)
 
 
-# ---- absent features -----------------------------------------------------------------------------------------------------
+# ---- absent features ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -252,7 +252,7 @@ def test_the_mask_reaches_the_loss_in_every_way():
 
 
 def test_masked_heads_compile():
-    """The link cannot carry the mask there: as an argument it works, without it the loss is NaN and not wrong."""
+    """The link cannot carry the mask: as an argument it works, without it the loss is NaN, not wrong."""
     head, z, target = ConcatHead(SIZES, 5), features(), torch.randint(0, 5, (6,))
     mask = torch.tensor([[True, True]] * 4 + [[True, False]] * 2)
     criterion = ARLLoss()
@@ -266,7 +266,7 @@ def test_masked_heads_compile():
     assert without(z, mask).isnan()
 
 
-# ---- ZeroedHead ----------------------------------------------------------------------------------------------------------
+# ---- ZeroedHead --------------------------------------------------------------------------------------------
 
 
 class Fusion(nn.Module):
@@ -284,7 +284,7 @@ def running(module):
 
 @pytest.mark.parametrize("kind", ["module", "method", "closure"])
 def test_unimodal_passes_leave_running_statistics_alone(kind):
-    """As after one pass of the fused features; they had been updated M + 1 times, mostly with zeroed inputs."""
+    """As after one fused pass; they had been updated M + 1 times, mostly with zeroed inputs."""
     fusion, z = Fusion(), features()
     once = copy.deepcopy(fusion)
     once(z)
@@ -393,7 +393,7 @@ def test_zeroed_head_with_absent_and_several_features(missing):
 
 def test_zeroed_head_says_what_is_wrong():
     z = features()
-    with pytest.raises(ValueError, match="absent: got .mean., expected one of 'zeros', 'mask'"):
+    with pytest.raises(ValueError, match=r"absent: got .mean., expected one of 'zeros', 'mask'"):
         ZeroedHead(Fusion(), absent="mean")
     with pytest.raises(TypeError, match="absent: got int, expected 'zeros', 'mask', tensors by modality"):
         ZeroedHead(Fusion(), absent=3)
@@ -407,7 +407,7 @@ def test_zeroed_head_says_what_is_wrong():
         ZeroedHead(Fusion(), absent=lambda name, x: torch.zeros(4))(z)
 
 
-# ---- for editors ---------------------------------------------------------------------------------------------------------
+# ---- for editors -------------------------------------------------------------------------------------------
 
 SNIPPET = """
 import torch, arl_fast
@@ -426,9 +426,18 @@ def test_calls_are_typed(tmp_path):
     file = tmp_path / "snippet.py"
     file.write_text(SNIPPET)
     root = Path(arl_fast.__file__).parents[1]
-    command = [sys.executable, "-m", "mypy", "--config-file=", f"--cache-dir={root / '.mypy_cache' / 'typed'}", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file=",
+        f"--cache-dir={root / '.mypy_cache' / 'typed'}",
+        str(file),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    revealed = [line.split('"')[1].replace("builtins.", "") for line in run.stdout.splitlines() if "Revealed" in line]
+    revealed = [
+        line.split('"')[1].replace("builtins.", "") for line in run.stdout.splitlines() if "Revealed" in line
+    ]
     tensor = "torch._tensor.Tensor"
     assert revealed[0] == revealed[1], run.stdout
     assert revealed[0].endswith("arl_fast._core.branches.BranchLogits]")

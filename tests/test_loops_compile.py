@@ -243,7 +243,7 @@ def test_evaluation_in_one_graph(implementation, modalities):
 
 
 def test_jit_trace_of_predictions_but_not_of_what_trains(implementation):
-    """Traced without gradients a head's logits are a function of its inputs; everything else would be a constant."""
+    """Without gradients a head's logits are a function of its inputs; all else would be a constant."""
     model, (a, v, target) = Model().eval(), batch(7)
 
     class Predictions(nn.Module):

@@ -1,4 +1,4 @@
-"""Wrong wirings, which would leave the encoders without their gains in silence, raise, warn or are found by ``check``."""
+"""Wrong wirings, which would leave encoders without their gains, raise, warn or are found by ``check``."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_grouped_features_compile():
 
 
 def test_a_flat_list_of_several_features_per_modality_raises():
-    """Its link is a multiple of M, as one of DataParallel's is; a2 would get the visual gain and v1 the audio one."""
+    """Its link is a multiple of M, as DataParallel's is; a2 would get the visual gain, v1 the audio one."""
     z, target = four_features()
     (a1, a2, v1, v2), link = modulate(z)
     unimodal = [a1 + a2, v1 + v2]
@@ -84,7 +84,7 @@ def test_a_flat_list_of_several_features_per_modality_raises():
 
 
 def test_a_gathered_link_of_replicas_with_flat_lists_raises():
-    """Two replicas of a model that gives four features in one list, or one replica's link twice: no entries per modality."""
+    """Replicas of a model that gives four features in one list, or one replica's link twice."""
     z, target = four_features()
     parts = [modulate([x[rows] for x in z]) for rows in (slice(4), slice(4, 8))]
     a, v = (torch.cat([f[i] + f[i + 1] for f, _ in parts]) for i in (0, 2))
@@ -125,7 +125,7 @@ def test_a_link_that_a_node_of_its_own_has_gathered():
         torch.testing.assert_close(got, want * stats.gains[i // 2])
 
 
-# ---- what a criterion's first step tells ---------------------------------------------------------------------------------
+# ---- what a criterion's first step tells -------------------------------------------------------------------
 
 
 class Model(nn.Module):
@@ -244,7 +244,7 @@ def test_nothing_is_said_of_right_wirings():
     model.audio.requires_grad_(False)
     assert said(criterion, model(audio, visual), target) == []
     out = torch.utils.checkpoint.checkpoint(
-        lambda a, v: tuple((o := Model()(a, v)).unimodal.values()) + (o.fused, o.link),
+        lambda a, v: (*(o := Model()(a, v)).unimodal.values(), o.fused, o.link),
         audio.requires_grad_(),
         visual,
         use_reentrant=True,
@@ -271,7 +271,7 @@ def test_an_optimiser_of_adams_kind_warns_once(cls):
 
 @pytest.mark.parametrize("case", ["sgd", "none", "updates", "linear"])
 def test_which_optimisers_are_left_alone(case):
-    """SGD, a rule without gains, and gains on the update. The linear loss has no link, and its gains are cancelled too."""
+    """SGD, a rule without gains, gains on the update. The linear loss has no link, yet its gains cancel."""
     audio, visual, target = batch()
     model, criterion = Model(), ARLLoss(rule="none" if case == "none" else "share")
     cls = torch.optim.SGD if case == "sgd" else torch.optim.AdamW
@@ -296,7 +296,7 @@ def test_a_compiled_optimiser_step_with_the_hook_in_place():
     torch.testing.assert_close(model.audio.weight.detach(), before - 0.1 * model.audio.weight.grad)
 
 
-# ---- one's own gains -----------------------------------------------------------------------------------------------------
+# ---- one's own gains ---------------------------------------------------------------------------------------
 
 
 def regression():
@@ -347,7 +347,7 @@ def test_apply_gains_compiled():
         torch.testing.assert_close(got, want)
 
 
-# ---- arl_fast.check ------------------------------------------------------------------------------------------------------
+# ---- arl_fast.check ----------------------------------------------------------------------------------------
 
 
 def test_check_of_a_right_wiring():
@@ -428,7 +428,7 @@ def test_check_finds_swapped_gains_even_where_they_are_equal():
 
 
 class Skip(Model):
-    """A second visual encoder beside modulate, which only the fused logits see; and half of the audio one's gradient."""
+    """An encoder beside modulate that only the fused logits see, and half of the audio gradient beside it."""
 
     def __init__(self):
         super().__init__()

@@ -63,11 +63,12 @@ class _Modulate(torch.autograd.Function):
 
 
 def _nothing_to_scale() -> None:
-    """The loss has used the link, but does not depend on the features: the gains would act on nothing, in silence."""
+    """The loss has used the link, but does not depend on the features: the gains act on nothing."""
     if not torch.compiler.is_compiling():
         warnings.warn(
-            "modulate: a loss has used the link, but none of its gradient came through the features that modulate returned "
-            "with it, so that its gains scale nothing: give the head the returned features, not those that went in",
+            "modulate: a loss has used the link, but none of its gradient came through the features that "
+            "modulate returned with it, so that its gains scale nothing: give the head the returned "
+            "features, not those that went in",
             stacklevel=2,
         )
 
@@ -92,20 +93,22 @@ def apply_gains(loss: Tensor, link: Tensor, gains: Tensor | Sequence[float]) -> 
         loss = mse(head(features), y)
         loss = arl_fast.apply_gains(loss, link, gains=[1.2, 1.8])  # audio, visual
 
-    In backward the gradient that reaches modality m through its features is multiplied by gains[m]; the head's is not. As
-    in ``arl_loss``, a factor on the returned loss (accumulation, a loss scaler) does not touch the gains, and where
-    several losses use one link, their gains minus one add up.
+    In backward the gradient that reaches modality m through its features is multiplied by gains[m]; the
+    head's is not. As in ``arl_loss``, a factor on the returned loss (accumulation, a loss scaler) does not
+    touch the gains, and where several losses use one link, their gains minus one add up.
 
     Args:
         loss: a tensor of any shape that was computed from the features of ``modulate``.
         link: the second result of ``modulate``, [M].
-        gains: [M] factors, a tensor on the link's device or numbers. They get no gradient. Nothing is read to the host.
+        gains: [M] factors, a tensor on the link's device or numbers. They get no gradient. Nothing is read to
+            the host.
 
     Returns:
         The loss, unchanged. Use it, or the gains reach nobody.
 
     Raises:
-        TypeError, ValueError: a loss or link that is no tensor, or gains of another number than the link has entries.
+        TypeError, ValueError: a loss or link that is no tensor, or gains of another number than the link has
+            entries.
     """
     for name, value in (("loss", loss), ("link", link)):
         if not isinstance(value, Tensor):
@@ -115,7 +118,8 @@ def apply_gains(loss: Tensor, link: Tensor, gains: Tensor | Sequence[float]) -> 
     values = torch.as_tensor(gains, dtype=link.dtype, device=link.device).detach()
     if values.dim() != 1 or (link.shape != values.shape and not graph.is_gathered(link, len(values))):
         raise ValueError(
-            f"gains: got shape {list(values.shape)}, expected {list(link.shape)}, one gain per entry of the link"
+            f"gains: got shape {list(values.shape)}, expected {list(link.shape)}, one gain per entry of the "
+            "link"
         )
     return _ApplyGains.apply(loss, link, values) if recorded((link,)) else loss
 
@@ -138,14 +142,15 @@ def modulate(features: Any) -> tuple[Any, Tensor]:
     A link that no loss uses is harmless.
 
     Args:
-        features: a floating-point tensor of any shape per modality, or a list of them where a modality has several
-            (layers, crops, a sequence and its summary), which all get its gain; all on one device. A dict by name, or a
-            sequence: {"audio": za, "visual": zv}, {"audio": [a1, a2], "visual": [v1, v2]}, [za, zv].
+        features: a floating-point tensor of any shape per modality, or a list of them where a modality has
+            several (layers, crops, a sequence and its summary), which all get its gain; all on one device. A
+            dict by name, or a sequence: {"audio": za, "visual": zv}, {"audio": [a1, a2], "visual": [v1, v2]},
+            [za, zv].
 
     Returns:
-        The features, in a dict or a list as they came, with lists inside where they came so, and the link, a zero vector
-        [M] of float32 (float64 if any feature is float64). Where several losses use one link, their gains minus one add
-        up.
+        The features, in a dict or a list as they came, with lists inside where they came so, and the link, a
+        zero vector [M] of float32 (float64 if any feature is float64). Where several losses use one link,
+        their gains minus one add up.
 
     Raises:
         TypeError, ValueError: not a dict or sequence of floating-point tensors, none given, or several devices.

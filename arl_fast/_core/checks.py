@@ -33,8 +33,8 @@ def refuse_tracing(what: str) -> None:
     """torch.jit.trace sees torch's own operations only."""
     if torch.jit.is_tracing():
         raise RuntimeError(
-            f"{what}: called inside torch.jit.trace, which would record its result as a constant: trace predictions "
-            "under torch.no_grad(), without the loss, or use torch.export"
+            f"{what}: called inside torch.jit.trace, which would record its result as a constant: trace "
+            "predictions under torch.no_grad(), without the loss, or use torch.export"
         )
 
 
@@ -80,8 +80,8 @@ def check_features(features: Any) -> FlatFeatures:
     """What ``modulate`` takes: a floating-point tensor or a list of them per modality, all on one device."""
     if isinstance(features, (Tensor, str)) or not isinstance(features, (Mapping, Sequence)):
         raise TypeError(
-            f"features: got {type(features).__name__}, expected a dict or a sequence of tensors, one per modality, or of "
-            "lists of tensors"
+            f"features: got {type(features).__name__}, expected a dict or a sequence of tensors, one per "
+            "modality, or of lists of tensors"
         )
     names = list(features) if isinstance(features, Mapping) else None
     values = list(features.values()) if isinstance(features, Mapping) else list(features)
@@ -190,9 +190,10 @@ def _check_link(link: Tensor, names: Sequence, fused: Tensor) -> None:
         raise TypeError(f"link: got {type(link).__name__}, expected the second result of arl_fast.modulate")
     if (link.dim() != 1 or link.shape[0] != len(names)) and not graph.is_gathered(link, len(names)):
         raise ValueError(
-            f"link: got shape {list(link.shape)}, expected [{len(names)}], one entry per modality. Give modulate several "
-            "features of one modality as a list, {'audio': [a1, a2], 'visual': [v1, v2]}. A longer link is taken from "
-            "DataParallel only, which joins the links of its replicas, and outside of torch.compile"
+            f"link: got shape {list(link.shape)}, expected [{len(names)}], one entry per modality. Give "
+            "modulate several features of one modality as a list, {'audio': [a1, a2], 'visual': [v1, v2]}. A "
+            "longer link is taken from DataParallel only, which joins the links of its replicas, and outside "
+            "of torch.compile"
         )
     if link.device != fused.device:
         raise ValueError(f"link: got device {link.device}, expected that of the logits, {fused.device}")

@@ -1,6 +1,7 @@
 """Autograd's graph, as far as it tells how a model is wired.
 
-It is walked where a call is unusual, in a criterion's first step, and by ``arl_fast.check``: never in every step.
+It is walked where a call is unusual, in a criterion's first step, and by ``arl_fast.check``: never in every
+step.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def features_of(node: Any) -> list[list[Any]]:
 
 
 def walk(roots: Iterable[Any], stop: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:
-    """The nodes behind some nodes, these included, each once; not what lies behind a node where ``stop`` holds."""
+    """The nodes behind some nodes, these included, each once; nothing behind one where ``stop`` holds."""
     seen: dict[Any, None] = {}  # holds the nodes, so that no two have one identity
     todo = [node for node in roots if node is not None]
     while todo:
@@ -55,8 +56,9 @@ def modulates_behind(tensors: Iterable[Tensor]) -> list[Any]:
 def is_gathered(link: Tensor, modalities: int) -> bool:
     """Whether a link consists of the links of several replicas, each with one entry for each of M modalities.
 
-    DataParallel concatenates what its replicas return. A gathered link has lost the names of its modalities, but its graph
-    leads to one ``modulate`` per replica. A link that needs no gradient scales nothing and may have any number of parts.
+    DataParallel concatenates what its replicas return. A gathered link has lost the names of its modalities,
+    but its graph leads to one ``modulate`` per replica. A link that needs no gradient scales nothing and may
+    have any number of parts.
     """
     if link.dim() != 1 or link.shape[0] == 0 or link.shape[0] % modalities or torch.compiler.is_compiling():
         return False

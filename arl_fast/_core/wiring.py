@@ -1,7 +1,7 @@
 """What a criterion looks at once, in its first training step: do its gains reach encoders, and once only?
 
-A wrong wiring stays silent otherwise, and the statistics vouch for gains that nobody got. The graph is walked once per
-criterion, so that a step costs nothing. ``arl_fast.check`` measures what a graph cannot tell.
+A wrong wiring stays silent otherwise, and the statistics vouch for gains that nobody got. The graph is walked
+once per criterion, so that a step costs nothing. ``arl_fast.check`` measures what a graph cannot tell.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ update_gains: weakref.WeakKeyDictionary[Any, weakref.ref] = weakref.WeakKeyDicti
 
 _DETACHED = "call criterion(arl_fast.optim.detach_link(output), target)"
 
-# Parts of the names of optimisers whose step does not depend on a constant scale of the gradient, in lower case.
+# Parts of the names of optimisers whose step does not depend on a constant scale of the gradient, in lower
+# case.
 _CANCELLING = (
     *("adam", "adan", "adagrad", "adadelta", "adafactor", "adabelief", "rmsprop", "rprop", "lion", "lamb"),
     *("muon", "prodigy", "sophia", "novograd", "shampoo", "soap"),
@@ -31,7 +32,7 @@ _CANCELLING = (
 
 
 def cancels_gains(optimizer: Any) -> bool:
-    """Whether an optimiser is of the kind that divides a gradient by its size, by the names of its classes."""
+    """Whether an optimiser is of the kind that divides a gradient by its size, by its classes' names."""
     names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
     return any(part in name for name in names for part in _CANCELLING)
 
@@ -49,14 +50,15 @@ def look(criterion: Any, options: Options, logits: Sequence[Tensor], link: Tenso
         return True
     if updates:
         raise ValueError(
-            "link: got one that scales gradients, while UpdateGains puts the gains of this criterion on the update: they "
-            f"would act twice (2.25 in the place of 1.5); {_DETACHED}"
+            "link: got one that scales gradients, while UpdateGains puts the gains of this criterion on "
+            f"the update: they would act twice (2.25 in the place of 1.5); {_DETACHED}"
         )
     sources = graph.modulates_behind([link]) or [link.grad_fn]
     if not any(node in sources for node in graph.walk([x.grad_fn for x in logits], sources.__contains__)):
         raise ValueError(
-            "link: got one whose modulate took no part in these logits, so that its gains would scale nothing: compute the "
-            "logits from the features that modulate returned together with this link, in this step"
+            "link: got one whose modulate took no part in these logits, so that its gains would scale "
+            "nothing: compute the logits from the features that modulate returned together with this link, "
+            "in this step"
         )
     _watch([group for node in sources if graph.is_modulate(node) for group in graph.features_of(node)])
     return True
@@ -70,8 +72,9 @@ def look_at_linear(criterion: Any, options: Options, features: Sequence[Tensor])
         return False
     if criterion in update_gains:
         raise ValueError(
-            "features: got some whose gradients the linear loss scales, while UpdateGains puts the gains of this criterion "
-            f"on the update: they would act twice (2.25 in the place of 1.5); with the logits of a head, {_DETACHED}"
+            "features: got some whose gradients the linear loss scales, while UpdateGains puts the gains "
+            "of this criterion on the update: they would act twice (2.25 in the place of 1.5); with the "
+            f"logits of a head, {_DETACHED}"
         )
     _watch([[z.grad_fn] for z in features])
     return True
@@ -80,16 +83,18 @@ def look_at_linear(criterion: Any, options: Options, features: Sequence[Tensor])
 def why_no_gradient(link: Tensor) -> str:
     if getattr(link, "detached", False):
         return (
-            "link: got that of detach_link, but no UpdateGains was given this criterion, so that its gains have no effect: "
-            "UpdateGains(optimizer, groups, criterion) puts them on the update; without detach_link they scale gradients"
+            "link: got that of detach_link, but no UpdateGains was given this criterion, so that its gains "
+            "have no effect: UpdateGains(optimizer, groups, criterion) puts them on the update; without "
+            "detach_link they scale gradients"
         )
     return (
-        "link: got one that leads to no encoder, so that the gains have no effect: all encoders are frozen or their features "
-        "detached before modulate, modulate was called without gradients, or the link is not modulate's. rule='none' says so"
+        "link: got one that leads to no encoder, so that the gains have no effect: all encoders are frozen "
+        "or their features detached before modulate, modulate was called without gradients, or the link is "
+        "not modulate's. rule='none' says so"
     )
 
 
-# ---- the first step of the optimiser -----------------------------------------------------------------------------------
+# ---- the first step of the optimiser -----------------------------------------------------------------------
 
 # Per criterion, until an optimiser has stepped them: one parameter of each encoder.
 _watched: list[list[weakref.ref[Tensor]]] = []
@@ -97,7 +102,7 @@ _hook: Any = None
 
 
 def _watch(encoders: Sequence[Sequence[Any]]) -> None:
-    """Look at the optimiser that is the first to step a parameter of these encoders, given as their last nodes."""
+    """Look at the optimiser that first steps a parameter of these encoders, given as their last nodes."""
     global _hook
     found = (next((n.variable for n in graph.walk(own) if hasattr(n, "variable")), None) for own in encoders)
     parameters = [weakref.ref(p) for p in found if p is not None]
@@ -118,7 +123,8 @@ def _look_at_optimizer(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             _watched.remove(parameters)
             if cancels_gains(optimizer):
                 warnings.warn(
-                    f"{type(optimizer).__name__} divides each gradient by a running estimate of its size, which cancels most of "
-                    "ARL's gains: put them on the update with arl_fast.optim.UpdateGains, or use SGD (docs/loops.md)",
+                    f"{type(optimizer).__name__} divides each gradient by a running estimate of its size, "
+                    "which cancels most of ARL's gains: put them on the update with "
+                    "arl_fast.optim.UpdateGains, or use SGD (docs/loops.md)",
                     stacklevel=3,
                 )
