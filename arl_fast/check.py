@@ -215,7 +215,7 @@ class _Measured:
 
 
 def _judged(measured: _Measured, criterion: ARLLoss, optimizer: torch.optim.Optimizer | None) -> Check:
-    updates = wiring.update_gains[criterion]() if criterion in wiring.update_gains else None
+    updates = wiring.updates_of(criterion)
     real: dict[Any, float | None] = {}
     problems, notes = [], []
     if not criterion.options.scales:

@@ -45,7 +45,7 @@ class _Head(nn.Module):
         def __call__(self, features: Features, mask: Tensor | None = None) -> BranchLogits: ...
 
     def _as_list(self, features: Features, mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-        """The features in this head's order, checked, zero where absent; the mask, None if all are present."""
+        """The features in this head's order, checked, zero where absent; the mask, None if all are there."""
         if self.names is None:
             if isinstance(features, (Tensor, Mapping)) or len(features) != len(self.dims):
                 raise ValueError(
@@ -430,21 +430,21 @@ class ZeroedHead(nn.Module):
     One call per branch, M+1 in all; use a linear head where the fusion is linear.
 
     Where the fusion has BatchNorm, the unimodal passes normalise with their own batch, as every pass in
-    training does, but leave the running statistics alone: these are then the fused pass's, which evaluation of
-    the whole model needs. The unimodal evaluation pays for it. docs/intermediate.md has the numbers; LayerNorm
-    has neither problem.
+    training does, but leave the running statistics alone: these are then the fused pass's, which evaluation
+    of the whole model needs. The unimodal evaluation pays for it. docs/intermediate.md has the numbers;
+    LayerNorm has neither problem.
 
     Args:
-        fusion: a callable (an ``nn.Module`` is registered) from features, a dict or a list as given, to logits.
-            A modality's entry is a list of tensors where it came as one.
+        fusion: a callable (an ``nn.Module`` is registered) from features, a dict or a list as given, to
+            logits. A modality's entry is a list of tensors where it came as one.
         absent: what stands for an absent modality.
             "zeros": zeros of the feature's shape.
             "mask": zeros too, and the fusion is called as ``fusion(features, mask)`` with mask [B, M] bool,
             False where a modality is absent: for attention, pooling, or whatever can leave entries out.
             Tensors by modality, a dict or a sequence, each of a shape that expands to the feature's: a fixed
             stand-in, or with ``nn.Parameter(torch.zeros(D_m))`` a learned token, a parameter of this head.
-            A callable ``absent(name, z)``, with a name or position, to a tensor of z's shape (an ``nn.Module``
-            is registered).
+            A callable ``absent(name, z)``, with a name or position, to a tensor of z's shape (an
+            ``nn.Module`` is registered).
         track_unimodal: whether unimodal passes update running statistics too, as they would by themselves.
             Modules are found in a fusion that is a module, a module's method, or a function that closes over
             modules.

@@ -8,7 +8,6 @@ cancels; ``detach_link`` keeps the gradients as they are, so that the gain is no
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,7 +103,7 @@ class UpdateGains:
                     )
                 seen[index] = name
         if isinstance(criterion, ARLLoss):  # so that it can tell whether its gains act, and once
-            wiring.update_gains[criterion] = weakref.ref(self)
+            wiring.set_updates(criterion, self)
             criterion._unseen = True
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -114,7 +113,7 @@ class UpdateGains:
     def remove(self) -> None:
         """Leave the optimizer as it was."""
         if isinstance(self.criterion, ARLLoss):
-            wiring.update_gains.pop(self.criterion, None)
+            wiring.set_updates(self.criterion, None)
             self.criterion._unseen = True
         for hook in self._hooks:
             hook.remove()

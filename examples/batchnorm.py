@@ -1,7 +1,8 @@
 """BatchNorm in a fusion under ZeroedHead: whose running statistics? python examples/batchnorm.py [--seeds 8]
 
-The demo's data (handwritten digits, two halves) and encoders, and a fusion with a norm in it. The unimodal passes of
-training normalise by their own batch; what they do to the running statistics decides what evaluation sees.
+The demo's data (handwritten digits, two halves) and encoders, and a fusion with a norm in it. The unimodal
+passes of training normalise by their own batch; what they do to the running statistics decides what
+evaluation sees.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Heads in other people's models: replaced layers, old checkpoints, absent features, BatchNorm in a fusion."""
+"""Heads in other people's models: replaced layers, old checkpoints, absent features, BatchNorm in fusion."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def test_a_link_that_leads_nowhere_warns():
 
 
 def test_nothing_is_said_of_right_wirings():
-    """Evaluation first, replicas, checkpoints, a frozen encoder, a link beside a deep head."""
+    """Evaluation first, a frozen encoder, a compiled model, a checkpoint that hides modulate."""
     audio, visual, target = batch()
     model = Model(arl_fast.ZeroedHead(lambda z: sum(x.tanh() for x in z.values()).repeat(1, 2)))
     criterion = ARLLoss()
@@ -243,6 +243,7 @@ def test_nothing_is_said_of_right_wirings():
         assert said(criterion, model(audio, visual), target) == []
     model.audio.requires_grad_(False)
     assert said(criterion, model(audio, visual), target) == []
+    assert said(ARLLoss(), torch.compile(Model(), backend="aot_eager")(audio, visual), target) == []
     out = torch.utils.checkpoint.checkpoint(
         lambda a, v: (*(o := Model()(a, v)).unimodal.values(), o.fused, o.link),
         audio.requires_grad_(),
@@ -485,7 +486,7 @@ def test_check_of_links_and_optimisers():
     assert result.ok, str(result)
     assert list(result.real.values()) == pytest.approx(list(result.said.values()))
     updates.remove()
-    arl_fast.optim.UpdateGains(torch.optim.AdamW(groups()), {"audio": 0, "visual": 2}, criterion)
+    updates = arl_fast.optim.UpdateGains(torch.optim.AdamW(groups()), {"audio": 0, "visual": 2}, criterion)
     result = arl_fast.check(model, batch(), criterion)
     assert (
         "'visual': visual.bias, visual.weight in none of the parameter groups of its modality"

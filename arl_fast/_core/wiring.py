@@ -18,8 +18,23 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from . import graph
 from .options import Options
 
-# The criteria whose gains an UpdateGains puts on the update, and that object.
-update_gains: weakref.WeakKeyDictionary[Any, weakref.ref] = weakref.WeakKeyDictionary()
+# The criteria whose gains an UpdateGains puts on the update, and that object, which its optimiser keeps alive.
+_updates: weakref.WeakKeyDictionary[Any, weakref.ref] = weakref.WeakKeyDictionary()
+
+
+def set_updates(criterion: Any, updates: Any) -> None:
+    """Remember the UpdateGains of a criterion, or with None that there is none any more."""
+    if updates is None:
+        _updates.pop(criterion, None)
+    else:
+        _updates[criterion] = weakref.ref(updates)
+
+
+def updates_of(criterion: Any) -> Any:
+    """The UpdateGains of a criterion, or None."""
+    reference = _updates.get(criterion)
+    return None if reference is None else reference()
+
 
 _DETACHED = "call criterion(arl_fast.optim.detach_link(output), target)"
 
@@ -43,7 +58,7 @@ def look(criterion: Any, options: Options, logits: Sequence[Tensor], link: Tenso
         return True
     if link is None or not torch.is_grad_enabled() or not any(x.requires_grad for x in logits):
         return False
-    updates = criterion in update_gains
+    updates = updates_of(criterion) is not None
     if not link.requires_grad:
         if not updates:
             warnings.warn(why_no_gradient(link), stacklevel=5)
@@ -53,14 +68,16 @@ def look(criterion: Any, options: Options, logits: Sequence[Tensor], link: Tenso
             "link: got one that scales gradients, while UpdateGains puts the gains of this criterion on "
             f"the update: they would act twice (2.25 in the place of 1.5); {_DETACHED}"
         )
-    sources = graph.modulates_behind([link]) or [link.grad_fn]
+    modulates = graph.modulates_behind([link])
+    # where a compiler has hidden modulate, some node that the link and the logits have in common must do
+    sources = set(modulates or (node for node in graph.walk([link.grad_fn]) if not hasattr(node, "variable")))
     if not any(node in sources for node in graph.walk([x.grad_fn for x in logits], sources.__contains__)):
         raise ValueError(
             "link: got one whose modulate took no part in these logits, so that its gains would scale "
             "nothing: compute the logits from the features that modulate returned together with this link, "
             "in this step"
         )
-    _watch([group for node in sources if graph.is_modulate(node) for group in graph.features_of(node)])
+    _watch([group for node in modulates for group in graph.features_of(node)])
     return True
 
 
@@ -70,7 +87,7 @@ def look_at_linear(criterion: Any, options: Options, features: Sequence[Tensor])
         return True
     if not torch.is_grad_enabled() or not any(z.requires_grad for z in features):
         return False
-    if criterion in update_gains:
+    if updates_of(criterion) is not None:
         raise ValueError(
             "features: got some whose gradients the linear loss scales, while UpdateGains puts the gains "
             "of this criterion on the update: they would act twice (2.25 in the place of 1.5); with the "
