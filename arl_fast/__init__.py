@@ -9,6 +9,7 @@ from ._core.spec import BranchStats
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
 from .linear import linear_arl_loss
 from .loss import ARLLoss, arl_loss
+from .memory import release_memory
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "arl_loss",
     "linear_arl_loss",
     "modulate",
+    "release_memory",
 ]
 
 _MODULES = ("distributed", "integrations", "optim", "plots", "reference", "sharded")

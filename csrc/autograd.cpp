@@ -68,6 +68,22 @@ struct LossBackward final : Node {
   }
 };
 
+// ---- the plain loss ------------------------------------------------------------------------------------------------
+
+// torch's own cross-entropy of the fused logits, recorded by torch: value and gradient to the last bit. It does not depend
+// on the unimodal logits and the link, which get no gradient, as in a plain step.
+at::Tensor torch_cross_entropy(const at::Tensor& fused, const cpu::Inputs& inputs, const Options& options, const at::Tensor& packed) {
+  const int branches = int(inputs.logits.size());
+  const at::Tensor target = inputs.target->to(at::kLong);
+  at::Tensor x = fused.to(packed.scalar_type());
+  if (value_at(packed, sums_offset(branches - 1) + kCount * branches) < double(fused.size(0))) {
+    x = x.masked_fill(target.eq(options.ignore_index).unsqueeze(1), 0);  // NaN in an ignored row must not reach its gradient
+  }
+  const auto weight = inputs.weight == nullptr ? std::optional<at::Tensor>() : *inputs.weight;
+  const auto reduction = options.reduction == kMean ? at::Reduction::Mean : at::Reduction::Sum;
+  return at::cross_entropy_loss(x, target, weight, reduction, options.ignore_index, options.label_smoothing);
+}
+
 // Whether the modalities' names, if unimodal has any, come in the order that modulate has left on its link.
 bool names_agree(PyObject* unimodal, PyObject* link) {
   static PyObject* attribute = PyUnicode_InternFromString("modalities");
@@ -158,8 +174,11 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     std::optional<pybind11::gil_scoped_release> release;
     if (fused->numel() > 16384) release.emplace();
+    if (is_plain(inputs, *options)) inputs.wanted = 0;
     outputs = cpu::forward(inputs, *options);
-    if (inputs.wanted != 0) {
+    if (is_plain(inputs, *options)) {
+      outputs.loss = torch_cross_entropy(*fused, inputs, *options, outputs.packed);
+    } else if (inputs.wanted != 0) {
       const auto node = make_node<LossBackward>();
       node->dtype = type;
       node->hooked = at::SavedTensorDefaultHooks::get_hooks().has_value();

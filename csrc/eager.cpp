@@ -130,7 +130,6 @@ bool read_inputs(PyObject* target_object, PyObject* const* rest, const Options& 
   if (!number(rest[2], &inputs->gamma) || !number(rest[3], &inputs->temperature) || !number(rest[4], &warming)) return false;
   if (inputs->gamma < 0 || PyBool_Check(rest[2]) || PyBool_Check(rest[3])) return false;
   inputs->warming = warming != 0;
-  if (inputs->gamma == 0 && options.rule == kNone) return false;  // torch's own cross-entropy, to the last bit
   if (options.reduction == kNoReduction || (options.rule == kPaper && modalities != 2)) return false;
   if (!is_float(type) || classes == 0 || modalities == 0 || modalities >= cpu::kMaxBranches) return false;
 
@@ -158,12 +157,13 @@ bool read_inputs(PyObject* target_object, PyObject* const* rest, const Options& 
 
 // ---- for autograd nodes --------------------------------------------------------------------------------------------
 
+double value_at(const at::Tensor& packed, int64_t position) {
+  return packed.scalar_type() == at::kDouble ? packed.const_data_ptr<double>()[position] : packed.const_data_ptr<float>()[position];
+}
+
 c10::SmallVector<double, 4> link_gradient(const at::Tensor& packed, int modalities) {
   c10::SmallVector<double, 4> gradient;
-  for (int m = 0; m < modalities; ++m) {
-    const int at = link_offset(modalities) + m;
-    gradient.push_back(packed.scalar_type() == at::kDouble ? packed.const_data_ptr<double>()[at] : packed.const_data_ptr<float>()[at]);
-  }
+  for (int m = 0; m < modalities; ++m) gradient.push_back(value_at(packed, link_offset(modalities) + m));
   return gradient;
 }
 

@@ -47,6 +47,12 @@ c10::SmallVector<PyObject*, 8> values_of(PyObject* object);
 bool read_inputs(PyObject* target, PyObject* const* rest, const Options& options, int64_t rows, int64_t classes, int64_t modalities,
                  at::ScalarType type, cpu::Inputs* inputs);
 
+// Whether the loss is a plain cross-entropy, the baseline of every comparison: it is torch's own, to the last bit.
+inline bool is_plain(const cpu::Inputs& inputs, const Options& options) { return inputs.gamma == 0 && options.rule == kNone; }
+
+// An entry of a packed vector.
+double value_at(const at::Tensor& packed, int64_t position);
+
 // The gains - 1 of a packed vector.
 c10::SmallVector<double, 4> link_gradient(const at::Tensor& packed, int modalities);
 

@@ -311,6 +311,7 @@ PyObject* fast_linear_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const at::ScalarType type = head.features[0].scalar_type();
   cpu::Inputs inputs;
   if (!read_inputs(args[8], args + 9, *options, rows, classes, modalities, type, &inputs)) Py_RETURN_NONE;
+  if (is_plain(inputs, *options)) Py_RETURN_NONE;
   const int64_t bytes_per_row = (modalities + 1) * classes * 2 * int64_t(c10::elementSize(type));
   if (!one_chunk(args[3], args[4], rows, bytes_per_row)) {
     PyErr_Clear();

@@ -282,6 +282,8 @@ def scale(
     """
     if upstream.dim():
         upstream = upstream.unsqueeze(1)
+    elif not keep and factor is None and dtype == upstream.dtype and _on_host(upstream) and upstream == 1:
+        return grads
     factors = [upstream if factor is None else upstream * factor[b] for b in range(len(grads))]
     if keep or dtype != upstream.dtype:
         return [(g.to(upstream.dtype) * f).to(dtype) for g, f in zip(grads, factors, strict=True)]
