@@ -13,6 +13,7 @@ from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, Zer
 from .history import History
 from .linear import linear_arl_loss
 from .loss import ARLLoss, arl_loss
+from .memory import release_memory
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "diagnose",
     "linear_arl_loss",
     "modulate",
+    "release_memory",
 ]
 
 _MODULES = ("distributed", "family", "integrations", "ladder", "optim", "plots", "reference", "sharded")
