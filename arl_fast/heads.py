@@ -1,6 +1,7 @@
 """Heads that share all their parameters between the fused and the unimodal predictions.
 
-Each takes the encoders' features, marks them with ``modulate`` and returns BranchLogits. Where the head is linear, the
+Each takes the encoders' features, marks them with ``modulate`` and returns BranchLogits. Where the head is
+linear, the
 unimodal predictions are pieces of the fused one: M matrix products instead of M+1 zero-padded ones.
 """
 
@@ -32,7 +33,8 @@ class _Head(nn.Module):
         super().__init__()
         if isinstance(features, str) or not isinstance(features, (Mapping, Sequence)) or len(features) == 0:
             raise TypeError(
-                f"features: got {features!r}, expected feature sizes by modality, as {{'audio': 512, 'visual': 512}}"
+                f"features: got {features!r}, expected feature sizes by modality, as "
+                "{'audio': 512, 'visual': 512}"
             )
         self.names: list[str] | None = list(features) if isinstance(features, Mapping) else None
         self.dims: list[int] = list(features.values()) if isinstance(features, Mapping) else list(features)
@@ -123,7 +125,7 @@ class _Head(nn.Module):
         return BranchLogits(fused, named_unimodal, link)
 
     def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The fused and the M unimodal logits [B, d1, ..., C] of features [B, d1, ..., D_m], without a link."""
+        """Fused and M unimodal logits [B, d1, ..., C] of features [B, d1, ..., D_m], without a link."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -159,11 +161,11 @@ class _LinearHead(_Head):
         chunk: int | None = None,
         **options: Any,
     ) -> tuple[Tensor, BranchStats]:
-        """``loss, stats = head.loss(features, target)`` in the place of ``criterion(head(features), target)``.
+        """``loss, stats = head.loss(features, target)`` in place of ``criterion(head(features), target)``.
 
-        Never holds more than a chunk of logits (``linear_arl_loss``). The layers' parameters are read directly: forward
-        hooks on the layers do not run, and layers that compute something else than W z + b (LoRA's, quantised
-        ones) are refused.
+        Never holds more than a chunk of logits (``linear_arl_loss``). The layers' parameters are read
+        directly: forward hooks on the layers do not run, and layers that compute something else than W z + b
+        (LoRA's, quantised ones) are refused.
 
         Args:
             features, mask: as for the head, with zeros for absent features. The loss gets the mask too.
@@ -221,8 +223,9 @@ def _parameters_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 class ConcatHead(_LinearHead):
     """One linear layer over the concatenated features: x_f = sum_m W_m z_m + b.
 
-    A unimodal branch is the same layer with the other features at zero, x_m = W_m z_m + b (``bias="full"``, as in the
-    release) or, so that the branches sum up to the fused logits, x_m = W_m z_m + b / M (``bias="split"``).
+    A unimodal branch is the same layer with the other features at zero, x_m = W_m z_m + b (``bias="full"``,
+    as in the release) or, so that the branches sum up to the fused logits, x_m = W_m z_m + b / M
+    (``bias="split"``).
 
     The layer may be wrapped or replaced, as LoRA and quantisation do, may carry hooks or be parametrised:
     whatever is not an ``nn.Linear`` of plain tensors is called, once per branch. A state_dict of an
@@ -316,7 +319,7 @@ def _accept_bare_linear(head: nn.Module, state: dict, prefix: str, *_: Any) -> N
 
 
 class SumHead(_LinearHead):
-    """One linear layer per modality, added: x_m = W_m z_m + b_m, x_f = sum_m x_m (the release's "sum" fusion).
+    """One linear layer per modality, added: x_m = W_m z_m + b_m, x_f = sum_m x_m (the release's "sum").
 
     Args:
         features: feature size by modality.
@@ -340,7 +343,7 @@ class SumHead(_LinearHead):
 
 
 class SharedHead(_LinearHead):
-    """One linear layer for all modalities: x_m = W z_m + b, x_f = sum_m x_m, so that b counts M times, as in the release.
+    """One linear layer for all: x_m = W z_m + b, x_f = sum_m x_m; b counts M times, as in the release.
 
     Args:
         features: feature size by modality, all equal.

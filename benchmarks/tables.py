@@ -1,4 +1,4 @@
-"""From rows to tables: Markdown for docs/performance.md and a short text for the terminal. Nothing is typed by hand.
+"""From rows to tables: Markdown for docs/performance.md and a short text for the terminal.
 
 Ratios are medians over medians of one run: time over that of one torch cross-entropy of the fused logits.
 """
@@ -178,7 +178,9 @@ def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def fits(found: list[Row], kind: str) -> str:
-    """Fitted fixed cost and slope per logit of every scaling suite; on a CPU relative to the unit's fit over the same suite."""
+    """Fitted fixed cost and slope per logit of every scaling suite; on a CPU relative to the unit's fit over
+    the same suite.
+    """
     body = []
     chosen = [
         r

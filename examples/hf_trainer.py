@@ -18,7 +18,9 @@ from arl_fast.optim import UpdateGains, detach_link
 
 
 class Model(TwoModalities):
-    """Returns a dict, as the Trainer likes it, and carries the criterion along, so that it is saved and moved with the model."""
+    """Returns a dict, as the Trainer likes it, and carries the criterion along, so that it is saved and moved
+    with the model.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -59,7 +59,19 @@ def step(logits, target, upstream=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "classes"),
-    [(64, 6), (5, 1), (0, 4), (70, 16), (70, 37), (129, 48), (7, 49), (33, 100), (9, 113), (33, 309), (3, 2000)],
+    [
+        (64, 6),
+        (5, 1),
+        (0, 4),
+        (70, 16),
+        (70, 37),
+        (129, 48),
+        (7, 49),
+        (33, 100),
+        (9, 113),
+        (33, 309),
+        (3, 2000),
+    ],
 )
 def test_every_instruction_set(isa, dtype, batch, classes):
     native._C.set_isa(isa)

@@ -44,7 +44,7 @@ class Targets(NamedTuple):
 
 
 def as_branch_logits(output: object) -> BranchLogits:
-    """BranchLogits from itself, a tuple (fused, unimodal[, link]) or a dict with "fused" and the modalities."""
+    """BranchLogits from itself, a tuple (fused, unimodal[, link]) or a dict with "fused" and modalities."""
     if isinstance(output, BranchLogits):
         return output
     # before Mapping, an abstract class, whose check takes a microsecond

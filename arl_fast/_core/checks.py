@@ -298,8 +298,8 @@ def _check_classes(logits: Tensor) -> None:
     if logits.shape[1] == 1:
         raise ValueError(
             f"fused: got logits of shape {list(logits.shape)}, a single class, which is always right: for "
-            "one yes or no per row pass task='multilabel' and targets of the logits' shape, for classes at least "
-            "two logits"
+            "one yes or no per row pass task='multilabel' and targets of the logits' shape, for classes at "
+            "least two logits"
         )
 
 

@@ -1,7 +1,7 @@
 """The loss in plain torch: the oracle of the package, and what runs where no kernel does.
 
-Any device, float64 to float16, traceable by torch.compile. An implementation offers the three functions ``forward``,
-``scale`` and ``modulate_backward``; docs/architecture.md states the contract.
+Any device, float64 to float16, traceable by torch.compile. An implementation offers the three functions
+``forward``, ``scale`` and ``modulate_backward``; docs/architecture.md states the contract.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from .._core.dtypes import compute_dtype, grad_dtype
 from .._core.options import Options, Schedule
 from .._core.rules import effective_gamma, finish, weighted_sum
 
-# Logits to work on at a time: their temporaries fit a CPU's cache. A compiler gets whole branches, which it fuses.
+# Logits to work on at a time: their temporaries fit a CPU's cache. A compiler gets whole branches, which it
+# fuses.
 _BLOCK = 1 << 18
 _LARGE = {torch.float32: 3e38, torch.float64: 1e308}
-# Branches of at most so many classes are stacked if they fit a block. Linear heads count on wide ones not being copied.
+# Branches of at most so many classes are stacked if they fit a block. Linear heads count on wide ones not
+# being copied.
 _NARROW = 512
 
 
@@ -31,7 +33,9 @@ def _on_host(x: Tensor) -> bool:
 
 
 def _clear_rows(x: Tensor, keep: Tensor | None) -> None:
-    """Zeros where ``keep``, integers as wide as x, is 0 and not -1. NaN * 0 is not 0; masked_fill_ takes 8 times longer."""
+    """Zeros where ``keep``, integers as wide as x, is 0 and not -1. NaN * 0 is not 0; masked_fill_ takes 8
+    times longer.
+    """
     if keep is not None:
         x.view(keep.dtype).bitwise_and_(keep)
 
@@ -39,7 +43,7 @@ def _clear_rows(x: Tensor, keep: Tensor | None) -> None:
 def _targets(
     target: Tensor, classes: int, weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Of class indices [N], as [1, N, 1]: the class, whether it counts, its weight, and NaN where out of range, else 0.
+    """Of class indices [N], as [1, N, 1]: class, whether it counts, weight, and NaN where out of range, else 0.
 
     On a CPU out of range is an error, so there the last one is None; so is the second where all rows count.
     """
@@ -73,7 +77,7 @@ def _blocks(logits: Sequence[Tensor]) -> Iterator[tuple[int, slice, Tensor]]:
 
 
 def _is_first_largest(x: Tensor, label: Tensor, below: Tensor) -> Tensor:
-    """Whether the first largest element of x [..., C] is the one at ``label`` [..., 1]; a NaN counts as the largest.
+    """Whether the first largest of x [..., C] is at ``label`` [..., 1]; a NaN counts as the largest.
 
     Args:
         below: x minus its largest element, [..., C].
@@ -81,8 +85,8 @@ def _is_first_largest(x: Tensor, label: Tensor, below: Tensor) -> Tensor:
     if not _on_host(x):
         return x.argmax(-1, keepdim=True) == label
     first = below.gather(-1, label) == 0
-    # How many are as large, without a search, which would take as long as two softmaxes. It is too many for elements that
-    # almost are, and NaN for a row with NaN or an infinity.
+    # How many are as large, without a search, which would take as long as two softmaxes. It is too many for
+    # elements that almost are, and NaN for a row with NaN or an infinity.
     ties = torch.add(1.0, below, alpha=_LARGE[x.dtype]).clamp_min_(0).sum(-1, keepdim=True)
     if not (single := ties <= 1).all():
         rows = single.logical_not_().squeeze(-1).nonzero(as_tuple=True)
@@ -98,11 +102,11 @@ def _rows(
     grad: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What is known of each row, and its gradient, from logits x [..., C] and classes y [..., 1] or probabilities [..., C].
+    """What is known of each row of logits x [..., C], and its gradient; y: classes [..., 1] or probabilities.
 
-    Known are the log likelihood, whether the prediction is correct, minus the entropy, and the dependence, [..., 4]. The
-    gradient [..., C], for which there may be a place, ``out``, is that of minus the log likelihood. Weights of class
-    indices without smoothing are left to the caller, who multiplies both.
+    Known are the log likelihood, whether the prediction is correct, minus the entropy, and the dependence,
+    [..., 4]. The gradient [..., C], for which there may be a place, ``out``, is that of minus the log
+    likelihood. Weights of class indices without smoothing are left to the caller, who multiplies both.
     """
     soft = y.is_floating_point()
     smoothing = options.label_smoothing
@@ -158,14 +162,16 @@ def _torch_cross_entropy(
 def forward(
     logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The loss, the packed statistics and, if ``grad``, the gradients of the logits for an upstream gradient of 1.
+    """The loss, the packed statistics and, if ``grad``, the gradients of the logits for an upstream of 1.
 
     Args:
-        logits: M+1 tensors [N, C] of one floating dtype, the fused branch first; any strides. Never written to.
-        targets: ``target`` [N] int64 or int32 class indices, or [N, C] floating class probabilities; ``mask`` [N, M]
-            bool or None; ``weight`` [C] in the compute dtype or None; ``divisor`` [M+1] in the compute dtype or None.
-        schedule: gamma, temperature and the warm-up; its tensors are on the device, gamma and temperature of the
-            compute dtype.
+        logits: M+1 tensors [N, C] of one floating dtype, the fused branch first; any strides. Never written
+            to.
+        targets: ``target`` [N] int64 or int32 class indices, or [N, C] floating class probabilities; ``mask``
+            [N, M] bool or None; ``weight`` [C] in the compute dtype or None; ``divisor`` [M+1] in the compute
+            dtype or None.
+        schedule: gamma, temperature and the warm-up; its tensors are on the device, gamma and temperature of
+            the compute dtype.
         options: see Options. A callable rule is applied here as well.
         grad: whether to write gradients.
 
@@ -264,14 +270,16 @@ def forward(
 
 
 def is_plain(options: Options, schedule: Schedule) -> bool:
-    """Whether the loss is a plain cross-entropy, the baseline of every comparison: it is torch's to the last bit."""
+    """Whether the loss is a plain cross-entropy, the baseline of every comparison: it is torch's to the last
+    bit.
+    """
     return options.rule == "none" and isinstance(schedule.gamma, float) and schedule.gamma == 0
 
 
 def scale(
     grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool
 ) -> Sequence[Tensor]:
-    """Gradients [N, C] times the upstream gradient (0-d, or [N] for reduction "none") and the branch's factor.
+    """Gradients [N, C] times the upstream gradient (0-d, or [N] for reduction "none") and branch's factor.
 
     Args:
         grads: what ``forward`` returned.
@@ -291,6 +299,8 @@ def scale(
 
 
 def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[Tensor | None]:
-    """g_m * (1 + link_m) for every modality, rounded once to each gradient's dtype (Eq. 19, with link_m = gain_m - 1)."""
+    """g_m * (1 + link_m) for every modality, rounded once to each gradient's dtype (Eq. 19, with link_m =
+    gain_m - 1).
+    """
     gain = 1 + link
     return [None if g is None else (g.to(link.dtype) * gain[m]).to(g.dtype) for m, g in enumerate(grads)]
