@@ -54,6 +54,8 @@ class _Head(nn.Module):
                     f"features: got {describe(features)}, expected a sequence of {len(self.dims)} tensors"
                 )
             given: list[Any] = list(features)
+        elif type(features) is dict and list(features) == self.names:  # as usual, without slower checks
+            given = list(features.values())
         else:
             if not isinstance(features, Mapping) or set(features) != set(self.names):
                 raise ValueError(
@@ -194,8 +196,9 @@ class _LinearHead(_Head):
                 f"criterion: got one and also {', '.join(options)}; options belong to the criterion"
             )
         loss = criterion.linear(tensors, weights, bias, target, mask, **layout)
-        assert criterion.stats is not None
-        return loss, criterion.stats
+        stats = criterion.stats
+        assert stats is not None
+        return loss, stats
 
 
 def _same_dims(dims: list[int], head: str) -> int:
@@ -204,20 +207,21 @@ def _same_dims(dims: list[int], head: str) -> int:
     return dims[0]
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer computes F.linear(z, layer.weight, layer.bias) with plain tensors."""
-    return type(layer).forward is nn.Linear.forward and type(layer.weight) in (nn.Parameter, Tensor)
+def is_plain_linear(layer: nn.Module, weight: Any) -> bool:
+    """Whether a layer with this weight computes F.linear(z, weight, bias) with plain tensors."""
+    return type(layer).forward is nn.Linear.forward and type(weight) in (nn.Parameter, Tensor)
 
 
 def _parameters_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """W and b of a layer that computes W z + b with them and nothing else."""
-    if not is_plain_linear(layer):
+    weight: Any = layer.weight
+    if not is_plain_linear(layer, weight):
         raise TypeError(
             f"head.loss: got a {type(layer).__name__} in the head, whose weight alone does not tell what it "
             "computes: use criterion(head(features), target), which calls the layer, or merge it into an "
             "nn.Linear"
         )
-    return layer.weight, layer.bias  # type: ignore[return-value]
+    return weight, layer.bias  # type: ignore[return-value]
 
 
 class ConcatHead(_LinearHead):
@@ -285,13 +289,14 @@ class ConcatHead(_LinearHead):
 
     def branches(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         linear = self.linear
-        if not is_plain_linear(linear) or has_hooks(linear):
+        weight, bias = linear.weight, linear.bias
+        if not is_plain_linear(linear, weight) or has_hooks(linear):
             return self._called(features)
-        parts = [F.linear(z, w) for z, w in zip(features, linear.weight.split(self.dims, 1), strict=True)]
+        parts = [F.linear(z, w) for z, w in zip(features, weight.split(self.dims, 1), strict=True)]
         fused = _sum(parts)
-        if linear.bias is None:
+        if bias is None:
             return fused, parts
-        bias = linear.bias.to(fused.dtype)  # under autocast: adding float32 would make float32 logits
+        bias = bias.to(fused.dtype)  # under autocast: adding float32 would make float32 logits
         own = bias if self.bias_mode == "full" else bias / len(parts)
         return fused + bias, [part + own for part in parts]
 

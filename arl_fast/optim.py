@@ -80,8 +80,8 @@ class UpdateGains:
     ) -> None:
         if isinstance(groups, str) or not isinstance(groups, (Mapping, Sequence)):
             raise TypeError(
-                f"groups: got {type(groups).__name__}, expected indices of parameter groups by modality, dict or "
-                "sequence"
+                f"groups: got {type(groups).__name__}, expected indices of parameter groups by modality, "
+                "dict or sequence"
             )
         named: list[tuple[Any, Any]] = (
             list(groups.items()) if isinstance(groups, Mapping) else list(enumerate(groups))

@@ -277,7 +277,8 @@ def terminal(found: list[Row]) -> str:
                     (r for r in own if shape(r) == s), key=lambda r: names(own).index(r["contender"])
                 ):
                     if kind == "cuda":
-                        value = f"{number(median(row), 1)}/{number(median(row, 'host_us'), 1)}/{row.get('launches')}"
+                        times = f"{number(median(row), 1)}/{number(median(row, 'host_us'), 1)}"
+                        value = f"{times}/{row.get('launches')}"
                         value += f"/{100 * row.get('floor_share', 0):.0f}%"
                     else:
                         value = number(ratio(found, row))
@@ -288,7 +289,8 @@ def terminal(found: list[Row]) -> str:
         for row in select(found, kind=kind, experiment="step"):
             p = row["added_percent"]
             out.append(
-                f"  step {row['suite']} {row['contender']}: {p['median']:+.1f} % [{p['q1']:+.1f}, {p['q3']:+.1f}]"
+                f"  step {row['suite']} {row['contender']}: {p['median']:+.1f} % "
+                f"[{p['q1']:+.1f}, {p['q3']:+.1f}]"
             )
     return "\n".join(out)
 

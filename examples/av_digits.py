@@ -130,8 +130,8 @@ def main() -> None:
         options.seeds,
     )
     print(
-        f"\nSpoken and written digits, image noise {options.noise:g}, {PER_CLASS} training samples per class, "
-        f"{BUDGET.epochs} epochs, ",
+        f"\nSpoken and written digits, image noise {options.noise:g}, "
+        f"{PER_CLASS} training samples per class, {BUDGET.epochs} epochs, ",
         end="",
     )
     print(f"{options.seeds} seeds\n")

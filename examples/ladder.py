@@ -130,7 +130,7 @@ def evaluate(model: Net, x: dict[str, Tensor], y: Tensor) -> dict[str, float]:
 
 
 class Results(NamedTuple):
-    """Method -> branch -> accuracies [seeds]; method -> seed -> statistics of every step; method -> learning rate;
+    """Method -> branch -> accuracies [seeds]; method -> seed -> statistics of all steps; method -> rate;
     method -> seed -> fusion weights.
     """
 

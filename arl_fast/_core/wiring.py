@@ -18,8 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from . import graph
 from .options import Options
 
-# The criteria whose gains an UpdateGains puts on the update, and that object, which its optimiser keeps
-# alive.
+# The criteria whose gains an UpdateGains puts on the update, with that object; its optimiser keeps it alive.
 _updates: weakref.WeakKeyDictionary[Any, weakref.ref] = weakref.WeakKeyDictionary()
 
 

@@ -43,7 +43,7 @@ def _clear_rows(x: Tensor, keep: Tensor | None) -> None:
 def _targets(
     target: Tensor, classes: int, weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Of class indices [N], as [1, N, 1]: class, whether it counts, weight, and NaN where out of range, else 0.
+    """Of class indices [N], as [1, N, 1]: class, whether it counts, weight, NaN where out of range, else 0.
 
     On a CPU out of range is an error, so there the last one is None; so is the second where all rows count.
     """
