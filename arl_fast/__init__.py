@@ -3,9 +3,10 @@
 import importlib
 from typing import Any
 
-from ._autograd.link import modulate
+from ._autograd.link import apply_gains, modulate
 from ._core.branches import BranchLogits
 from ._core.spec import BranchStats
+from .check import Check, check
 from .diagnose import diagnose
 from .fusion import FusionWeights
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
@@ -20,6 +21,7 @@ __all__ = [
     "BilinearHead",
     "BranchLogits",
     "BranchStats",
+    "Check",
     "ConcatHead",
     "FusionWeights",
     "GatedHead",
@@ -27,7 +29,9 @@ __all__ = [
     "SharedHead",
     "SumHead",
     "ZeroedHead",
+    "apply_gains",
     "arl_loss",
+    "check",
     "diagnose",
     "linear_arl_loss",
     "modulate",

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._core import wiring
 from ._core.branches import BranchLogits, as_branch_logits
 from ._core.dtypes import compute_dtype
+from .loss import ARLLoss
 
 
 def detach_link(output: Any) -> BranchLogits:
@@ -27,7 +29,11 @@ def detach_link(output: Any) -> BranchLogits:
     fused, unimodal, link = as_branch_logits(output)
     if link is None:
         link = torch.zeros(len(unimodal), dtype=compute_dtype(fused.dtype), device=fused.device)
-    return BranchLogits(fused, unimodal, link.detach())
+    detached: Any = link.detach()
+    if not torch.compiler.is_compiling():
+        detached.__dict__.update(link.__dict__)  # the names of the modalities
+        detached.detached = True  # for wiring.look
+    return BranchLogits(fused, unimodal, detached)
 
 
 class UpdateGains:
@@ -47,6 +53,9 @@ class UpdateGains:
     rate of a step is a 0-d tensor, which all optimizers of torch take but LBFGS and SparseAdam. On a GPU give Adam and its
     relatives ``capturable=True`` or ``fused=True``, or they read it back to the host. Decoupled weight decay is a part
     of the update and scales with it.
+
+    Without ``detach_link`` the gain would act on the gradient too: the criterion raises an error in its first
+    step then, and warns of ``detach_link`` without an ``UpdateGains``.
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` with learning rates, numbers or tensors, in its groups.
@@ -93,6 +102,9 @@ class UpdateGains:
                         f"groups[{name!r}]: got {index}, which modality {seen[index]!r} has as well"
                     )
                 seen[index] = name
+        if isinstance(criterion, ARLLoss):  # so that it can tell whether its gains act, and once
+            wiring.set_updates(criterion, self)
+            criterion._unseen = True
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -100,6 +112,9 @@ class UpdateGains:
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
+        if isinstance(self.criterion, ARLLoss):
+            wiring.set_updates(self.criterion, None)
+            self.criterion._unseen = True
         for hook in self._hooks:
             hook.remove()
 

@@ -12,7 +12,7 @@
 namespace arl {
 
 // Targets of arl_fast/_core/branches.py; null where Python has None.
-inline constexpr const char* kTargetsFields[] = {"target", "mask", "weight", "divisor"};
+inline constexpr const char* kTargetsFields[] = {"target", "mask", "weight", "divisor", "pos_weight"};
 struct Targets {
   const at::Tensor* target = nullptr;
   const at::Tensor* mask = nullptr;

@@ -38,6 +38,9 @@ inline constexpr const char* kFusions[] = {"concat", "sum", "shared"};
 enum BiasMode : int { kFull, kSplit };
 inline constexpr const char* kBiasModes[] = {"full", "split"};
 
+// The kernels know one task. Options with another are not read: plain torch serves them.
+inline constexpr const char* kTasks[] = {"multiclass"};
+
 // The dtypes of logits, as tables of kernels count them.
 enum Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16, kDtypes };
 
@@ -61,6 +64,7 @@ struct Options {
   int64_t ignore_index;
   double label_smoothing;
   int reduction;
+  int task;
 };
 
 template <size_t n>
@@ -89,6 +93,7 @@ inline constexpr OptionField kOptionFields[] = {
     {"ignore_index", Kind::kInteger, offsetof(Options, ignore_index), nullptr, 0, false, 0},
     {"label_smoothing", Kind::kNumber, offsetof(Options, label_smoothing), nullptr, 0, false, 0},
     {"reduction", Kind::kChoice, offsetof(Options, reduction), kReductions, length_of(kReductions), false, 0},
+    {"task", Kind::kChoice, offsetof(Options, task), kTasks, length_of(kTasks), false, 0},
 };
 
 // ---- the packed vector -----------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
     python examples/demo.py [--seeds 10] [--out build/demo.png]
 
-Then once more with a noisy right half. The training loop, with arl_fast in it, is in ladder.py. What the result shows,
-and what not, is in the README.
+Then once more with a noisy right half. The training loop, with arl_fast in it, is in ladder.py. What the
+result shows, and what not, is in the README.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What the examples share: the ladder of methods, a plain training loop with arl_fast in it, and the table of results.
 
-All methods of a seed start from the same split and initialisation and see the same batches as often, so that differences
-between them are paired. The learning rate is one for all or, where a budget offers several, each method's best on
-validation data. From the same validation data come fusion weights; the control has these rows in its training data.
+All methods of a seed start from the same split and initialisation and see the same batches as often, so that
+differences between them are paired. The learning rate is one for all or, where a budget offers several, each
+method's best on validation data. Fusion weights come from the validation data too; their control has these rows
+in its training data.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def ladder(modalities: list[str]) -> dict[str, tuple[list[str], dict]]:
 
 
 class Run(NamedTuple):
-    """One trained model: accuracies in percent of the whole ("fused") and of each branch, statistics of every step.
+    """One trained model: accuracies in percent of the whole ("fused") and of each branch, statistics by step.
 
-    And with fusion weights: test accuracy, validation accuracy (cross-fitted), the weights.
+    With fusion weights: test accuracy, validation accuracy (cross-fitted), the weights.
     """
 
     test: dict[str, float]

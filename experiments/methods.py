@@ -96,6 +96,7 @@ _SHARED: dict[str, Method] = {
     "arl": Method("ARL (share rule)", _rule("share")),
     "arl-paper": Method("ARL (the paper's Eq. 18)", _rule("paper")),
     "arl-reversed": Method("ARL with its sign reversed", _reversed),
+    "unimodal-auxiliary": Method("+ unimodal losses, separate head", _rule("none"), auxiliary=True),
     "arl-simple-mml": Method("ARL of simple_mml_baseline", _simple_mml, auxiliary=True),
 }
 

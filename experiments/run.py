@@ -16,7 +16,7 @@ import hashlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from .data import reader
 from .data.base import Data
 from .methods import Method, select
 from .train import DTYPES, Machine, Run, train
+from .weights import weighted
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -159,7 +160,13 @@ def _results(run: Run, data: Data, machine: Machine) -> dict[str, Any]:
         split: {name: rows.scores(x, run.targets[split]) for name, x in branches.items()}
         for split, branches in run.logits.items()
     }
+    found: dict[str, Any] = {}
+    if len(scored["test"]) > 2:  # fused and several modalities
+        head = None if run.model is None else cast(Any, run.model).head.cpu()
+        logits, found["weights"] = weighted(head, run.logits, run.targets)
+        scored["test"]["weighted"] = rows.scores(logits, run.targets["test"])
     return {
+        **found,
         "fold": data.fold,
         "sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
         "validation": {name: {"accuracy": score["accuracy"]} for name, score in scored["validation"].items()},

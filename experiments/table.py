@@ -34,7 +34,11 @@ def modalities(group: list[Row]) -> list[str]:
     """Those of the rows that see the most: a row of one modality alone names only its own."""
     most: list[str] = []
     for row in group:
-        most = max(most, [name for name in row["test"] if name != "fused"], key=lambda names: len(names))
+        most = max(
+            most,
+            [name for name in row["test"] if name not in ("fused", "weighted")],
+            key=lambda names: len(names),
+        )
     return most
 
 
@@ -79,8 +83,9 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def results(chosen: Chosen, names: list[str], versus: str) -> str:
-    """Accuracy, difference, macro F1, and each modality of the same model alone."""
+    """Accuracy, difference, macro F1, each modality of the same model alone, and with fusion weights."""
     titles = methods(names)
+    weights = any("weighted" in row["test"] for runs in chosen.values() for row in runs.values())
     lines = []
     for name, runs in chosen.items():
         alone = name.startswith("alone:")
@@ -92,6 +97,9 @@ def results(chosen: Chosen, names: list[str], versus: str) -> str:
         for m in names:
             line.append("" if alone or m not in test[0] else over_seeds([t[m]["accuracy"] for t in test]))
         rate = next(iter(runs.values()))["rate"]
+        if weights:
+            seen = [t["weighted"]["accuracy"] for t in test if "weighted" in t]
+            line.append(over_seeds(seen) if len(seen) == len(test) else "")
         lines.append([*line, f"{rate:g}", str(len(runs))])
     against = titles[versus].title if versus in titles else versus
     header = [
@@ -100,6 +108,7 @@ def results(chosen: Chosen, names: list[str], versus: str) -> str:
         f"minus {against}",
         "macro F1",
         *(f"its {m} alone" for m in names),
+        *(["with fusion weights"] if weights else []),
         "rate",
         "seeds",
     ]

@@ -197,7 +197,10 @@ def test_methods_and_what_they_bring_along():
     assert list(select(["arl", "joint"], ["audio", "visual"], config)) == ["joint", "arl"]
     assert select(["ladder"], ["audio", "visual"], config) == two
     tokens = dataclasses.replace(config, fusion="transformer")  # has no place for an auxiliary head
-    assert set(two) - set(select(["ladder"], ["audio", "visual"], tokens)) == {"arl-simple-mml"}
+    assert set(two) - set(select(["ladder"], ["audio", "visual"], tokens)) == {
+        "arl-simple-mml",
+        "unimodal-auxiliary",
+    }
     with pytest.raises(ValueError, match="expected ladder"):
         select(["ogm"], ["audio", "visual"], config)
     joint = two["joint"].loss(CONFIGS["crema-d"], 0, False)

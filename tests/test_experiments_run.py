@@ -72,6 +72,7 @@ def test_the_ladder_its_rows_and_its_figure(folders, tmp_path, capsys):
         "arl",
         "arl-paper",
         "arl-reversed",
+        "unimodal-auxiliary",
         "arl-simple-mml",
     ]
     assert [(row["seed"], row["method"]) for row in written] == [
@@ -79,6 +80,9 @@ def test_the_ladder_its_rows_and_its_figure(folders, tmp_path, capsys):
     ]
     by = {(row["method"], row["seed"]): row for row in written}
     assert by["late", 0]["test"]["audio"] == by["alone:audio", 0]["test"]["fused"]
+    assert set(by["late", 0]["weights"]) == set(by["arl", 0]["weights"]) == {"audio", "visual"}
+    assert set(by["arl-simple-mml", 0]["weights"]) == {"fused", "audio", "visual"}
+    assert "weighted" not in by["alone:audio", 0]["test"]
     assert by["arl", 0]["fold"] == "0"
     assert by["arl", 1]["fold"] == "1"
     size = out.stat().st_size
@@ -88,7 +92,9 @@ def test_the_ladder_its_rows_and_its_figure(folders, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     capsys.readouterr()
     table.main([str(out), "--versus", "constant", "--figure", str(tmp_path / "figure.svg")])
-    assert "minus + constant gain" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "minus + constant gain" in printed
+    assert "with fusion weights" in printed
     assert (tmp_path / "figure.svg").stat().st_size > 1000
     table.main([str(out), "--branches"])
     assert "test confidence" in capsys.readouterr().out

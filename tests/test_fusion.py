@@ -272,6 +272,10 @@ def test_class_weights_soft_targets_dense():
     assert fusion.report.rows == 120
     assert fusion(deep).shape == (40, 6, 3)
     torch.testing.assert_close(fusion(deep), dense(fusion(out)))
+    mask = torch.rand(40, 2, generator=torch.Generator().manual_seed(0)) < 0.7
+    fitted = FusionWeights.fit(head, deep, y.view(40, 3), mask=mask, guard=0).weights
+    flat = FusionWeights.fit(head, out, y, mask=mask.repeat_interleave(3, 0), guard=0).weights
+    torch.testing.assert_close(fitted, flat)
 
 
 def test_errors_take_samples_not_positions_for_independent():

@@ -204,6 +204,34 @@ def test_compiled_in_one_graph(implementation, dynamic):
 
 
 @gpu_only
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_compiled_with_cuda_graphs(implementation, warmup):
+    """mode="reduce-overhead" warms up, captures and replays; it skips ops that keep memory of its graphs."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    head = ConcatHead([48, 48], 101)
+    criteria = [ARLLoss(warmup=warmup, gamma=(0.5, 2.0)) for _ in range(2)]
+    target = torch.randint(0, 101, (64,))
+
+    def forward(criterion, z):
+        return criterion(head(z), target)
+
+    compiled = torch.compile(forward, fullgraph=True, mode="reduce-overhead")
+    for _ in range(6):
+        z = [torch.randn(64, 48, requires_grad=True) for _ in range(2)]
+        found = []
+        for function, criterion in zip((forward, compiled), criteria, strict=True):
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = function(criterion, z)
+            grads = torch.autograd.grad(loss, [*z, *head.parameters()])
+            found.append([t.detach().clone() for t in (loss, *grads, *criterion.stats)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
+@gpu_only
 @pytest.mark.parametrize(("batch", "classes"), [(64, 6), (64, 309), (2048, 1000), (20_000, 6)])
 def test_launches(kernels, batch, classes):
     """Forward is one launch, backward for an upstream gradient of 1 at most two, torch's own fill included.

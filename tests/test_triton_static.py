@@ -223,7 +223,7 @@ def shifted(x):
 
 
 def test_the_launcher_never_takes_a_variant_for_other_arguments(bound):
-    """Calls that differ in one thing each, twice: the second time a fitting variant is found (see Variant)."""
+    """Calls that differ in one thing each, twice: the second time a variant that fits is found (Variant)."""
     import torch
 
     from arl_fast.implementations.triton import host as implementation
@@ -345,13 +345,12 @@ def test_schedule_tensors_are_passed_on_as_they_are(bound, monkeypatch):
             return function(*arguments, **(keywords or {}))
 
     workspace = implementation.new_workspace(torch.device("cpu"), torch.float32, 10_000)
+    monkeypatch.setattr(implementation.workspaces, "take", lambda *arguments: workspace)
     logits, targets = [torch.zeros(6, 28) for _ in range(3)], Targets(torch.zeros(6).long())
     for gamma in (torch.rand(()), torch.rand(2), (0.5, 2.0)):
         schedule = Schedule(gamma, torch.ones(()), 5, torch.tensor(3))
         with Recorder():
-            implementation._launch_forward(
-                logits, targets, schedule, OPTIONS, True, lambda *arguments: workspace
-            )
+            implementation._launch_forward(logits, targets, schedule, OPTIONS, True)
     assert set(seen) == {torch.ops.aten.empty.memory_format}
 
 

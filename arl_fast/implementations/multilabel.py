@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .._core.branches import Targets
 from .._core.dtypes import compute_dtype, grad_dtype
 from .._core.options import Options, Schedule
-from .._core.rules import effective_gamma, finish, weighted_sum
+from .._core.rules import effective_gamma, finish, gamma_of, weighted_sum
 from .reference import is_plain, modulate_backward, scale
 
 __all__ = ["forward", "modulate_backward", "scale"]
@@ -79,7 +79,7 @@ def forward(
             g = g if weight is None else g * weight
             own = factors[branch]
             if branch > 0:
-                own = own * (gamma[branch - 1] if isinstance(gamma, tuple) or _is_vector(gamma) else gamma)
+                own = own * gamma_of(gamma, branch - 1)
             # a branch without a pair that counts has the divisor 0: its gradient is 0, not 0 / 0
             grads.append(torch.where(known, g * own, 0).to(grad_dtype(raw.dtype)))
     total, packed = finish(torch.stack(sums, 1), schedule, options)
@@ -118,7 +118,3 @@ def _torch_loss(
         else:
             loss = loss - surplus
     return loss, None if g is None else torch.where(known, g, 0)
-
-
-def _is_vector(gamma: object) -> bool:
-    return isinstance(gamma, Tensor) and gamma.dim() == 1

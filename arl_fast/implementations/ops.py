@@ -154,7 +154,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Call the op: the contract's ``forward`` without a callable rule."""
     op = getattr(torch.ops.arl_fast, f"{prefix}_forward")
-    return op(list(logits), *targets, *encode_schedule(schedule), *encode_options(options), grad)
+    return op(list(logits), *targets[:4], *encode_schedule(schedule), *encode_options(options), grad)
 
 
 def scale(

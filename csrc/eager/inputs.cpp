@@ -124,7 +124,8 @@ const Options* options_of(PyObject* object) {
 }
 
 bool read_targets(PyObject* object, Classes classes, Targets* targets) {
-  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 4) return false;
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != std::size(kTargetsFields)) return false;
+  if (PyTuple_GET_ITEM(object, 4) != Py_None) return false;  // pos_weight: of another task
   targets->target = as_tensor(PyTuple_GET_ITEM(object, 0), classes);
   return targets->target != nullptr && read_optional(PyTuple_GET_ITEM(object, 1), classes, &targets->mask) &&
          read_optional(PyTuple_GET_ITEM(object, 2), classes, &targets->weight) &&
@@ -203,7 +204,7 @@ c10::SmallVector<PyObject*, 8> values_of(PyObject* object) {
 
 bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, int64_t rows,
               int64_t classes, int64_t modalities, at::ScalarType type) {
-  if (!is_float(type) || classes == 0 || modalities == 0 || modalities >= cpu::kMaxBranches) return false;
+  if (!is_float(type) || classes < 2 || modalities == 0 || modalities >= cpu::kMaxBranches) return false;
   if (options.reduction == kNoReduction || (options.rule == kPaper && modalities != 2)) return false;
   const size_t gammas = schedule.gammas.size();
   if (schedule.gamma == nullptr && gammas != 1 && gammas != size_t(modalities)) return false;

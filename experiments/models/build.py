@@ -94,7 +94,9 @@ def build(config: Config, shapes: dict[str, list[int]], classes: int, auxiliary:
             head = kind(dict.fromkeys(names, width), classes)
     if auxiliary:
         if config.fusion == "transformer":
-            raise ValueError("method 'arl-simple-mml' has a head on features; fusion 'transformer' has none")
+            raise ValueError(
+                "a separate head for the unimodal logits takes features; fusion 'transformer' has tokens"
+            )
         head = AuxiliaryHead(head, width, classes)
     return Net(encode, head)
 

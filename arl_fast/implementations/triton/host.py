@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -29,7 +29,6 @@ from .launch import (
     INTERPRETED,
     Configuration,
     Launcher,
-    Workspace,
     kind,
     kinds,
     multiprocessors,
@@ -122,11 +121,11 @@ def _launch_forward(
     schedule: Schedule,
     options: Options,
     grad: bool,
-    take_workspace: Callable[[torch.device, torch.dtype, int], Workspace] = workspaces.take,
+    fresh_workspace: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """All but a callable rule, which needs plain torch: "constant" runs in its place."""
     options = options.for_kernels
-    target, mask, weight, divisor = targets
+    target, mask, weight, divisor, _ = targets
     gamma, temperature, warmup, step = schedule
     x0 = logits[0]
     device, dtype = x0.device, compute_dtype(x0.dtype)
@@ -156,7 +155,8 @@ def _launch_forward(
     if grad:
         gradient = grad_dtype(x0.dtype)
         grads = tuple([torch.empty((rows, classes), dtype=gradient, device=device) for _ in logits])
-    work, counters = take_workspace(device, dtype, launch_plan.workspace(branches, programs))
+    take = new_workspace if fresh_workspace else workspaces.take
+    work, counters = take(device, dtype, launch_plan.workspace(branches, programs))
     run_forward(
         device,
         (programs, branches, 1),
@@ -306,7 +306,7 @@ def _forward_op(
     torch.compile runs ops on memory that belongs to a CUDA graph, before it captures and within. Nothing of
     that may outlive the call.
     """
-    return _launch_forward(logits, targets, schedule, options, grad, new_workspace)
+    return _launch_forward(logits, targets, schedule, options, grad, fresh_workspace=True)
 
 
 def _scale_op(
