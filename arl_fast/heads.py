@@ -296,9 +296,9 @@ class ConcatHead(_LinearHead):
         fused = _sum(parts)
         if bias is None:
             return fused, parts
-        bias = bias.to(fused.dtype)  # under autocast: adding float32 would make float32 logits
-        own = bias if self.bias_mode == "full" else bias / len(parts)
-        return fused + bias, [part + own for part in parts]
+        shared = bias.to(fused.dtype)  # under autocast: adding float32 would make float32 logits
+        own = shared if self.bias_mode == "full" else shared / len(parts)
+        return fused + shared, [part + own for part in parts]
 
     def _called(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The branches by their definition: the layer on features of which all but one are zero."""
