@@ -40,8 +40,7 @@ STATIC_SHARED = 8192  # kStaticShared
 
 
 class Kernel:
-    """One kernel of one cubin: what ptxas reports, and how often each instruction stands in the machine code.
-    """
+    """One kernel of one cubin: what ptxas reports, and how often each instruction stands in the machine code."""
 
     def __init__(self, name: str, spills: int, registers: int, shared: int) -> None:
         self.name, self.spills, self.registers, self.shared = name, spills, registers, shared

@@ -239,8 +239,7 @@ def test_same_bits_whatever_the_order_of_the_blocks(reduction, classes):
 
 
 def test_ticket_or_memset(monkeypatch):
-    """A kept counter is 0 again after each launch; without one it lives in the workspace and costs a memset.
-    """
+    """A kept counter is 0 again after each launch; without one it lives in the workspace and costs a memset."""
     logits, target = make(20, 6)
     lib = module.library()
     launches, memsets = lib.launches(), lib.memsets()

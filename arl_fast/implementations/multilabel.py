@@ -118,4 +118,3 @@ def _torch_loss(
         else:
             loss = loss - surplus
     return loss, None if g is None else torch.where(known, g, 0)
-

@@ -211,8 +211,6 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
   for (const double gamma : schedule.gammas) {
     if (gamma < 0) return false;
   }
-  // torch's own cross-entropy, to the last bit
-  if (options.rule == kNone && gammas == 1 && schedule.gammas[0] == 0) return false;
   if (!is_usual_number(schedule.gamma, modalities)) return false;
   for (const at::Tensor* number : {schedule.temperature, schedule.step}) {
     if (number != nullptr && (number->dim() != 0 || !is_usual_number(number, 1))) return false;
@@ -244,13 +242,15 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
 
 // ---- results and autograd nodes --------------------------------------------------------------------------
 
+double value_at(const at::Tensor& packed, int64_t position) {
+  const bool is_double = packed.scalar_type() == at::kDouble;
+  return is_double ? packed.const_data_ptr<double>()[position] : packed.const_data_ptr<float>()[position];
+}
+
 c10::SmallVector<double, 4> link_gradient(const at::Tensor& packed, int modalities) {
   c10::SmallVector<double, 4> gradient;
   const int first = packed_offset<kPackedLink>(modalities);
-  const bool is_double = packed.scalar_type() == at::kDouble;
-  for (int at = first; at < first + modalities; ++at) {
-    gradient.push_back(is_double ? packed.const_data_ptr<double>()[at] : packed.const_data_ptr<float>()[at]);
-  }
+  for (int at = first; at < first + modalities; ++at) gradient.push_back(value_at(packed, at));
   return gradient;
 }
 

@@ -71,6 +71,9 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
 
 // ---- results and autograd nodes --------------------------------------------------------------------------
 
+// An entry of a packed vector.
+double value_at(const at::Tensor& packed, int64_t position);
+
 // The gains - 1 of a packed vector.
 c10::SmallVector<double, 4> link_gradient(const at::Tensor& packed, int modalities);
 

@@ -64,6 +64,23 @@ struct LossBackward final : Node {
   }
 };
 
+// torch's own cross-entropy of the fused logits, recorded by torch: value and gradient to the last bit. It does
+// not depend on the unimodal logits and the link, which get no gradient, as in a plain step.
+at::Tensor torch_cross_entropy(const at::Tensor& fused, const cpu::Inputs& inputs, const Options& options,
+                               const at::Tensor& packed) {
+  const at::Tensor target = inputs.targets.target->to(at::kLong);
+  at::Tensor x = fused.to(packed.scalar_type());
+  const int modalities = int(inputs.logits.size()) - 1;
+  if (value_at(packed, packed_offset<kPackedCount>(modalities)) < double(fused.size(0))) {
+    // NaN in an ignored row must not reach its gradient
+    x = x.masked_fill(target.eq(options.ignore_index).unsqueeze(1), 0);
+  }
+  const auto weight =
+      inputs.targets.weight == nullptr ? std::optional<at::Tensor>() : *inputs.targets.weight;
+  const auto reduction = options.reduction == kMean ? at::Reduction::Mean : at::Reduction::Sum;
+  return at::cross_entropy_loss(x, target, weight, reduction, options.ignore_index, options.label_smoothing);
+}
+
 // Whether the modalities' names, if unimodal has any, come in the order that modulate has left on its link.
 bool names_agree(PyObject* unimodal, PyObject* link) {
   static PyObject* attribute = PyUnicode_InternFromString("modalities");
@@ -136,8 +153,11 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     std::optional<pybind11::gil_scoped_release> release;
     if (fused->numel() > 16384) release.emplace();
+    if (cpu::is_plain(inputs, *options)) inputs.wanted = 0;
     outputs = cpu::forward(inputs, *options);
-    if (inputs.wanted != 0) {
+    if (cpu::is_plain(inputs, *options)) {
+      outputs.loss = torch_cross_entropy(*fused, inputs, *options, outputs.packed);
+    } else if (inputs.wanted != 0) {
       const auto node = make_node<LossBackward>();
       node->dtype = type;
       node->hooked = at::SavedTensorDefaultHooks::get_hooks().has_value();
