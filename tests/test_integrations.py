@@ -229,16 +229,16 @@ def test_hf_trainer(example, tmp_path):
 
         saved = arl_fast.History.load(tmp_path / "checkpoint-4" / huggingface.HISTORY_FILE)
         assert (saved.step, saved.epoch) == (8, 1)
+        model = module.Model()
+        groups = [{"params": part.parameters()} for part in (model.audio, model.visual, model.head)]
         resumed = transformers_trainer(
-            module.Model(),
+            model,
             made.args,
             train_dataset=made.train_dataset,
             eval_dataset=made.eval_dataset,
-            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: resumed.loss(
-                outputs, labels, num_items_in_batch
-            ),
+            optimizers=(torch.optim.AdamW(groups, lr=1e-2), None),
+            compute_loss_func=huggingface.compute_loss_func(model.criterion),
         )
-        resumed.loss = huggingface.compute_loss_func(resumed.model.criterion)
         kept = huggingface.track(resumed, resumed.model.criterion)
         resumed.train(resume_from_checkpoint=os.fspath(tmp_path / "checkpoint-4"))
         assert (kept.step, kept.epoch) == (16, 2)
