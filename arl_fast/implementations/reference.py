@@ -273,7 +273,8 @@ def is_plain(options: Options, schedule: Schedule) -> bool:
     """Whether the loss is a plain cross-entropy, the baseline of every comparison: it is torch's to the last
     bit.
     """
-    return options.rule == "none" and isinstance(schedule.gamma, float) and schedule.gamma == 0
+    constant = isinstance(schedule.gamma, float) and schedule.warmup == 0  # gamma is 1 during the warm-up
+    return options.rule == "none" and constant and schedule.gamma == 0
 
 
 def scale(
