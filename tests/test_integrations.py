@@ -33,12 +33,14 @@ def training(logger, steps: int = 6, epochs: int = 1):
     for _ in range(epochs):
         criterion.train()
         for _ in range(steps):
-            criterion(head({m: torch.randn(8, 4) for m in NAMES}), torch.randint(3, (8,))).backward()
+            criterion(
+                head({m: torch.randn(8, 4, requires_grad=True) for m in NAMES}), torch.randint(3, (8,))
+            ).backward()
             gains.append(float(criterion.stats.gains[0]))
             stats_logger.step()
         criterion.eval()
         with torch.no_grad():
-            criterion(head({m: torch.randn(8, 4) for m in NAMES}), torch.randint(3, (8,)))
+            criterion(head({m: torch.randn(8, 4, requires_grad=True) for m in NAMES}), torch.randint(3, (8,)))
         criterion.history.end_epoch()
         stats_logger.epoch()
     return gains, criterion
