@@ -186,7 +186,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     clock = pytest.mark.benchmark(timer=machine.timer(device, option("--threads")))
     for suite in option("--suites").split(","):
         for case in SUITES[suite]:
-            names = [c.name for c in contenders(case, device, compile=not option("--no-compile"))]
+            names = [
+                c.name
+                for c in contenders(case, device, not option("--no-compile"), option("--only-compiled"))
+            ]
             whats = ("both",) if suite.startswith("scaling") else measure.WHATS
             if device == "cpu" and case.elements >= HUGE:
                 whats = ("both", "forward")
@@ -207,7 +210,9 @@ def test_micro(
 ) -> None:
     session.enter(case)
     if case not in _cached:
-        _cached[case] = contenders(case, session.device, compile=not request.config.getoption("--no-compile"))
+        option = request.config.getoption
+        chosen = not option("--no-compile"), option("--only-compiled")
+        _cached[case] = contenders(case, session.device, *chosen)
     contender = next(c for c in _cached[case] if c.name == name)
 
     def pedantic(target: Any, **how: Any) -> list[float]:

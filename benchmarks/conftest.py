@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--no-compile", action="store_true", help="leave out what torch.compile takes half a minute for"
     )
+    group.addoption("--only-compiled", action="store_true", help="measure nothing else, but for the unit")
 
 
 if not HAVE_PLUGIN:

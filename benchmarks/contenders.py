@@ -219,7 +219,7 @@ COMPILED_SHAPES = {
 }  # half a minute of compiling each
 
 
-def contenders(case: Case, device: str, compile: bool = True) -> list[Contender]:
+def contenders(case: Case, device: str, compile: bool = True, only_compiled: bool = False) -> list[Contender]:
     """Everybody who can run this case on this type of device; the unit first."""
     names = [n for n in dispatch.MODULES if dispatch.load(n, device)[0] is not None]
     served = [ours(n) for n in names]
@@ -238,4 +238,6 @@ def contenders(case: Case, device: str, compile: bool = True) -> list[Contender]
     ):
         everyone.append(_compiled("compiled eager ARL", eager_for_compiler))
         everyone.append(_compiled("compiled reference", by_reference))
+    if only_compiled:
+        return [everyone[0], *(c for c in everyone if c.name.startswith("compiled"))]
     return everyone + (packages()[0] if device == "cuda" else [])

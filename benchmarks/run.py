@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # called by its path
 from benchmarks import compare, machine, rows, tables  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-PHASES = ("micro", "step", "scaling", "linear")
+PHASES = ("micro", "step", "scaling", "linear", "compiled")
 
 
 def _micro(device: str, out: str, suites: str, *options: str) -> list[str]:
@@ -66,8 +66,8 @@ def commands(phase: str, device: str, out: str, tiny: bool) -> list[list[str]]:
             ]
         if device == "cuda":
             return [
-                _micro(device, out, "paper,modalities,large,large-bf16", "--rotations=2"),
-                _micro(device, out, "huge", "--rotations=2", "--no-compile"),
+                _micro(device, out, "paper,large,large-bf16,vocabulary", "--rotations=2", "--no-compile"),
+                _micro(device, out, "modalities,huge", "--rotations=2", "--no-compile"),
             ]
         first = [
             _micro(device, out, "paper", "--rotations=6"),
@@ -80,6 +80,9 @@ def commands(phase: str, device: str, out: str, tiny: bool) -> list[list[str]]:
             for t in threads()[1:]
         ]
         return [*first, *(c for cs in more for c in cs)]
+    if phase == "compiled":  # on a CPU "micro" has them, and tiny cases have none
+        options = ("--rotations=2", "--only-compiled")
+        return [_micro(device, out, "paper,large", *options)] if device == "cuda" and not tiny else []
     suites = "tiny" if tiny else "scaling-batch,scaling-classes,scaling-modalities"
     options = ["--rotations=2", "--rounds=3", "--sample=1e-4", "--no-compile"] if tiny else ["--rotations=5"]
     if device == "cuda":

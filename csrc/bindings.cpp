@@ -28,10 +28,10 @@ Tensors scale(const Tensors& grads, const at::Tensor& upstream, const MaybeTenso
   return arl::scale(grads, upstream, factor, dtype, !keep);
 }
 
-Tensors modulate_backward(const Tensors& grads, const at::Tensor& link,
-                          const std::vector<int64_t>& modality) {
+Tensors modulate_backward(const Tensors& grads, const std::vector<int64_t>& modalities,
+                          const at::Tensor& link) {
   const pybind11::gil_scoped_release release;
-  return arl::modulate_backward(grads, link, modality);
+  return arl::modulate_backward(grads, modalities, link);
 }
 
 // CPython calls these directly: pybind11 would cost as much as their own checks.

@@ -2,7 +2,7 @@
 // the gains.
 //
 // arl_fast/_core/spec.py and options.py state the same facts for Python; the extension exports these
-// (csrc/spec.cpp), and importing it compares. finish() takes the steps of arl_fast/_core/rules.py, the
+// (csrc/spec.h), and importing it compares. finish() takes the steps of arl_fast/_core/rules.py, the
 // reference. No torch headers here.
 #pragma once
 
@@ -166,13 +166,29 @@ ARL_FN T bounded_ratio(T top, T bottom) {
   return ratio > T(kHugeRatio) ? T(kHugeRatio) : ratio;
 }
 
+// One thread computes everything. csrc/cuda has a warp in its place, whose threads take the modalities in
+// turn.
+struct OneThread {
+  ARL_FN int first() const { return 0; }
+  ARL_FN int step() const { return 1; }
+  ARL_FN void sync() const {}  // what the others have written can be read
+  template <typename T>
+  ARL_FN T sum(T value) const {
+    return value;
+  }
+  template <typename T>
+  ARL_FN T largest(T value) const {
+    return value;
+  }
+};
+
 // From the sums [kSums, M+1] to the packed vector and the loss; `packed` may hold the sums in place already.
 // gamma(m) is the weight of modality m in this step, 1 during the warm-up. For reduction "none" the return
 // value is the sum over rows.
-template <typename T, typename Gamma>
+template <typename T, typename Gamma, typename Team = OneThread>
 ARL_FN T finish(const T* sums, int modalities, const Gamma& gamma, T temperature, bool warming,
-                const Options& options, T* packed) {
-  const int branches = modalities + 1;
+                const Options& options, T* packed, const Team& team = Team()) {
+  const int branches = modalities + 1, first = team.first(), step = team.step();
   T* loss = packed + packed_offset<kPackedLoss>(modalities);
   T* accuracy = packed + packed_offset<kPackedAccuracy>(modalities);
   T* entropy = packed + packed_offset<kPackedEntropy>(modalities);
@@ -187,10 +203,8 @@ ARL_FN T finish(const T* sums, int modalities, const Gamma& gamma, T temperature
 
   // Eq. 22. All targets ignored: 0/0 = NaN for the fused branch, as torch; an absent modality contributes
   // nothing.
-  T total = T(0);
-  T unimodal = T(0);
-  int present = 0;
-  for (int b = 0; b < branches; ++b) {
+  T fused = T(0), unimodal = T(0), present = T(0), entropy_total = T(0), dependence_total = T(0);
+  for (int b = first; b < branches; b += step) {
     const T n = sums[kCount * branches + b];
     const T rows = larger(n, T(1));
     const T loss_sum = sums[kLoss * branches + b];
@@ -199,28 +213,30 @@ ARL_FN T finish(const T* sums, int modalities, const Gamma& gamma, T temperature
     loss[b] = (b == 0 || n > T(0)) ? loss_sum / sums[kDivisor * branches + b] : T(0);
     const T term = options.reduction == kMean ? loss[b] : loss_sum;
     if (b == 0) {
-      total = term;
+      fused = term;
     } else {
       unimodal += gamma(b - 1) * term;
-      present += n > T(0);
+      present += n > T(0) ? T(1) : T(0);
       entropy[b - 1] = sums[kEntropy * branches + b] / rows;
       dependence[b - 1] = sums[kDependence * branches + b] / rows;
+      entropy_total += entropy[b - 1];
+      dependence_total += dependence[b - 1];
     }
   }
-  total += unimodal;
+  team.sync();
+  const T total = team.sum(fused) + team.sum(unimodal);
+  present = team.sum(present);
+  entropy_total = team.sum(entropy_total);
+  dependence_total = team.sum(dependence_total);
 
   // Shares over the modalities present: d (Eq. 4) and, with a floor before the inversion, q (Eq. 17).
-  const T modalities_present = T(present > 0 ? present : 1);
-  const T floor = options.entropy_floor < 0 ? T(kFloor) / modalities_present
-                                            : larger(T(options.entropy_floor), T(kTinyShare));
-  T entropy_total = T(0), dependence_total = T(0), inverse_total = T(0);
-  for (int m = 0; m < modalities; ++m) {
-    entropy_total += entropy[m];
-    dependence_total += dependence[m];
-  }
-  for (int m = 0; m < modalities; ++m) {
+  const T modalities_present = larger(present, T(1));
+  const T even = T(1) / modalities_present;
+  const T floor =
+      options.entropy_floor < 0 ? T(kFloor) * even : larger(T(options.entropy_floor), T(kTinyShare));
+  T inverse_total = T(0);
+  for (int m = first; m < modalities; m += step) {
     const bool here = count[m + 1] > T(0);
-    const T even = T(1) / modalities_present;
     // Statistics that are NaN must stay NaN: both tests let a NaN total take the division.
     T share = !(entropy_total <= T(0)) ? entropy[m] / entropy_total : even;
     if (share < floor) share = floor;
@@ -228,13 +244,13 @@ ARL_FN T finish(const T* sums, int modalities, const Gamma& gamma, T temperature
     inverse_total += q[m];
     d[m] = !here ? T(0) : !(dependence_total <= T(0)) ? dependence[m] / dependence_total : even;
   }
-  for (int m = 0; m < modalities; ++m) {
-    if (count[m + 1] > T(0)) q[m] /= inverse_total;  // an absent modality's share is 0, also beside a NaN
-  }
+  inverse_total = team.sum(inverse_total);
 
   // Coefficients: a softmax, over the modalities present, of scores that `a` holds meanwhile.
   T top = -INFINITY;
-  for (int m = 0; m < modalities; ++m) {
+  for (int m = first; m < modalities; m += step) {
+    const bool here = count[m + 1] > T(0);
+    if (here) q[m] /= inverse_total;  // an absent modality's share is 0, also beside a NaN
     T score = T(0);
     if (options.rule == kShare) {
       score = temperature / T(2) * (q[m] - d[m]);
@@ -244,25 +260,27 @@ ARL_FN T finish(const T* sums, int modalities, const Gamma& gamma, T temperature
       score = temperature * ratio;
     }
     a[m] = score;
-    if (count[m + 1] > T(0)) top = larger(top, score);
+    if (here) top = larger(top, score);
   }
+  top = team.largest(top);
   T power_total = T(0);
-  for (int m = 0; m < modalities; ++m) {
+  for (int m = first; m < modalities; m += step) {
     a[m] = count[m + 1] > T(0) ? T(exp(a[m] - top)) : T(0);
     power_total += a[m];
   }
-  for (int m = 0; m < modalities; ++m) {
+  power_total = team.sum(power_total);
+  for (int m = first; m < modalities; m += step) {
     const bool here = count[m + 1] > T(0);
     if (here) a[m] /= power_total;
     T gain = a[m];
     if (options.gain == kResidual) gain = T(1) + a[m];  // Eq. 19
-    if (options.gain == kMeanOne) gain = T(present) * a[m];
+    if (options.gain == kMeanOne) gain = present * a[m];
     if (options.rule == kNone || warming || !here) gain = T(1);
     gains[m] = gain;
     link[m] = gain - T(1);
   }
   if (sums_out != sums) {
-    for (int i = 0; i < kSums * branches; ++i) sums_out[i] = sums[i];
+    for (int i = first; i < kSums * branches; i += step) sums_out[i] = sums[i];
   }
   return total;
 }

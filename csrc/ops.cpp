@@ -49,13 +49,13 @@ std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream,
   return scaled;
 }
 
-std::vector<at::Tensor> modulate_backward(at::TensorList grads, const at::Tensor& link,
-                                          at::IntArrayRef modality) {
+std::vector<at::Tensor> modulate_backward(at::TensorList grads, at::IntArrayRef modalities,
+                                          const at::Tensor& link) {
   const at::Tensor values = link.to(at::kDouble).contiguous();
   const double* value = values.const_data_ptr<double>();
   std::vector<at::Tensor> modulated;
   modulated.reserve(grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) modulated.push_back(grads[i].mul(1 + value[modality[i]]));
+  for (size_t i = 0; i < grads.size(); ++i) modulated.push_back(grads[i].mul(1 + value[modalities[i]]));
   return modulated;
 }
 
@@ -149,7 +149,7 @@ Results forward_op(at::TensorList logits, const at::Tensor& target, const std::o
 
 std::vector<at::Tensor> modulate_op(at::TensorList grads, at::IntArrayRef modalities,
                                     const at::Tensor& link) {
-  std::vector<at::Tensor> modulated = modulate_backward(grads, link, modalities);
+  std::vector<at::Tensor> modulated = modulate_backward(grads, modalities, link);
   for (at::Tensor& g : modulated) g = g.contiguous();  // as the fake says
   return modulated;
 }

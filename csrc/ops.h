@@ -19,8 +19,8 @@ Results forward(at::TensorList logits, const Targets& targets, const Schedule& s
 std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream,
                               const std::optional<at::Tensor>& factor, at::ScalarType dtype, bool reuse);
 
-// grads[i] * (1 + link[modality[i]]) (Eq. 19, with link = gain - 1).
-std::vector<at::Tensor> modulate_backward(at::TensorList grads, const at::Tensor& link,
-                                          at::IntArrayRef modality);
+// grads[i] * (1 + link[modalities[i]]) (Eq. 19, with link = gain - 1).
+std::vector<at::Tensor> modulate_backward(at::TensorList grads, at::IntArrayRef modalities,
+                                          const at::Tensor& link);
 
 }  // namespace arl

@@ -4,92 +4,52 @@ tests.
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from emulation import build
+from torch.utils._python_dispatch import TorchDispatchMode
 
 reason = build.unavailable()
 if reason:
     pytest.skip(reason, allow_module_level=True)
 
 import test_contract as contract  # noqa: E402
-from torch.utils.cpp_extension import include_paths, library_paths  # noqa: E402
+import test_native as eager  # noqa: E402
 
+from arl_fast import ARLLoss, BranchLogits, arl_loss, modulate  # noqa: E402
 from arl_fast._core import rules  # noqa: E402
+from arl_fast._core.branches import Targets  # noqa: E402
 from arl_fast._core.checks import check_class_range  # noqa: E402
-from arl_fast.implementations import dispatch, native  # noqa: E402
+from arl_fast._core.options import Options, Schedule  # noqa: E402
+from arl_fast.implementations import dispatch, native, ops  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def binding(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    emulated = Path(build.library()._name)
-    folder = tmp_path_factory.mktemp("binding")
-    shutil.copy(emulated, folder / "libemulated.so")
-    built = folder / "arl_cuda_binding.so"
-    includes = [f"-I{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
-    libraries = [f"-L{path}" for path in library_paths()] + [
-        "-ltorch",
-        "-ltorch_cpu",
-        "-ltorch_python",
-        "-lc10",
-    ]
-    sources = [
-        str(build.CSRC / "cuda_ops.cpp"),
-        str(build.CSRC / "eager/inputs.cpp"),
-        str(build.HERE / "binding.cpp"),
-    ]
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-w",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-    ]
-    runtime = [f"-L{folder}", "-lemulated", f"-Wl,-rpath,{folder}"]
-    command = [build.COMPILER, *flags, *includes, *sources, *runtime, *libraries, "-o", str(built)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    errors = [line for line in done.stderr.splitlines() if "error" in line]
-    assert done.returncode == 0, "\n".join(errors)
-    spec = importlib.util.spec_from_file_location("arl_cuda_binding", built)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def binding() -> ModuleType:
+    return build.binding()
 
 
 @pytest.fixture
 def implementation(binding: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
     """What implementations/native.py does on a GPU, on the default stream, over the emulated launchers."""
-    ticket = torch.zeros(1, dtype=torch.int32)
 
     def forward(logits, targets, schedule, options, grad):
         if not targets.target.is_floating_point():
             check_class_range(targets.target, logits[0].shape[1], options.ignore_index)
-        loss, packed, grads = binding.cuda_forward(
-            logits, targets, schedule, options.for_kernels, grad, 0, ticket
-        )
-        assert int(ticket) == 0
+        loss, packed, grads = binding.cuda_forward(logits, targets, schedule, options.for_kernels, grad)
         packed = packed if isinstance(options.rule, str) else rules.apply_rule(packed, schedule, options)
         return loss, packed, grads
 
-    def scale(grads, upstream, factor, dtype, keep):
-        return binding.cuda_scale(grads, upstream, factor, dtype, keep, 0)
-
     def modulate_backward(grads, link):
-        given = [m for m, g in enumerate(grads) if g is not None]
-        results = iter(binding.cuda_modulate_backward([grads[m] for m in given], link, given, 0))
-        return [None if g is None else next(results) for g in grads]
+        return ops.for_present(
+            grads, lambda given, modalities: binding.cuda_modulate_backward(given, modalities, link)
+        )
 
     bound = SimpleNamespace(
         forward=forward,
-        scale=scale,
+        scale=binding.cuda_scale,
         modulate_backward=modulate_backward,
         unavailable=lambda d: None,
         describe=str,
@@ -117,29 +77,67 @@ test_gains_on_encoders_and_one_on_the_head = contract.test_gains_on_encoders_and
 test_modulate_dtypes = contract.test_modulate_dtypes
 
 
-def test_more_tensors_than_one_launch_takes(implementation, binding):
+def test_more_tensors_than_one_launch_takes(binding):
     grads = [torch.randn(m + 1) for m in range(35)]
     link = torch.randn(35)
-    for got, g, value in zip(
-        binding.cuda_modulate_backward(grads, link, list(range(35)), 0), grads, link, strict=True
-    ):
-        torch.testing.assert_close(got, g * (1 + value))
+    got = binding.cuda_modulate_backward(grads, list(range(35)), link)
+    for modulated, g, value in zip(got, grads, link, strict=True):
+        torch.testing.assert_close(modulated, g * (1 + value))
+
+
+def test_results_are_contiguous(binding):
+    """As the registered ops promise the compiler, whatever the strides of the gradients."""
+    grads = [torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.randn(4, 3).t()]
+    for modulated, g in zip(binding.cuda_modulate_backward(grads, [0, 1], torch.ones(2)), grads, strict=True):
+        assert modulated.is_contiguous()
+        assert torch.equal(modulated, 2 * g)
+
+
+class Recorder(TorchDispatchMode):
+    """The names of torch's operations, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_schedule_of_tensors_takes_no_operation(binding, dtype):
+    """Neither a copy nor a launch: the kernels read gamma, T and the warm-up's counter where they are."""
+    logits, target = [torch.randn(6, 5, dtype=dtype) for _ in range(3)], torch.randint(0, 5, (6,))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    schedule = Schedule(torch.rand(2, dtype=compute), torch.tensor(8.0, dtype=compute), 3, torch.tensor(2))
+    with Recorder() as recorder:
+        binding.cuda_forward(logits, Targets(target), schedule, Options(), True)
+    assert set(recorder.names) == {"aten::empty.memory_format"}
+
+
+def test_results_have_memory_of_their_own(binding):
+    """The compiler frees and reuses the results of an op one by one."""
+    logits, target = [torch.randn(6, 5) for _ in range(3)], torch.randint(0, 5, (6,))
+    loss, packed, grads = binding.cuda_forward(logits, Targets(target), Schedule(1.0, 8.0), Options(), True)
+    scaled = binding.cuda_scale(grads, torch.tensor(2.0), None, torch.float32, True)
+    results = [loss, packed, *grads, *scaled]
+    assert len({x.untyped_storage().data_ptr() for x in results}) == len(results)
+    assert all(x.storage_offset() == 0 for x in results)
 
 
 def test_a_dtype_that_no_kernel_takes_is_named(binding):
     with pytest.raises(
         TypeError, match=r"arl_fast: got dtype Int, expected float64, float32, bfloat16 or float16"
     ):
-        binding.cuda_scale([torch.ones(2, 2)], torch.ones(()), None, torch.int32, True, 0)
+        binding.cuda_scale([torch.ones(2, 2)], torch.ones(()), None, torch.int32, True)
 
 
 def test_more_branches_than_a_launch_holds_are_refused(binding):
-    """The Python side gives these to the reference; the binding must not write past its arrays if it is asked
-    all the same.
-    """
+    """The Python side gives these to the reference; the binding must not write past its arrays if it is asked."""
     grads = [torch.ones(2, 2) for _ in range(17)]
     with pytest.raises(RuntimeError, match=r"arl_fast: got 17 branches, expected at most 16"):
-        binding.cuda_scale(grads, torch.ones(()), None, torch.float32, True, 0)
+        binding.cuda_scale(grads, torch.ones(()), None, torch.float32, True)
 
 
 def test_native_leaves_more_branches_to_the_reference(monkeypatch):
@@ -149,3 +147,78 @@ def test_native_leaves_more_branches_to_the_reference(monkeypatch):
     grads = [torch.ones(2, 2) for _ in range(3)]
     for g in native.scale(grads, torch.tensor(0.5), None, torch.float32, False):
         assert g.eq(0.5).all()
+
+
+# ---- the eager step in one call, as on a GPU -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast_calls(binding, implementation, monkeypatch):
+    """The node of csrc/eager over the emulated launchers; what each call of fast_loss has served."""
+    calls = []
+
+    def fast_loss(*arguments):
+        result = binding.fast_loss(*arguments)
+        calls.append(result is not None)
+        return result
+
+    steps = SimpleNamespace(
+        fast_loss=fast_loss, fast_modulate=binding.fast_modulate, fast_linear_loss=lambda *_: None
+    )
+    monkeypatch.setattr(dispatch, "native_steps", lambda: steps)
+    return calls
+
+
+test_fast_step_equals_the_general_one = eager.test_fast_step_equals_the_general_one
+test_retained_graph_and_upstream = eager.test_retained_graph_and_upstream
+test_gradients_of_some_branches_only = eager.test_gradients_of_some_branches_only
+test_saved_tensor_hooks_and_checkpoint = eager.test_saved_tensor_hooks_and_checkpoint
+test_modulate_node_equals_the_function = eager.test_modulate_node_equals_the_function
+test_modulate_shares_memory_and_version = eager.test_modulate_shares_memory_and_version
+test_modulate_then_loss_scales_the_encoders = eager.test_modulate_then_loss_scales_the_encoders
+
+
+@pytest.fixture(autouse=True)
+def only_fast(request):
+    """The tests of the eager step that are taken over here use the node."""
+    if getattr(request.function, "__module__", "") == "test_native":
+        request.getfixturevalue("fast_calls")
+
+
+def test_allocations_of_a_step(fast_calls):
+    """One for the M+1 gradients, one for statistics and workspace, one for the loss; backward takes none."""
+    logits, target = [torch.randn(6, 5, requires_grad=True) for _ in range(3)], torch.randint(0, 5, (6,))
+    link = torch.zeros(2, requires_grad=True)
+    criterion = ARLLoss(warmup=3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss = criterion(BranchLogits(logits[0], logits[1:], link), target)
+    assert fast_calls == [True]
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::empty"] == 3
+    assert set(counts) <= {"aten::empty", "arl_fast::loss", "aten::add_", "[memory]"}
+    upstream = torch.ones(())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        grads = torch.autograd.grad(loss, [*logits, link], upstream)
+    assert "aten::empty" not in {event.key for event in profile.key_averages()}
+    storages = {g.untyped_storage().data_ptr() for g in grads[:3]}
+    assert len(storages) == 1
+    assert len({g.data_ptr() for g in grads}) == 4
+
+
+def test_link_keeps_its_value_over_several_backwards(fast_calls):
+    """What a leaf link accumulates in place is not what the next backward hands out."""
+    logits, target = [torch.randn(6, 5, requires_grad=True) for _ in range(3)], torch.randint(0, 5, (6,))
+    link = torch.zeros(2, requires_grad=True)
+    loss, stats = arl_loss(logits[0], logits[1:], target, link)
+    once = stats.gains - 1
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    torch.testing.assert_close(link.grad, 3 * once)
+
+
+def test_the_zero_link_is_zero_again(fast_calls):
+    """A write into a link does not reach the next one."""
+    for _ in range(3):
+        _, link = modulate([torch.randn(2, 3) for _ in range(2)])
+        assert link.eq(0).all()
+        link.add_(1)

@@ -238,17 +238,96 @@ def test_same_bits_whatever_the_order_of_the_blocks(reduction, classes):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_ticket_or_memset(monkeypatch):
-    """A kept counter is 0 again after each launch; without one it lives in the workspace and costs a memset."""
+@pytest.fixture
+def capturing():
+    """Turns the capture of a graph on and off."""
+    yield module.library().set_capturing
+    module.library().set_capturing(False)
+
+
+def test_tickets(capturing):
+    """A counter for each stream, one for each captured launch, and neither a launch nor a memset for any of them."""
     logits, target = make(20, 6)
     lib = module.library()
     launches, memsets = lib.launches(), lib.memsets()
     first = compare(logits, target)
-    assert (lib.launches(), lib.memsets()) == (launches + 1, memsets)
-    monkeypatch.setattr(module, "ticket", None)
-    again = compare(logits, target)
-    assert (lib.launches(), lib.memsets()) == (launches + 2, memsets + 1)
-    assert torch.equal(first[1], again[1])
+    capturing(True)
+    captured = compare(logits, target)
+    assert (lib.launches(), lib.memsets()) == (launches + 2, memsets)
+    assert torch.equal(first[1], captured[1])
+    of_graphs = [lib.ticket_of(7) for _ in range(3)]
+    capturing(False)
+    of_streams = [lib.ticket_of(stream) for stream in (7, 8, 7)]
+    assert of_streams[0] == of_streams[2]
+    assert len({*of_graphs, *of_streams}) == 5
+    assert -1 not in of_graphs + of_streams
+    assert -2 not in of_graphs + of_streams
+
+
+def test_memset_where_no_ticket_is_left(capturing):
+    lib = module.library()
+    capturing(True)
+    while lib.ticket_of(7) != -1:
+        pass
+    memsets = lib.memsets()
+    compare(*make(20, 6))
+    assert lib.memsets() == memsets + 1
+    capturing(False)
+    compare(*make(20, 6))
+    assert lib.memsets() == memsets + 1
+
+
+# Classes from which the dynamic shared memory lies between what no kernel has to ask for and 48 KB, as planned before.
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(torch.float32, 26628), (torch.float32, 28675), (torch.bfloat16, 53256), (torch.float64, 9218)],
+)
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_a_little_dynamic_shared_memory(dtype, classes, kind):
+    """A kernel's static shared memory counts against the 48 KB, too, that it may have without asking for more."""
+    module.library().forget_opt_ins()
+    compare(*make(1, classes, dtype, branches=2, kind=kind))
+
+
+def test_every_plan_asks_for_its_shared_memory():
+    """Whatever C is: what is not asked for fits into 48 KB beside the static shared memory that a kernel may have."""
+    lib, windows = module.library(), 0
+    for dtype, dense in itertools.product(DTYPES, [False, True]):
+        for classes in range(256, 70000, 61):
+            p = plan(dtype, 64, classes, dense=dense, device=DEVICES["sm_90"])
+            dynamic = 16 * p.threads * p.shared_vectors
+            assert lib.needs_opt_in_of(dynamic) or dynamic + 8192 <= 48 * 1024
+            windows += 48 * 1024 - 8192 < dynamic <= 48 * 1024
+    assert windows > 0
+
+
+def test_failures_leave_no_trace():
+    """A failed query of the device is asked again, and no error stays for the next call of anybody."""
+    lib = module.library()
+    lib.set_device(5, SHARED - 4096)
+    lib.fail_queries(1)
+    logits, target = make(4, 6)
+    with pytest.raises(AssertionError):
+        module.forward(logits, Targets(target), SCHEDULE, options(), True)
+    assert lib.last_error() == 0
+    compare(logits, target)
+    lib.fail_launches(2)
+    with pytest.raises(AssertionError):
+        module.forward(logits, Targets(target), SCHEDULE, options(), True)
+    with pytest.raises(AssertionError):
+        module.scale(logits, torch.tensor(2.0), None, torch.float32, True)
+    assert lib.last_error() == 0
+    compare(logits, target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_address(dtype):
+    """Rows that are not aligned, below and above an address whose 31st bit, in elements, is set."""
+    logits, target = make(3, 1301, dtype, branches=2)
+    low, high = (
+        compare([guarded.at_bit(x, 31, bit) for x in logits], target)[2] for bit in (False, True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(low, high, strict=True))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -5,6 +5,10 @@ without one.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from gpu import DEVICE, gpu_only, implementation, on_device, plain_device, poisoned  # noqa: F401  first: it skips without a GPU
@@ -180,6 +184,62 @@ def test_other_streams(implementation):
                 [got[0], *got[1], *got[2]], [expected[0], *expected[1], *expected[2]], strict=True
             ):
                 assert torch.equal(a, b)
+
+
+@gpu_only
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [(torch.float32, 26700), (torch.float32, 28600), (torch.bfloat16, 53300), (torch.bfloat16, 57300)]
+    + [(torch.float64, 9300), (torch.float64, 10200)],
+)
+@pytest.mark.parametrize("soft", [False, True])
+def test_shared_memory_near_48_kilobytes(kernels, dtype, classes, soft):
+    """In a process of its own, where no launch before has asked for more. Windows of C that once failed."""
+    program = f"""
+import torch, arl_fast
+x = [torch.randn(2, {classes}, device="cuda", dtype={dtype}) for _ in range(2)]
+y = torch.randint(0, {classes}, (2,), device="cuda")
+if {soft}:
+    y = torch.nn.functional.one_hot(y, {classes}).to(torch.{"float64" if dtype == torch.float64 else "float32"})
+loss, _ = arl_fast.arl_loss(x[0], x[1:], y, rule="none")
+assert torch.isfinite(loss)
+"""
+    environment = os.environ | {"ARL_FAST_IMPL": kernels}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@gpu_only
+def test_compiled_with_reduce_overhead(kernels):
+    """Graphs that the compiler captures, and replays after a capture of another step between."""
+    torch.compiler.reset()
+    compiled = torch.compile(ARLLoss(warmup=2), fullgraph=True, mode="reduce-overhead")
+    eager = ARLLoss(warmup=2)
+    for i in range(6):
+        logits, target = branches(64 if i % 2 else 32, 101, seed=i)
+        leaves = [x.requires_grad_() for x in logits]
+        link = torch.zeros(2, requires_grad=True)
+        results = []
+        for criterion in (compiled, eager):
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = criterion(BranchLogits(leaves[0], leaves[1:], link), target)
+            grads = torch.autograd.grad(loss, [*leaves, link])
+            results.append([loss.detach().clone(), *(g.clone() for g in grads)])
+        torch.testing.assert_close(*results)
+
+
+@gpu_only
+def test_a_failed_launch_leaves_no_error_behind(plain_device):
+    """CUDA would blame it on whatever torch calls next."""
+    from arl_fast.implementations import native
+
+    if native.unavailable("cuda"):
+        pytest.skip("no native kernels")
+    logits = [torch.randn(2, 3, device="cuda") for _ in range(20)]  # more branches than a launch takes
+    target = native.Targets(torch.zeros(2, dtype=torch.long, device="cuda"))
+    with pytest.raises(RuntimeError, match="got 20 branches"):
+        native._C.cuda_forward(logits, target, native.Schedule(1.0, 8.0), native.Options(), False)
+    assert float(torch.ones(2, device="cuda").sum()) == 2
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

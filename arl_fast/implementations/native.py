@@ -1,7 +1,6 @@
-"""The native kernels (csrc/): the contract's three functions over ``arl_fast._C``, and the short way for eager
-steps.
+"""The native kernels (csrc/): the contract's three functions over ``arl_fast._C``, and a short way for eager steps.
 
-Eager calls go straight to the extension. torch.compile sees the registered ops ``torch.ops.arl_fast.native_*``.
+Eager calls go straight to the extension; torch.compile sees the ops ``torch.ops.arl_fast.native_*``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .._core import rules, spec
-from .._core._torch import current_stream
 from .._core.branches import BranchLogits, Targets
 from .._core.checks import LinearHead
 from .._core.options import Options, Schedule
@@ -69,7 +67,8 @@ else:
     _absent = _stale(_C)
     _C = None if _absent else _C
 
-# Usual eager steps on a CPU, checked, computed and recorded for autograd in one call (csrc/eager/steps.h):
+# Usual eager steps, checked, computed and recorded for autograd in one call (csrc/eager/steps.h), the linear
+# head's on a CPU only:
 #   fast_loss(options, branches, targets, schedule) -> (loss, packed)
 #   fast_linear_loss(options, head, targets, schedule, budget) -> (loss, packed)
 #   fast_modulate([z_1, ...]) -> ([z_1, ...], link)
@@ -106,10 +105,9 @@ def forward(
         return reference.forward(logits, targets, schedule, options, grad)
     if torch.compiler.is_compiling():
         results = ops.forward("native", logits, targets, schedule, options, grad)
-    elif first.is_cuda:
-        results = _cuda_forward(logits, targets, schedule, options.for_kernels, grad)
     else:
-        results = _C.forward(logits, targets, schedule, options.for_kernels, grad)
+        run = _C.cuda_forward if first.is_cuda else _C.forward
+        results = run(logits, targets, schedule, options.for_kernels, grad)
     if isinstance(options.rule, str):
         return results
     loss, packed, grads = results
@@ -124,60 +122,25 @@ def scale(
         return reference.scale(grads, upstream, factor, dtype, keep)
     if torch.compiler.is_compiling():
         return ops.scale("native", grads, upstream, factor, dtype)
-    if grads[0].is_cuda:
-        return _C.cuda_scale(grads, upstream, factor, dtype, keep, _stream(upstream))
-    return _C.scale(grads, upstream, factor, dtype, keep)
+    run = _C.cuda_scale if grads[0].is_cuda else _C.scale
+    return run(grads, upstream, factor, dtype, keep)
 
 
 def modulate_backward(grads: Sequence[Tensor | None], link: Tensor) -> Sequence[Tensor | None]:
     """As reference.modulate_backward."""
     if torch.compiler.is_compiling():
         return ops.modulate_backward("native", grads, link)
-    if link.is_cuda:
-        return ops.for_present(
-            grads, lambda given, modalities: _C.cuda_modulate_backward(given, link, modalities, _stream(link))
-        )
-    return ops.for_present(grads, lambda given, modalities: _C.modulate_backward(given, link, modalities))
-
-
-def _stream(x: Tensor) -> int:
-    """The current stream of the tensor's device, as the address that the launchers take."""
-    return current_stream(x.device.index)
-
-
-_tickets: dict[tuple[int, int], Tensor] = {}
-
-
-def _ticket(x: Tensor, stream: int) -> Tensor | None:
-    """The counter by which a launch's last block knows that it is the last: one per stream, 0 after every launch.
-
-    None while a graph is captured: the graph may be replayed on another stream, so its launches zero counters of
-    their own.
-    """
-    if torch._C._cuda_isCurrentStreamCapturing():
-        return None
-    key = (x.device.index, stream)
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=x.device)
-    return _tickets[key]
-
-
-def _cuda_forward(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    stream = _stream(logits[0])
-    return _C.cuda_forward(logits, *arguments, stream, _ticket(logits[0], stream))
+    run = _C.cuda_modulate_backward if link.is_cuda else _C.modulate_backward
+    return ops.for_present(grads, lambda given, modalities: run(given, modalities, link))
 
 
 def _cuda_scale(
     grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, dtype: torch.dtype
 ) -> list[Tensor]:
-    return _C.cuda_scale(grads, upstream, factor, dtype, True, _stream(upstream))
-
-
-def _cuda_modulate(grads: Sequence[Tensor], modalities: Sequence[int], link: Tensor) -> list[Tensor]:
-    return _C.cuda_modulate_backward(grads, link, modalities, _stream(link))
+    return _C.cuda_scale(grads, upstream, factor, dtype, True)
 
 
 if _C is not None:
     ops.define("native")  # csrc/ops.cpp runs them on a CPU
     if hasattr(_C, "cuda_forward"):
-        ops.implement("native", _cuda_forward, _cuda_scale, _cuda_modulate, "CUDA")
+        ops.implement("native", _C.cuda_forward, _cuda_scale, _C.cuda_modulate_backward, "CUDA")

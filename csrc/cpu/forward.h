@@ -33,13 +33,6 @@ struct Inputs {
   bool in_place = false;  // gradients overwrite the logits, which are contiguous and not float16
 };
 
-// Whether the loss is a plain cross-entropy, the baseline of every comparison: torch's own, to the last bit. As
-// is_plain() in arl_fast/implementations/reference.py; a gamma of the warm-up or from a tensor is not.
-inline bool is_plain(const Inputs& inputs, const Options& options) {
-  const Numbers& numbers = inputs.numbers;
-  return options.rule == kNone && !numbers.warming && numbers.gammas.size() == 1 && numbers.gammas[0] == 0;
-}
-
 struct Outputs {
   at::Tensor loss;                        // 0-d, or [rows] for reduction "none"
   at::Tensor packed;                      // [packed_length(M)]

@@ -1,4 +1,5 @@
 // The launches of a backward pass: scale and modulate_backward. Also what is asked of the device.
+#include <atomic>
 #include <mutex>
 
 #include "device.cuh"
@@ -9,20 +10,25 @@ namespace cuda {
 int current_device(Device& device) {
   constexpr int kDevices = 64;
   static Device known[kDevices];
-  static std::once_flag asked[kDevices];
+  static std::atomic<bool> asked[kDevices];
   int ordinal = 0;
-  cudaError_t error = cudaGetDevice(&ordinal);
-  if (error != cudaSuccess) return error;
+  if (const cudaError_t error = cudaGetDevice(&ordinal)) return without_trace(error);
   if (ordinal >= kDevices) return cudaErrorInvalidDevice;
-  std::call_once(asked[ordinal], [&] {
-    error = cudaDeviceGetAttribute(&known[ordinal].multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
+  if (!asked[ordinal].load(std::memory_order_acquire)) {
+    static std::mutex mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
+    Device found;
+    cudaError_t error =
+        cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
     if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&known[ordinal].shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                     ordinal);
+      error = cudaDeviceGetAttribute(&found.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
     }
-  });
+    if (error != cudaSuccess) return without_trace(error);  // the next call asks again
+    known[ordinal] = found;
+    asked[ordinal].store(true, std::memory_order_release);
+  }
   device = known[ordinal];
-  return error;
+  return cudaSuccess;
 }
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -29,17 +29,30 @@ __device__ inline uint4* dynamic_shared() {
 }
 
 template <typename Params>
-int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void* stream, Params params) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
+cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void* stream,
+                          Params& params) {
   void* arguments[] = {&params};
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), arguments, shared_bytes,
                           static_cast<cudaStream_t>(stream));
 }
 #endif
+
+// CUDA keeps an error until somebody asks, and would blame it on the next call of anybody.
+inline int without_trace(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+template <typename Params>
+int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void* stream, Params params) {
+  cudaError_t error = cudaSuccess;
+  if (needs_opt_in(shared_bytes)) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  if (error == cudaSuccess) error = launch_kernel(kernel, grid, threads, shared_bytes, stream, params);
+  return without_trace(error);
+}
 
 // ---- arithmetic ------------------------------------------------------------------------------------------
 
@@ -261,6 +274,28 @@ __device__ inline void store_vector(uint4* out, uint4 raw) {
 #endif
 }
 
+// 16 bytes from global to shared memory, without a register in between; they are there after
+// wait_for_copies().
+__device__ inline void copy_async(uint4* to, const uint4* from) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#elif defined(__CUDACC__)
+  *to = *from;
+#else
+  emulation::copy_later(to, from);
+#endif
+}
+// What this thread has copied can be read by this thread.
+__device__ inline void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#elif !defined(__CUDACC__)
+  emulation::finish_copies();
+#endif
+}
+
 // n results to adjacent addresses: 16 bytes at a time where the address allows it.
 template <typename G, typename C, int n>
 __device__ inline void store(G* out, const C (&v)[n], bool aligned) {
@@ -286,6 +321,12 @@ struct Maximum {
   template <typename V>
   __device__ V operator()(V a, V b) const {
     return maximum(a, b);
+  }
+};
+struct Larger {  // as in arl::finish
+  template <typename V>
+  __device__ V operator()(V a, V b) const {
+    return larger(a, b);
   }
 };
 struct Minimum {
@@ -325,6 +366,25 @@ __device__ inline void reduce_block(V (&v)[n], V* buffer, V identity, Op op) {
   for (int i = 0; i < n; ++i) v[i] = lane < warps ? buffer[i * 32 + lane] : identity;
   reduce_warp(v, op);
 }
+
+// The threads of a warp as the team of arl::finish.
+struct Warp {
+  __device__ int first() const { return threadIdx.x % 32; }
+  __device__ int step() const { return 32; }
+  __device__ void sync() const { __syncwarp(); }
+  template <typename T>
+  __device__ T sum(T value) const {
+    T v[1] = {value};
+    reduce_warp(v, Add());
+    return v[0];
+  }
+  template <typename T>
+  __device__ T largest(T value) const {
+    T v[1] = {value};
+    reduce_warp(v, Larger());
+    return v[0];
+  }
+};
 
 // ---- the schedule ----------------------------------------------------------------------------------------
 

@@ -104,9 +104,9 @@ __global__ void __launch_bounds__(kRowsThreads) count_kernel(const __grid_consta
 }
 
 // ---- rows on chip ----------------------------------------------------------------------------------------
-// Both kinds offer: load; visit(f), f(x, class) for every element, padding of -inf included, where `keep`
-// stores what f made of x; visit_real(f), the same without padding; emit(f), which stores f(e^v, class) as
-// the gradient.
+// Both kinds offer: load, and finish_load before the first use; visit(f), f(x, class) for every element,
+// padding of -inf included, where `keep` stores what f made of x; visit_real(f), the same without padding;
+// emit(f), which stores f(e^v, class) as the gradient.
 
 // kSmall: up to kHeld scalars per thread, adjacent threads hold adjacent classes.
 template <typename T>
@@ -128,6 +128,8 @@ struct ScalarRow {
       held[k] = valid && c < classes ? widen(row[c]) : C(-INFINITY);
     }
   }
+  __device__ void finish_load() const {}
+
   template <bool keep, typename F>
   __device__ void visit(F f) {
 #pragma unroll
@@ -187,7 +189,7 @@ struct VectorRow {
   __device__ uint4* slot(int k) const { return dynamic_shared() + (k * threads + thread); }
 
   __device__ void load(const T* row, bool) {
-    const int misaligned = int(reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kN;
+    const int misaligned = int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kN);
     head = misaligned == 0 ? 0 : kN - misaligned;  // rows here are longer than a vector
     vectors = (classes - head) / kN;
     body = reinterpret_cast<const uint4*>(row + head);
@@ -202,12 +204,21 @@ struct VectorRow {
       }
     }
     if constexpr (kFamily == kBlock) {
+#pragma unroll 4
       for (int k = 0; k < shared_vectors; ++k) {
         const int j = thread + (kVectors + k) * threads;
-        *slot(k) = j < vectors ? __ldg(body + j) : padding_vector<T>();
+        if (j < vectors) {
+          copy_async(slot(k), body + j);
+        } else {
+          *slot(k) = padding_vector<T>();
+        }
       }
     }
     edge = edge_class() < classes ? widen(row[edge_class()]) : C(-INFINITY);
+  }
+
+  __device__ void finish_load() const {
+    if constexpr (kFamily == kBlock) wait_for_copies();
   }
 
   __device__ void unpack(int k, C (&v)[kN]) {
@@ -373,20 +384,34 @@ struct BranchSums<C, kSmall> {
 
 // kDense: the target's distribution differs from class to class (probabilities, or label smoothing under
 // class weights). `scale` multiplies the gradient. Returns the row's loss.
-template <typename T, int kFamily, bool kDense, typename C = typename Element<T>::Compute>
-__device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t row, bool inside, C scale,
-                                RowBuffers<C>& buffers, BranchSums<C, kFamily>& sums) {
-  using G = typename Element<T>::Grad;
-  using Row = std::conditional_t<kFamily == kSmall, ScalarRow<T>, VectorRow<T, kFamily>>;
-  const ForwardArgs& a = p.args;
+template <typename T, int kFamily>
+using RowOf = std::conditional_t<kFamily == kSmall, ScalarRow<T>, VectorRow<T, kFamily>>;
+
+template <typename T, typename C = typename Element<T>::Compute>
+__device__ inline const T* row_of(const ForwardArgs& a, int branch, int64_t row) {
+  return static_cast<const T*>(a.logits[branch]) + row * a.row_stride[branch];
+}
+
+// Begins to load a row; process_row follows.
+template <typename T, int kFamily>
+__device__ inline RowTarget load_row(const ForwardArgs& a, int branch, int64_t row, bool inside,
+                                     RowOf<T, kFamily>& held) {
   RowTarget target = {0, false, false};
   if (inside) target = read_target(a, branch, row);
-  const T* x = static_cast<const T*>(a.logits[branch]) + row * a.row_stride[branch];
+  if (kFamily == kSmall || target.valid) held.load(row_of<T>(a, branch, row), target.valid);
+  return target;
+}
+
+template <typename T, int kFamily, bool kDense, typename C = typename Element<T>::Compute>
+__device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t row, bool inside,
+                                const RowTarget& target, RowOf<T, kFamily>& held, C scale,
+                                RowBuffers<C>& buffers, BranchSums<C, kFamily>& sums) {
+  using G = typename Element<T>::Grad;
+  const ForwardArgs& a = p.args;
   const bool writes = p.grad && inside;
-  const auto grad_row = [&] {
+  const auto grad_row = [&] {  // late: registers are short
     return static_cast<G*>(a.grads[branch]) + row * a.classes;
-  };  // late: registers are short
-  Row held(p);
+  };
 
   if constexpr (kFamily != kSmall) {  // all threads of the row, whole warps, agree
     if (!target.valid) {
@@ -397,7 +422,7 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
       return C(0);
     }
   }
-  held.load(x, target.valid);
+  held.finish_load();
 
   // The target's distribution: w_c ((1 - smoothing) t_c + smoothing / classes), with w_y on the whole of t_y
   // for indices.
@@ -412,7 +437,7 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
   const C divisor = row_divisor<C>(a, target);
   const C target_share =
       soft ? C(0) : (C(1) - smoothing) * divisor;  // the part of it that class y has on top
-  const C target_logit = !soft && target.valid ? widen(x[target.index]) : C(0);
+  const C target_logit = !soft && target.valid ? widen(row_of<T>(a, branch, row)[target.index]) : C(0);
 
   C top[2] = {C(-INFINITY), C(-INFINITY)};
   held.template visit<false>([&](C& v, int) { top[0] = maximum(top[0], v); });
@@ -557,12 +582,15 @@ __device__ __noinline__ void finish_block(const ForwardParams<C>& p) {
     if (threadIdx.x % 32 == 0) sums[column] = sum[0];
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < 32) {
     const auto gamma = [&](int modality) { return gamma_of<C>(a.schedule, modality); };
-    const C temperature = temperature_of<C>(a.schedule);
-    const C total = finish(sums, modalities, gamma, temperature, is_warming(a.schedule), a.options, packed);
-    if (a.options.reduction != kNoReduction) *static_cast<C*>(a.loss) = total;
-    *p.ticket = 0;
+    const bool warming = is_warming(a.schedule);
+    const C total =
+        finish(sums, modalities, gamma, temperature_of<C>(a.schedule), warming, a.options, packed, Warp());
+    if (threadIdx.x == 0) {
+      if (a.options.reduction != kNoReduction) *static_cast<C*>(a.loss) = total;
+      *p.ticket = 0;
+    }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < packed_length(modalities); i += blockDim.x)
@@ -583,14 +611,22 @@ __global__ void __launch_bounds__(
   const bool leads = kFamily == kBlock ? threadIdx.x == 0 : threadIdx.x % p.threads_per_row == 0;
 
   for (int branch = blockIdx.y; branch < a.branches; branch += gridDim.y) {
-    const C gamma = branch == 0 ? C(1) : gamma_of<C>(a.schedule, branch - 1);
-    const C scale = gamma / gradient_divisor(p, branch, block_sums);
+    C scale = C(0);
+    bool counted = false;
     BranchSums<C, kFamily> sums;
+    RowOf<T, kFamily> held(p);
     for (int64_t base = int64_t(blockIdx.x) * rows_per_block; base < a.rows;
          base += int64_t(gridDim.x) * rows_per_block) {
       const int64_t row = base + own;
       const bool inside = row < a.rows;
-      const C loss = process_row<T, kFamily, kDense>(p, branch, row, inside, scale, buffers, sums);
+      const RowTarget target = load_row<T, kFamily>(a, branch, row, inside, held);
+      if (!counted) {  // while the first row is on its way
+        const C gamma = branch == 0 ? C(1) : gamma_of<C>(a.schedule, branch - 1);
+        scale = gamma / gradient_divisor(p, branch, block_sums);
+        counted = true;
+      }
+      const C loss =
+          process_row<T, kFamily, kDense>(p, branch, row, inside, target, held, scale, buffers, sums);
       // Per-row loss: one thread adds up the branches of a row, one after the other.
       if (a.options.reduction == kNoReduction && leads && inside) {
         C* out = static_cast<C*>(a.loss) + row;
@@ -622,7 +658,6 @@ int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* 
   ForwardParams<C> params;
   params.args = args;
   char* workspace = static_cast<char*>(args.workspace);
-  params.ticket = args.ticket;
   params.partials = reinterpret_cast<C*>(workspace + kTicketBytes);
   params.divisors = params.partials + int64_t(kSums) * args.branches * plan.grid_x;
   params.smoothing = C(args.options.label_smoothing);
@@ -631,11 +666,12 @@ int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* 
   params.threads_per_row = plan.threads_per_row;
   params.shared_vectors = plan.shared_vectors;
   params.grad = args.grads[0] != nullptr;
+  if (const int error = take_ticket(stream, &params.ticket)) return error;
   if (params.ticket == nullptr) {
     params.ticket = reinterpret_cast<unsigned*>(workspace);
     const cudaError_t error =
         cudaMemsetAsync(workspace, 0, sizeof(unsigned), static_cast<cudaStream_t>(stream));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return without_trace(error);
   }
   if (plan.count_blocks > 0) {
     const Kernel kernel = count_kernel<C>;

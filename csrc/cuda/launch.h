@@ -61,19 +61,14 @@ struct ForwardArgs {
   // Scratch of forward_workspace_bytes(), 16-byte aligned, not initialised; free to reuse after the call in
   // stream order.
   void* workspace;
-  // A counter that is 0 before the launch and 0 again after it, so that one zeroed counter per stream serves
-  // all its calls (two streams must not share one). Null: the workspace holds it and a memset node is
-  // enqueued before the kernel, which is right whenever no such counter is at hand, above all while a graph
-  // is captured.
-  unsigned* ticket;
 };
 
 // Scratch that forward() needs for these arguments on the current device (workspace itself may still be
 // null).
-int64_t forward_workspace_bytes(const ForwardArgs& args);
+int forward_workspace_bytes(const ForwardArgs& args, int64_t* bytes);
 
 // Loss, packed statistics and, where asked for, gradients of all branches: one launch, plus a small one that
-// counts the rows when plan() says that this is cheaper, plus a memset node without a ticket.
+// counts the rows when plan() says that this is cheaper.
 int forward(const ForwardArgs& args, void* stream);
 
 struct ScaleArgs {
@@ -111,6 +106,14 @@ struct ModulateArgs {
 int modulate_backward(const ModulateArgs& args, void* stream);
 
 const char* error_string(int error);
+
+// The counter by which a launch's last block knows that it is the last: 0 before the launch and 0 after it.
+// Each stream has one of its own, and so has each launch in a captured graph, which any stream may replay.
+// Null if none is left: then a memset zeroes one in the workspace.
+int take_ticket(void* stream, unsigned** ticket);
+
+// Whether a graph is being captured from a stream; where that cannot be told, too.
+bool is_capturing(void* stream);
 
 }  // namespace cuda
 }  // namespace arl

@@ -74,6 +74,9 @@ constexpr int held_vectors(int element_size, int family) {
   return element_size == 2 && family == kWarp ? kHeld / 2 : kHeld;
 }
 
+// A kernel may have 48 KB of shared memory, static and dynamic together, without asking for more.
+constexpr bool needs_opt_in(int dynamic_bytes) { return dynamic_bytes > 48 * 1024 - kStaticShared; }
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Plan plan(const Shape& shape, const Device& device) {

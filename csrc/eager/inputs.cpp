@@ -9,6 +9,8 @@
 #include <unordered_map>
 
 #include "../cpu/loss.h"
+#include "../cuda/launch.h"
+#include "../cuda_ops.h"
 
 namespace arl {
 namespace {
@@ -20,9 +22,10 @@ bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
 }
 
 bool is_plain(const at::Tensor& tensor) {
-  constexpr c10::DispatchKeySet usual(
-      {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU});
-  return within(tensor.key_set(), usual) && tensor.is_cpu();
+  constexpr c10::DispatchKeySet usual({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
+                                       DispatchKey::CUDA, DispatchKey::AutogradCUDA,
+                                       DispatchKey::AutocastCUDA, DispatchKey::ADInplaceOrView});
+  return within(tensor.key_set(), usual) && (tensor.is_cpu() || tensor.is_cuda());
 }
 
 // A finite Python number.
@@ -86,13 +89,12 @@ bool read_options(PyObject* object, Options* options) {
   return true;
 }
 
-// A tensor of the schedule that is read, or null.
-bool is_usual_number(const at::Tensor* tensor, int64_t modalities) {
+// Whether a tensor of the schedule, if there is one, is where and what the kernels read.
+bool is_usual_number(const at::Tensor* tensor, at::ScalarType type, const at::Tensor& like) {
   if (tensor == nullptr) return true;
-  const bool shaped = tensor->dim() == 0 || (tensor->dim() == 1 && tensor->size(0) == modalities);
-  const at::ScalarType type = tensor->scalar_type();
-  return shaped && is_plain(*tensor) && !tensor->requires_grad() &&
-         (type == at::kFloat || type == at::kDouble || type == at::kLong);
+  if (!is_plain(*tensor) || tensor->device() != like.device() || tensor->requires_grad()) return false;
+  const at::ScalarType own = tensor->scalar_type();
+  return own == type || (like.is_cpu() && (own == at::kFloat || own == at::kDouble || own == at::kLong));
 }
 
 }  // namespace
@@ -203,36 +205,46 @@ c10::SmallVector<PyObject*, 8> values_of(PyObject* object) {
 }
 
 bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, int64_t rows,
-              int64_t classes, int64_t modalities, at::ScalarType type) {
-  if (!is_float(type) || classes < 2 || modalities == 0 || modalities >= cpu::kMaxBranches) return false;
+              int64_t classes, int64_t modalities, const at::Tensor& like) {
+  const at::ScalarType type = like.scalar_type(), compute = type == at::kDouble ? at::kDouble : at::kFloat;
+  const int most = cuda::serves(like) ? cuda::kMaxBranches : cpu::kMaxBranches;
+  if (!is_float(type) || classes < 2 || modalities == 0 || modalities >= most) return false;
   if (options.reduction == kNoReduction || (options.rule == kPaper && modalities != 2)) return false;
   const size_t gammas = schedule.gammas.size();
   if (schedule.gamma == nullptr && gammas != 1 && gammas != size_t(modalities)) return false;
   for (const double gamma : schedule.gammas) {
     if (gamma < 0) return false;
   }
-  if (!is_usual_number(schedule.gamma, modalities)) return false;
+  const at::Tensor* gamma = schedule.gamma;
+  if (gamma != nullptr && gamma->dim() != 0 && (gamma->dim() != 1 || gamma->size(0) != modalities))
+    return false;
   for (const at::Tensor* number : {schedule.temperature, schedule.step}) {
-    if (number != nullptr && (number->dim() != 0 || !is_usual_number(number, 1))) return false;
+    if (number != nullptr && number->dim() != 0) return false;
+  }
+  if (!is_usual_number(gamma, compute, like) || !is_usual_number(schedule.temperature, compute, like) ||
+      !is_usual_number(schedule.step, at::kLong, like)) {
+    return false;
   }
 
+  const auto is_here = [&](const at::Tensor& tensor) {
+    return is_plain(tensor) && tensor.device() == like.device();
+  };
   const at::Tensor& target = *targets.target;
   const bool indices = target.scalar_type() == at::kLong || target.scalar_type() == at::kInt;
-  if (!is_plain(target) || !indices || target.dim() != 1 || target.size(0) != rows ||
+  if (!is_here(target) || !indices || target.dim() != 1 || target.size(0) != rows ||
       !target.is_contiguous()) {
     return false;
   }
   if (targets.mask != nullptr) {
     const at::Tensor& mask = *targets.mask;
-    if (!is_plain(mask) || mask.scalar_type() != at::kBool || mask.dim() != 2 || mask.size(0) != rows ||
+    if (!is_here(mask) || mask.scalar_type() != at::kBool || mask.dim() != 2 || mask.size(0) != rows ||
         mask.size(1) != modalities) {
       return false;
     }
   }
   if (targets.weight != nullptr) {
     const at::Tensor& weight = *targets.weight;
-    const at::ScalarType compute = type == at::kDouble ? at::kDouble : at::kFloat;
-    if (!is_plain(weight) || weight.scalar_type() != compute || weight.dim() != 1 ||
+    if (!is_here(weight) || weight.scalar_type() != compute || weight.dim() != 1 ||
         weight.size(0) != classes || !weight.is_contiguous() || weight.requires_grad()) {
       return false;
     }
@@ -245,6 +257,14 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
 double value_at(const at::Tensor& packed, int64_t position) {
   const bool is_double = packed.scalar_type() == at::kDouble;
   return is_double ? packed.const_data_ptr<double>()[position] : packed.const_data_ptr<float>()[position];
+}
+
+at::Tensor part_of(const at::Tensor& memory, int64_t first, at::IntArrayRef sizes) {
+  auto part = at::detail::make_tensor<at::TensorImpl>(c10::Storage(memory.storage()), memory.key_set(),
+                                                      memory.dtype());
+  part.unsafeGetTensorImpl()->set_storage_offset(memory.storage_offset() + first);
+  part.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  return part;
 }
 
 c10::SmallVector<double, 4> link_gradient(const at::Tensor& packed, int modalities) {

@@ -56,7 +56,7 @@ struct Arguments {
 // AD.
 bool no_mode_intercepts();
 
-// A dense CPU tensor of torch's own class, or null.
+// A dense tensor of torch's own class, on a CPU or with CUDA, or null.
 const at::Tensor* plain(PyObject* object);
 
 bool is_float(at::ScalarType type);
@@ -64,17 +64,27 @@ bool is_float(at::ScalarType type);
 // The values, borrowed, of a dict, list or tuple; none if it is something else.
 c10::SmallVector<PyObject*, 8> values_of(PyObject* object);
 
-// Whether targets and schedule are legal and usual for M+1 logits [rows, classes] of a type. False if
+// Whether targets and schedule are legal and usual for M+1 logits [rows, classes] like a tensor. False if
 // anything is unusual, wrong, or served by another implementation.
 bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, int64_t rows,
-              int64_t classes, int64_t modalities, at::ScalarType type);
+              int64_t classes, int64_t modalities, const at::Tensor& like);
+
+// Whether the loss is a plain cross-entropy, the baseline of every comparison: torch's own, to the last bit. As
+// is_plain() in arl_fast/implementations/reference.py.
+inline bool is_plain_loss(const Schedule& schedule, const Options& options) {
+  const bool zero = schedule.gamma == nullptr && schedule.gammas.size() == 1 && schedule.gammas[0] == 0;
+  return zero && options.rule == kNone && schedule.warmup == 0;
+}
 
 // ---- results and autograd nodes --------------------------------------------------------------------------
 
-// An entry of a packed vector.
+// An entry of a packed vector on a CPU.
 double value_at(const at::Tensor& packed, int64_t position);
 
-// The gains - 1 of a packed vector.
+// A dense tensor that is a part of another's memory, from an element on, with a version counter of its own.
+at::Tensor part_of(const at::Tensor& memory, int64_t first, at::IntArrayRef sizes);
+
+// The gains - 1 of a packed vector on a CPU.
 c10::SmallVector<double, 4> link_gradient(const at::Tensor& packed, int modalities);
 
 double read_scalar(const at::Tensor& tensor);

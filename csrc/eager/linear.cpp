@@ -66,7 +66,7 @@ struct Head {
 // Appends what may be a tensor of dim dimensions; false if it is anything else.
 bool append(PyObject* object, int64_t dim, at::ScalarType type, variable_list* tensors) {
   const at::Tensor* x = plain(object);
-  if (x == nullptr || x->dim() != dim || x->scalar_type() != type) return false;
+  if (x == nullptr || !x->is_cpu() || x->dim() != dim || x->scalar_type() != type) return false;
   tensors->push_back(*x);
   return true;
 }
@@ -102,6 +102,7 @@ bool read_head(PyObject* object, Head* head) {
   const at::Tensor* first = modalities > 0 ? plain(values[0]) : nullptr;
   if (first == nullptr) return false;
   const at::ScalarType type = first->scalar_type();
+  if (!first->is_cpu()) return false;
   if (type == at::kHalf) return false;  // its gradients must not be rounded before the loss scale is known
   int64_t columns = 0;
   for (PyObject* value : values) {
@@ -336,11 +337,11 @@ PyObject* fast_linear_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Schedule schedule;
   if (!read_targets(args[2], Classes::kOwn, &inputs.targets) ||
       !read_schedule(args[3], Classes::kOwn, &schedule) ||
-      !is_usual(inputs.targets, schedule, *options, rows, classes, modalities, type)) {
+      !is_usual(inputs.targets, schedule, *options, rows, classes, modalities, head.features[0])) {
     Py_RETURN_NONE;
   }
   inputs.numbers = cpu::read(schedule);
-  if (cpu::is_plain(inputs, *options)) Py_RETURN_NONE;
+  if (is_plain_loss(schedule, *options)) Py_RETURN_NONE;
   const int64_t bytes_per_row = (modalities + 1) * classes * 2 * int64_t(c10::elementSize(type));
   if (!one_chunk(PyTuple_GET_ITEM(args[1], kChunk), args[4], rows, bytes_per_row)) {
     PyErr_Clear();

@@ -1,4 +1,3 @@
-#include <ATen/EmptyTensor.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
@@ -11,6 +10,7 @@
 #include <mutex>
 
 #include "../cpu/forward.h"
+#include "../cuda_ops.h"
 #include "inputs.h"
 #include "steps.h"
 
@@ -21,14 +21,19 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
+#if defined(ARL_FAST_CUDA_ON_CPU)
+constexpr bool kWithoutCpu = true;
+#else
+constexpr bool kWithoutCpu = false;
+#endif
+
 // Hands out the gradients that forward has written: the logits of each branch first, the link last.
 struct LossBackward final : Node {
   c10::SmallVector<SavedVariable, 4> grads;
-  c10::SmallVector<double, 4> gain_minus_one;
+  at::Tensor link;            // gains - 1, a part of the packed vector, if the link gets a gradient
   at::ScalarType dtype;       // of the logits
-  at::ScalarType link_dtype;  // of the link, if there is one
-  bool has_link = false;
-  bool hooked = false;  // a saved-tensor hook may hold the gradients too
+  at::ScalarType link_dtype;  // of the link
+  bool hooked = false;        // a saved-tensor hook may hold the gradients too
 
   std::string name() const override { return "ARLLossBackward"; }
 
@@ -36,31 +41,48 @@ struct LossBackward final : Node {
     std::lock_guard<std::mutex> lock(mutex_);
     const size_t branches = grads.size();
     variable_list results(branches + 1);
-    if (!upstreams[0].defined()) return results;
+    const at::Tensor& upstream = upstreams[0];
+    if (!upstream.defined()) return results;
     refuse_second_derivatives();
-    const double upstream = read_scalar(upstreams[0]);
     const bool keep = hooked || torch::autograd::get_current_graph_task_keep_graph();
+    c10::SmallVector<size_t, 4> needed;
+    variable_list given;
     for (size_t b = 0; b < branches; ++b) {
-      if (task_should_compute_output(b)) results[b] = scaled(grads[b].unpack(), upstream, keep);
+      if (!task_should_compute_output(b)) continue;
+      needed.push_back(b);
+      given.push_back(grads[b].unpack());
     }
-    if (has_link && task_should_compute_output(branches)) {
-      at::Tensor link = at::detail::empty_cpu({int64_t(gain_minus_one.size())}, at::kDouble);
-      std::copy(gain_minus_one.begin(), gain_minus_one.end(), link.mutable_data_ptr<double>());
-      results[branches] = link.to(link_dtype);
+    if (!given.empty()) scale(upstream, keep, &given);
+    for (size_t i = 0; i < needed.size(); ++i) results[needed[i]] = std::move(given[i]);
+    if (link.defined() && task_should_compute_output(branches)) {
+      const bool as_is = !keep && link.scalar_type() == link_dtype;
+      results[branches] = as_is ? link : link.to(link_dtype, /*non_blocking=*/false, /*copy=*/keep);
     }
     return results;
   }
 
-  // The buffer itself where nobody else will see it again, so that autograd need not copy it.
-  at::Tensor scaled(at::Tensor g, double upstream, bool keep) const {
-    if (g.scalar_type() != dtype) return g.mul(upstream).to(dtype);  // float16 logits: round after scaling
-    if (keep) return upstream == 1 ? g.clone() : g.mul(upstream);
-    return upstream == 1 ? g : g.mul_(upstream);
+  // In the place of the gradients unless they are seen again, so that autograd need not copy them.
+  void scale(const at::Tensor& upstream, bool keep, variable_list* given) const {
+    if (cuda::serves(given->front())) {
+      if constexpr (cuda::kBuilt) *given = cuda::scale(*given, upstream, std::nullopt, dtype, !keep);
+      return;
+    }
+    const double factor = read_scalar(upstream);
+    for (at::Tensor& g : *given) {
+      if (g.scalar_type() != dtype) {  // float16 logits: round after scaling
+        g = g.mul(factor).to(dtype);
+      } else if (keep) {
+        g = factor == 1 ? g.clone() : g.mul(factor);
+      } else if (factor != 1) {
+        g.mul_(factor);
+      }
+    }
   }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable& grad : grads) grad.reset_data();
+    link.reset();
   }
 };
 
@@ -114,6 +136,7 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Options* options = options_of(args[0]);
   const at::Tensor* fused = plain(PyTuple_GET_ITEM(args[1], 0));
   if (options == nullptr || fused == nullptr || fused->dim() != 2) Py_RETURN_NONE;
+  if (!fused->is_cpu() && !cuda::serves(*fused)) Py_RETURN_NONE;
   const auto values = values_of(unimodal);
   const int64_t modalities = int64_t(values.size());
   const at::ScalarType type = fused->scalar_type();
@@ -121,17 +144,19 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Schedule schedule;
   if (!read_targets(args[2], Classes::kOwn, &inputs.targets) ||
       !read_schedule(args[3], Classes::kOwn, &schedule) ||
-      !is_usual(inputs.targets, schedule, *options, fused->size(0), fused->size(1), modalities, type)) {
+      !is_usual(inputs.targets, schedule, *options, fused->size(0), fused->size(1), modalities, *fused)) {
     Py_RETURN_NONE;
   }
-  inputs.numbers = cpu::read(schedule);
+  if (cuda::serves(*fused) && is_plain_loss(schedule, *options)) Py_RETURN_NONE;
 
   c10::SmallVector<at::Tensor, 4> logits;
   const bool record = at::GradMode::is_enabled();
   for (int64_t b = 0; b <= modalities; ++b) {
     const at::Tensor* x = b == 0 ? fused : plain(values[b - 1]);
-    if (x == nullptr || x->scalar_type() != type || x->sizes() != fused->sizes() || x->stride(1) != 1)
+    if (x == nullptr || x->scalar_type() != type || x->sizes() != fused->sizes() || x->stride(1) != 1 ||
+        x->device() != fused->device()) {
       Py_RETURN_NONE;
+    }
     if (record && x->requires_grad()) inputs.wanted |= uint64_t(1) << b;
     logits.push_back(*x);
   }
@@ -140,8 +165,8 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const at::Tensor* link = nullptr;
   if (link_object != Py_None) {
     link = plain(link_object);
-    if (link == nullptr || link->dim() != 1 || link->size(0) != modalities || !link->is_floating_point() ||
-        !names_agree(unimodal, link_object)) {
+    if (link == nullptr || link->device() != fused->device() || link->dim() != 1 ||
+        link->size(0) != modalities || !link->is_floating_point() || !names_agree(unimodal, link_object)) {
       Py_RETURN_NONE;
     }
   } else if (inputs.wanted != 0 && options->rule != kNone) {
@@ -149,33 +174,45 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
 
   RECORD_FUNCTION("arl_fast::loss", c10::ArrayRef<const c10::IValue>());
-  cpu::Outputs outputs;
+  at::Tensor loss, packed;
   {
+    const bool on_cuda = cuda::serves(*fused);
     std::optional<pybind11::gil_scoped_release> release;
-    if (fused->numel() > 16384) release.emplace();
-    if (cpu::is_plain(inputs, *options)) inputs.wanted = 0;
-    outputs = cpu::forward(inputs, *options);
-    if (cpu::is_plain(inputs, *options)) {
-      outputs.loss = torch_cross_entropy(*fused, inputs, *options, outputs.packed);
-    } else if (inputs.wanted != 0) {
+    if (on_cuda || fused->numel() > 16384) release.emplace();
+    variable_list grads;
+    if (on_cuda) {
+      if constexpr (cuda::kBuilt) {
+        std::tie(loss, packed, grads) = cuda::forward(logits, inputs.targets, schedule, *options,
+                                                      inputs.wanted != 0, cuda::Memory::kShared);
+      }
+    } else {
+      if constexpr (!kWithoutCpu) {
+        if (is_plain_loss(schedule, *options)) inputs.wanted = 0;
+        inputs.numbers = cpu::read(schedule);
+        cpu::Outputs outputs = cpu::forward(inputs, *options);
+        loss = std::move(outputs.loss);
+        packed = std::move(outputs.packed);
+        grads.assign(outputs.grads.begin(), outputs.grads.end());
+        if (is_plain_loss(schedule, *options)) loss = torch_cross_entropy(*fused, inputs, *options, packed);
+      }
+    }
+    if (inputs.wanted != 0) {
       const auto node = make_node<LossBackward>();
       node->dtype = type;
       node->hooked = at::SavedTensorDefaultHooks::get_hooks().has_value();
-      node->has_link = link != nullptr && link->requires_grad();
+      const bool has_link = link != nullptr && link->requires_grad();
       variable_list edges(logits.begin(), logits.end());
-      edges.push_back(node->has_link ? *link : at::Tensor());
+      edges.push_back(has_link ? *link : at::Tensor());
       node->set_next_edges(torch::autograd::collect_next_edges(edges));
-      for (at::Tensor& grad : outputs.grads) {
-        node->grads.emplace_back(std::move(grad), /*is_output=*/false);
-      }
-      if (node->has_link) {
+      for (at::Tensor& grad : grads) node->grads.emplace_back(std::move(grad), /*is_output=*/false);
+      if (has_link) {
         node->link_dtype = link->scalar_type();
-        node->gain_minus_one = link_gradient(outputs.packed, int(modalities));
+        node->link = part_of(packed, packed_offset<kPackedLink>(int(modalities)), {modalities});
       }
-      torch::autograd::set_history(outputs.loss, node);
+      torch::autograd::set_history(loss, node);
     }
   }
-  return pair(THPVariable_Wrap(std::move(outputs.loss)), THPVariable_Wrap(std::move(outputs.packed)));
+  return pair(THPVariable_Wrap(std::move(loss)), THPVariable_Wrap(std::move(packed)));
   END_HANDLE_TH_ERRORS
 }
 

@@ -1,5 +1,5 @@
-// The entry points from Python that serve a usual eager step on a CPU, each with its autograd node, in one
-// call.
+// The entry points from Python that serve a usual eager step, each with its autograd node, in one call: on a
+// CPU and, but for the linear head, with CUDA.
 //
 // Each returns None if anything about the call is unusual or wrong. The general path (arl_fast/_autograd)
 // then serves or diagnoses the call.

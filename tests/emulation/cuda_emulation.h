@@ -20,6 +20,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <type_traits>
@@ -117,8 +118,9 @@ struct Fiber {
   ucontext_t start;
   jmp_buf resume;
   bool started, done;
-  int waits_for;    // 0: nothing, 1: the warp, 2: the block
-  unsigned parity;  // of the warp's exchange slots
+  int waits_for;                                        // 0: nothing, 1: the warp, 2: the block
+  unsigned parity;                                      // of the warp's exchange slots
+  std::vector<std::pair<uint4*, const uint4*>> copies;  // begun and not waited for
   char* stack = nullptr;
 };
 
@@ -139,6 +141,11 @@ struct State {
       {3, 232448}};  // multiprocessors, shared memory: callers may ask once per device
   int device = 0;
   int64_t launches = 0, memsets = 0;
+  std::map<const void*, int> opted_in;  // kernels, and how much dynamic shared memory they asked for
+  bool capturing = false;
+  int failing_launches = 0;
+  int failing_queries = 0;  // of the device's properties, from now on
+  int last_error = 0;
 };
 inline State& state() {
   static State s;
@@ -204,6 +211,7 @@ inline void run_block() {
     f.started = f.done = false;
     f.waits_for = 0;
     f.parity = 0;
+    f.copies.clear();
   }
   const int warps = b.threads / kWarpSize;
   for (;;) {
@@ -244,6 +252,19 @@ inline void run_block() {
   }
 }
 
+// An asynchronous copy arrives when its thread waits for it, not before.
+inline void copy_later(uint4* to, const uint4* from) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) abort();
+  Block& b = state().block;
+  b.fibers[b.current].copies.emplace_back(to, from);
+}
+inline void finish_copies() {
+  Block& b = state().block;
+  auto& copies = b.fibers[b.current].copies;
+  for (const auto& [to, from] : copies) *to = *from;
+  copies.clear();
+}
+
 template <typename Params>
 struct Launch {
   void (*kernel)(Params);
@@ -262,6 +283,7 @@ struct Launch {
 #define gridDim emulation::grid_dim
 
 inline void __syncthreads() { emulation::wait(2); }
+inline void __syncwarp() { emulation::wait(1); }
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   const unsigned before = *address;
@@ -298,15 +320,46 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
+inline cudaError_t failed(cudaError_t error) { return emulation::state().last_error = error; }
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = emulation::state().last_error;
+  emulation::state().last_error = cudaSuccess;
+  return error;
+}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = emulation::state().device;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const emulation::State& s = emulation::state();
+  emulation::State& s = emulation::state();
+  if (s.failing_queries > 0) {
+    --s.failing_queries;
+    return failed(cudaErrorInvalidDevice);
+  }
   const std::pair<int, int>& properties = s.devices[s.device];
   *value = attribute == cudaDevAttrMultiProcessorCount ? properties.first : properties.second;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  emulation::State& s = emulation::state();
+  if (bytes > s.devices[s.device].second) return failed(cudaErrorInvalidValue);
+  s.opted_in[kernel] = bytes;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulation::state().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  *id = reinterpret_cast<uintptr_t>(stream);
+  return cudaSuccess;
+}
+template <typename V>
+cudaError_t cudaGetSymbolAddress(void** address, V& symbol) {
+  *address = &symbol;
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) { return error ? "error" : "no error"; }
@@ -322,11 +375,20 @@ namespace cuda {
 inline uint4* dynamic_shared() { return emulation::state().block.dynamic.data(); }
 
 template <typename Params>
-int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void*, Params params) {
+cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void*,
+                          Params& params) {
+  constexpr int kStatic = 8192;  // as much static shared memory as any kernel may have
   emulation::State& s = emulation::state();
-  if (threads % emulation::kWarpSize || shared_bytes > s.devices[s.device].second || !grid.x || !grid.y ||
-      grid.y > 65535)
-    return cudaErrorInvalidValue;
+  if (s.failing_launches > 0) {
+    --s.failing_launches;
+    return failed(cudaErrorInvalidValue);
+  }
+  const auto opted_in = s.opted_in.find(reinterpret_cast<const void*>(kernel));
+  const int most = opted_in == s.opted_in.end() ? 48 * 1024 - kStatic : opted_in->second;
+  if (threads % emulation::kWarpSize || shared_bytes > most || shared_bytes > s.devices[s.device].second ||
+      !grid.x || !grid.y || grid.y > 65535) {
+    return failed(cudaErrorInvalidValue);
+  }
   ++s.launches;
   emulation::Launch<Params> launch{kernel, &params};
   s.block.threads = threads;

@@ -10,7 +10,10 @@ using namespace arl::cuda;
 
 extern "C" {
 
-int64_t emulated_workspace_bytes(const ForwardArgs* args) { return forward_workspace_bytes(*args); }
+int64_t emulated_workspace_bytes(const ForwardArgs* args) {
+  int64_t bytes;
+  return forward_workspace_bytes(*args, &bytes) == 0 ? bytes : -1;
+}
 int emulated_forward(const ForwardArgs* args) { return forward(*args, nullptr); }
 int emulated_scale(const ScaleArgs* args) { return scale(*args, nullptr); }
 int emulated_modulate(const ModulateArgs* args) { return modulate_backward(*args, nullptr); }
@@ -34,6 +37,22 @@ void set_device(int multiprocessors, int shared_memory) {
   s.device = int(found - s.devices.begin());
   if (found == s.devices.end()) s.devices.push_back(properties);
 }
+// What tests turn: captures, failing queries, kernels that have not asked for shared memory; and the last
+// error.
+void set_capturing(bool capturing) { emulation::state().capturing = capturing; }
+void fail_queries(int count) { emulation::state().failing_queries = count; }
+void fail_launches(int count) { emulation::state().failing_launches = count; }
+void forget_opt_ins() { emulation::state().opted_in.clear(); }
+int last_error() { return emulation::state().last_error; }
+// The place of the counter that a launch on this stream would get, or -1.
+int64_t ticket_of(int64_t stream) {
+  static unsigned* first = nullptr;
+  unsigned* ticket = nullptr;
+  if (take_ticket(reinterpret_cast<void*>(stream), &ticket) != 0 || ticket == nullptr) return -1;
+  if (first == nullptr) first = ticket;
+  return *ticket == 0 ? ticket - first : -2;
+}
+bool needs_opt_in_of(int dynamic_bytes) { return needs_opt_in(dynamic_bytes); }
 int64_t launches() { return emulation::state().launches; }
 int64_t memsets() { return emulation::state().memsets; }
 

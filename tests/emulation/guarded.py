@@ -77,3 +77,12 @@ def far_apart(x: Tensor, stride: int) -> Tensor:
     elements = (x.shape[0] - 1) * stride + x.shape[1]
     whole = _view(_map(elements * x.itemsize), (elements,), x.dtype)
     return whole.as_strided(x.shape, (stride, 1)).copy_(x)
+
+
+def at_bit(x: Tensor, bit: int, value: bool) -> Tensor:
+    """A copy, one element past 16-byte alignment, whose address in elements has this bit set or not."""
+    step = x.itemsize << bit
+    address = _map(2 * step + x.numel() * x.itemsize + mmap.PAGESIZE)
+    while (address >> bit) // x.itemsize % 2 != value or address % 16 != x.itemsize % 16:
+        address += step - address % step if (address >> bit) // x.itemsize % 2 != value else x.itemsize
+    return _view(address, x.shape, x.dtype).copy_(x)

@@ -21,9 +21,7 @@ MAX_BRANCHES = 16
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 TARGETS = {torch.int64: 0, torch.int32: 1}
 
-# What tests turn: where buffers come from, and whether the caller keeps a ticket.
-allocate = torch.empty
-ticket: Tensor | None = torch.zeros(1, dtype=torch.int32)
+allocate = torch.empty  # tests say where buffers come from
 
 
 class COptions(Structure):
@@ -37,10 +35,17 @@ class COptions(Structure):
         ("ignore_index", c_int64),
         ("label_smoothing", c_double),
         ("reduction", c_int),
+        ("task", c_int),
     ]
 
 
-CHOICES = {"rule": RULES, "dependence": DEPENDENCES, "gain": GAINS, "reduction": REDUCTIONS}
+CHOICES = {
+    "rule": RULES,
+    "dependence": DEPENDENCES,
+    "gain": GAINS,
+    "reduction": REDUCTIONS,
+    "task": ("multiclass",),
+}
 
 
 class ScheduleArgs(Structure):
@@ -77,7 +82,6 @@ class ForwardArgs(Structure):
         ("loss", c_void_p),
         ("packed", c_void_p),
         ("workspace", c_void_p),
-        ("ticket", c_void_p),
     ]
 
 
@@ -144,7 +148,10 @@ def library() -> ctypes.CDLL:
     if not hasattr(lib, "checked"):
         for which, mirror in enumerate((ForwardArgs, ScaleArgs, ModulateArgs, Shape, Device, Plan)):
             assert lib.size_of(which) == ctypes.sizeof(mirror), mirror.__name__
-        lib.emulated_workspace_bytes.restype = lib.launches.restype = lib.memsets.restype = c_int64
+        for function in (lib.emulated_workspace_bytes, lib.launches, lib.memsets, lib.ticket_of):
+            function.restype = c_int64
+        lib.ticket_of.argtypes = [c_int64]
+        lib.needs_opt_in_of.restype = c_bool
         lib.emulated_workspace_bytes.argtypes = [POINTER(ForwardArgs)]
         lib.set_seed.argtypes = [ctypes.c_uint64]
         lib.checked = True
@@ -193,7 +200,7 @@ def _schedule(schedule: Schedule, modalities: int) -> ScheduleArgs:
 
 
 def forward(logits, targets, schedule, options, grad, check=True):
-    target, mask, weight, divisor = targets
+    target, mask, weight, divisor, _ = targets
     first = logits[0]
     rows, classes = first.shape
     dtype = dtypes.compute_dtype(first.dtype)
@@ -229,11 +236,11 @@ def forward(logits, targets, schedule, options, grad, check=True):
     packed = allocate((packed_length(len(logits) - 1),), dtype=dtype)
     args.loss, args.packed = loss.data_ptr(), packed.data_ptr()
     lib = library()
-    workspace = allocate((lib.emulated_workspace_bytes(byref(args)),), dtype=torch.uint8)
+    workspace_bytes = lib.emulated_workspace_bytes(byref(args))
+    assert workspace_bytes >= 0
+    workspace = allocate((workspace_bytes,), dtype=torch.uint8)
     args.workspace = workspace.data_ptr()
-    args.ticket = None if ticket is None else ticket.data_ptr()
     assert lib.emulated_forward(byref(args)) == 0
-    assert ticket is None or int(ticket) == 0
     if not isinstance(options.rule, str):
         packed = rules.apply_rule(packed, schedule, options)
     return loss, packed, grads
