@@ -2,10 +2,11 @@
 
     python -m benchmarks.native_host
 
-The node of ``csrc/eager`` and the binding in ``csrc/cuda_ops.cpp`` serve tensors of the CPU here, so that allocations
-cost what they cost there. What a launch itself takes in the driver is left out: a step with M+1 branches has two of
-them, and one cross-entropy three (log-softmax, NLL, and the backwards of both are four kernels). Medians of the
-process's CPU time, taking turns, relative to ``F.cross_entropy(x, y).backward()``: B = 64, C = 6, M = 2.
+The node of ``csrc/eager`` and the binding in ``csrc/cuda_ops.cpp`` serve tensors of the CPU here, so that
+allocations cost what they cost there. What a launch itself takes in the driver is left out: a step with M+1
+branches has two of them, and one cross-entropy three (log-softmax, NLL, and the backwards of both are four
+kernels). Medians of the process's CPU time, taking turns, relative to ``F.cross_entropy(x, y).backward()``: B
+= 64, C = 6, M = 2.
 """
 
 from __future__ import annotations

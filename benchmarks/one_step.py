@@ -1,4 +1,6 @@
-"""One forward pass of the native loss on a GPU, for a profiler: python -m benchmarks.one_step BATCH CLASSES DTYPE."""
+"""One forward pass of the native loss on a GPU, for a profiler: python -m benchmarks.one_step BATCH CLASSES
+DTYPE.
+"""
 
 from __future__ import annotations
 

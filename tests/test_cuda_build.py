@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels: no spills, registers within what the plan counts on, 16-byte loads and stores.
+"""What nvcc makes of the kernels: no spills, registers as the plan counts on, 16-byte loads and stores.
 
 Compiles every source for every architecture, about a minute per architecture on one core.
 """
@@ -40,7 +40,7 @@ STATIC_SHARED = 8192  # kStaticShared
 
 
 class Kernel:
-    """One kernel of one cubin: what ptxas reports, and how often each instruction stands in the machine code."""
+    """One kernel of one cubin: what ptxas reports, and how often each instruction stands in its code."""
 
     def __init__(self, name: str, spills: int, registers: int, shared: int) -> None:
         self.name, self.spills, self.registers, self.shared = name, spills, registers, shared

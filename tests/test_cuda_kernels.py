@@ -246,7 +246,9 @@ def capturing():
 
 
 def test_tickets(capturing):
-    """A counter for each stream, one for each captured launch, and neither a launch nor a memset for any of them."""
+    """A counter for each stream, one for each captured launch, and neither a launch nor a memset for any of
+    them.
+    """
     logits, target = make(20, 6)
     lib = module.library()
     launches, memsets = lib.launches(), lib.memsets()
@@ -277,20 +279,25 @@ def test_memset_where_no_ticket_is_left(capturing):
     assert lib.memsets() == memsets + 1
 
 
-# Classes from which the dynamic shared memory lies between what no kernel has to ask for and 48 KB, as planned before.
+# Classes from which the dynamic shared memory lies between what no kernel has to ask for and 48 KB, as
+# planned before.
 @pytest.mark.parametrize(
     ("dtype", "classes"),
     [(torch.float32, 26628), (torch.float32, 28675), (torch.bfloat16, 53256), (torch.float64, 9218)],
 )
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_a_little_dynamic_shared_memory(dtype, classes, kind):
-    """A kernel's static shared memory counts against the 48 KB, too, that it may have without asking for more."""
+    """A kernel's static shared memory counts against the 48 KB, too, that it may have without asking for
+    more.
+    """
     module.library().forget_opt_ins()
     compare(*make(1, classes, dtype, branches=2, kind=kind))
 
 
 def test_every_plan_asks_for_its_shared_memory():
-    """Whatever C is: what is not asked for fits into 48 KB beside the static shared memory that a kernel may have."""
+    """Whatever C is: what is not asked for fits into 48 KB beside the static shared memory that a kernel may
+    have.
+    """
     lib, windows = module.library(), 0
     for dtype, dense in itertools.product(DTYPES, [False, True]):
         for classes in range(256, 70000, 61):
@@ -324,9 +331,7 @@ def test_failures_leave_no_trace():
 def test_any_address(dtype):
     """Rows that are not aligned, below and above an address whose 31st bit, in elements, is set."""
     logits, target = make(3, 1301, dtype, branches=2)
-    low, high = (
-        compare([guarded.at_bit(x, 31, bit) for x in logits], target)[2] for bit in (False, True)
-    )
+    low, high = (compare([guarded.at_bit(x, 31, bit) for x in logits], target)[2] for bit in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(low, high, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The native kernels (csrc/): the contract's three functions over ``arl_fast._C``, and a short way for eager steps.
+"""The native kernels (csrc/): the contract over ``arl_fast._C``, and a short way for eager steps.
 
 Eager calls go straight to the extension; torch.compile sees the ops ``torch.ops.arl_fast.native_*``.
 """

@@ -270,11 +270,10 @@ def forward(
 
 
 def is_plain(options: Options, schedule: Schedule) -> bool:
-    """Whether the loss is a plain cross-entropy, the baseline of every comparison: it is torch's to the last
-    bit.
-    """
-    constant = isinstance(schedule.gamma, float) and schedule.warmup == 0  # gamma is 1 during the warm-up
-    return options.rule == "none" and constant and schedule.gamma == 0
+    """Whether the loss is a plain one, the baseline of every comparison: torch's own, to the last bit."""
+    gamma = schedule.gamma
+    zero = isinstance(gamma, float) and gamma == 0 and schedule.warmup == 0  # 1 during the warm-up
+    return zero and options.rule == "none"
 
 
 def scale(

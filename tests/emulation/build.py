@@ -66,7 +66,9 @@ BINDING = ["cuda_ops.cpp", "eager/inputs.cpp", "eager/loss.cpp", "eager/modulate
 
 @functools.cache
 def binding() -> ModuleType:
-    """csrc/cuda_ops.cpp and the eager step, linked with the emulation, as a Python module that serves CPU tensors."""
+    """csrc/cuda_ops.cpp and the eager step, linked with the emulation, as a Python module that serves CPU
+    tensors.
+    """
     emulated = Path(library()._name)
     with filelock.FileLock(Path(tempfile.gettempdir()) / "arl_fast_binding.lock"):
         return _binding(emulated)

@@ -1,4 +1,4 @@
-"""The CUDA launchers, emulated, as an implementation of the contract (docs/architecture.md) for CPU tensors."""
+"""The CUDA launchers, emulated, as an implementation of the contract for CPU tensors."""
 
 from __future__ import annotations
 
