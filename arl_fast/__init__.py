@@ -3,15 +3,17 @@
 import importlib
 from typing import Any
 
-from ._autograd.link import modulate
+from ._autograd.link import apply_gains, modulate
 from ._core.branches import BranchLogits
 from ._core.spec import BranchStats
+from .check import Check, check
 from .diagnose import diagnose
 from .fusion import FusionWeights
 from .heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
 from .history import History
 from .linear import linear_arl_loss
 from .loss import ARLLoss, arl_loss
+from .memory import release_memory
 
 __version__ = "0.1.0"
 
@@ -20,6 +22,7 @@ __all__ = [
     "BilinearHead",
     "BranchLogits",
     "BranchStats",
+    "Check",
     "ConcatHead",
     "FusionWeights",
     "GatedHead",
@@ -27,10 +30,13 @@ __all__ = [
     "SharedHead",
     "SumHead",
     "ZeroedHead",
+    "apply_gains",
     "arl_loss",
+    "check",
     "diagnose",
     "linear_arl_loss",
     "modulate",
+    "release_memory",
 ]
 
 _MODULES = ("distributed", "family", "integrations", "ladder", "optim", "plots", "reference", "sharded")

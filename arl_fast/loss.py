@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ._autograd.linear import linear_loss_and_packed
 from ._autograd.loss import loss_and_packed
+from ._core import wiring
 from ._core.branches import BranchLogits, Targets, Unimodal, as_branch_logits
 from ._core.checks import LinearHead
 from ._core.options import (
@@ -112,6 +114,12 @@ _RELEASE: dict[str, dict[str, Any]] = {
 _RELEASE_RULE: dict[str, Any] = dict(rule="constant", dependence="logit_l1", entropy_floor=0.3)
 
 
+def _accept_checkpoint_without_criterion(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
+    """A state_dict with nothing of this submodule is from before it was added: it keeps its buffers."""
+    if prefix and not any(name.startswith(prefix) for name in state):
+        state.update({prefix + name: buffer for name, buffer in module.named_buffers()})
+
+
 class ARLLoss(nn.Module):
     """Asymmetric Representation Learning as a loss: ``loss = criterion(head(features), target)``.
 
@@ -127,17 +135,30 @@ class ARLLoss(nn.Module):
 
     Shape:
         output: BranchLogits, a tuple (fused, unimodal[, link]) or a dict {"fused": ..., name: ..., "link":
-            ...}, with logits [B, C] or [B, C, d1, ...].
+            ...}, with logits [B, C] or [B, C, d1, ...]. In evaluation mode also the fused logits alone, for
+            models that then return nothing else.
         target: class indices [B, d1, ...] or probabilities of the logits' shape.
-        mask: [B, M] bool, False where a modality is absent; optional.
+        mask: [B, M] bool, False where a modality is absent; optional. In a dict it may be the entry "mask".
 
     ``stats`` holds the BranchStats of the last call (None before the first), ``modalities`` the names in its
-    unimodal logits (None for a sequence). Errors are those of ``arl_loss``.
+    unimodal logits (None for a sequence). Errors are those of ``arl_loss``. The first training step also
+    looks
+    at how the model is wired: a link that leads past the logits, or a gain that would act twice, is an error;
+    a gain without effect, of a detached link or under an optimiser of Adam's kind, is a warning.
+    ``arl_fast.check`` measures the rest.
+
+    A checkpoint from before the criterion became a submodule loads strictly: the criterion then keeps its own
+    ``steps``.
     """
 
     steps: Tensor
     weight: Tensor | None
     pos_weight: Tensor | None
+    _unseen = True
+
+    if TYPE_CHECKING:
+
+        def __call__(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
     @with_options
     def __init__(
@@ -171,6 +192,8 @@ class ARLLoss(nn.Module):
         self.register_buffer("pos_weight", pos_weight)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._packed: Tensor | None = None
+        self._unseen = True  # until its first training step, in which wiring.look does
+        self.register_load_state_dict_pre_hook(_accept_checkpoint_without_criterion)
         self.modalities: tuple[str, ...] | None = None
         self.history: History | None = None
 
@@ -178,7 +201,10 @@ class ARLLoss(nn.Module):
     def paper(cls, dataset: str, **changes: Any) -> ARLLoss:
         """The paper's settings for "crema-d", "ave", "ks", "mosi" or "ucf101"; ``changes`` override them.
 
-        Eq. 18 is defined for two modalities. For the three of "mosi" the share rule takes its place.
+        Eq. 18 is defined for two modalities. For the three of "mosi" the share rule takes its place. "mosi"
+        is the classification variant of that data set: targets are classes of sentiment. For its scores, a
+        regression, there is no probability of the true class and no entropy; ``apply_gains`` takes gains of
+        your own there.
         """
         return cls._preset("paper", _PAPER, dataset, changes)
 
@@ -228,12 +254,37 @@ class ARLLoss(nn.Module):
         self.history = None
 
     def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not self.training and isinstance(output, Tensor):
+            return self._plain(output, target)
+        if mask is None and isinstance(output, dict):
+            mask = output.get("mask")
         branches = as_branch_logits(output)
         schedule = self._schedule(branches.fused)
         targets = Targets(target, mask, self.weight, pos_weight=self.pos_weight)
         loss, packed = loss_and_packed(branches, targets, schedule, self.options, self.sync_stats)
         self._remember(packed, branches.unimodal)
+        if self._unseen and not torch.compiler.is_compiling():
+            fused, unimodal, link = branches
+            logits = [fused, *(unimodal.values() if isinstance(unimodal, Mapping) else unimodal)]
+            self._unseen = not wiring.look(self, self.options, logits, link)
         return loss
+
+    def _plain(self, fused: Tensor, target: Tensor) -> Tensor:
+        """The cross-entropy of fused logits alone, as a model may return in evaluation. No statistics."""
+        self._packed = self.modalities = None
+        options = self.options
+        if options.task == "multilabel":
+            return F.binary_cross_entropy_with_logits(
+                fused, target, self.weight, reduction=options.reduction, pos_weight=self.pos_weight
+            )
+        return F.cross_entropy(
+            fused,
+            target,
+            self.weight,
+            ignore_index=options.ignore_index,
+            label_smoothing=options.label_smoothing,
+            reduction=options.reduction,
+        )
 
     def linear(
         self,
@@ -263,6 +314,9 @@ class ARLLoss(nn.Module):
             self.sync_stats,
         )
         self._remember(packed, features)
+        if self._unseen and not torch.compiler.is_compiling():
+            given = features.values() if isinstance(features, Mapping) else features
+            self._unseen = not wiring.look_at_linear(self, self.options, list(given))
         return loss
 
     def _remember(self, packed: Tensor, modalities: Any) -> None:

@@ -1,8 +1,8 @@
-"""Microbenchmarks of the loss on logits: ``python -m pytest benchmarks/bench_micro.py --suites=paper --rows=FILE``.
+"""Microbenchmarks of the loss: ``python -m pytest benchmarks/bench_micro.py --suites=paper --rows=FILE``.
 
-Contenders take turns, and the order is rotated: each is measured ``--rotations`` times, its samples are pooled. Rows
-are written when a case is complete. A contender that fails the correctness gate is not timed; if it is arl_fast's own,
-the test fails.
+Contenders take turns, and the order is rotated: each is measured ``--rotations`` times, its samples are
+pooled. Rows are written when a case is complete. A contender that fails the correctness gate is not timed; if
+it is arl_fast's own, the test fails.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Session:
         self.samples: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
 
     def step(self, contender: Contender) -> measure.Step:
-        """The contender's step, gated and counted the first time. Raises truth.Rejected every time if the gate said no."""
+        """The contender's step, gated and counted the first time. Raises truth.Rejected every time if the
+        gate said no.
+        """
         assert self.case is not None
         found = self.steps.get(contender.name)
         if found is None:

@@ -52,6 +52,8 @@ SUITES: dict[str, list[Case]] = {
     "huge": _suite(
         "huge", [(1024, 32000, 2, BF16), (8192, 32000, 2, BF16), (2048, 32000, 6, F32)]
     ),  # on a GPU only
+    # dense prediction: many rows of few classes, bound by memory where a kernel is good
+    "narrow": _suite("narrow", [(65536, 28, 2, F32), (131072, 21, 2, F32)]),
     "vocabulary": _suite("vocabulary", [(8192, 128256, 2, BF16)]),  # on a GPU only
     "scaling-batch": _suite("scaling-batch", [(b, 101, 2, F32) for b in (4, 16, 64, 256, 1024, 4096)]),
     "scaling-classes": _suite(

@@ -1,10 +1,12 @@
 """What got slower between two row files: ``python benchmarks/compare.py old.jsonl new.jsonl``.
 
-Rows are matched by device, case, contender and what was measured. On a GPU times are compared as they are, host and
-device apart; on a CPU, where the machine's speed varies with its other guests, the ratio to the unit (torch's
-cross-entropy of the fused logits) of the same run. A row got slower if it did by more than the tolerance and by more
-than the spread: the new lower quartile lies above the old upper one. The tolerance is 10 % on a GPU and 30 % on a CPU: runs
-of the same code on a CPU with other guests differ by that much. Exit status 1 if anything of arl_fast did.
+Rows are matched by device, case, contender and what was measured. On a GPU times are compared as they are,
+host and device apart; on a CPU, where the machine's speed varies with its other guests, the ratio to the unit
+(torch's cross-entropy of the fused logits) of the same run. A row got slower if it did by more than the
+tolerance and by more
+than the spread: the new lower quartile lies above the old upper one. The tolerance is 10 % on a GPU and 30 %
+on a CPU: runs of the same code on a CPU with other guests differ by that much. Exit status 1 if anything of
+arl_fast did.
 """
 
 from __future__ import annotations
@@ -123,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     for change in sorted(faster, key=lambda c: c.factor):
         print(f"faster {change.factor:5.2f}x {change.measure:6} {change.name}")
     print(
-        f"{len(everything)} measurements compared, {len(bad)} slower, {len(faster)} faster, the others within noise"
+        f"{len(everything)} measurements compared, {len(bad)} slower, {len(faster)} faster, "
+        "the others within noise"
     )
     return 1 if bad else 0
 

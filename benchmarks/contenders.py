@@ -1,7 +1,7 @@
 """Who is measured. Every contender is a function of (logits, target, link), the fused branch first.
 
-It returns the loss and its statistics. The statistics that only arl_fast returns (accuracies, counts, losses per branch,
-gains) are not asked of the others: they get by with what the method needs.
+It returns the loss and its statistics. The statistics that only arl_fast returns (accuracies, counts, losses
+per branch, gains) are not asked of the others: they get by with what the method needs.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def eager(case: Case) -> Contender:
 
 
 def release(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple[Tensor, Stats]:
-    """The release's formula and its seven reads by the host: four arrays for the shares, three losses for the log.
+    """The release's formula and its seven reads by the host: four for the shares, three for the log.
 
-    Two modalities, the sum of absolute logits as dependence, shares of the entropy not below 0.3; with the coefficients
-    assigned, as the release intends. Written from the formulas in docs/errata.md.
+    Two modalities, the sum of absolute logits as dependence, shares of the entropy not below 0.3; with the
+    coefficients assigned, as the release intends. Written from the formulas in docs/errata.md.
     """
     fused, audio, visual = logits
     losses = [F.cross_entropy(x, target) for x in (fused, audio, visual)]
@@ -148,7 +148,9 @@ def release(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple[Ten
 
 
 def unit(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple[Tensor, Stats]:
-    """One cross-entropy of the fused logits: what a training step pays without ARL, and the unit of every ratio."""
+    """One cross-entropy of the fused logits: what a training step pays without ARL, and the unit of every
+    ratio.
+    """
     return F.cross_entropy(logits[0], target), None
 
 
@@ -189,7 +191,9 @@ def _called_per_branch(name: str, loss: Callable[[Tensor, Tensor], Tensor], in_p
 
 @functools.cache
 def packages() -> tuple[list[Contender], list[str]]:
-    """Cross-entropies of other packages, called once per branch, and why the missing ones are missing (GPU only)."""
+    """Cross-entropies of other packages, called once per branch, and why the missing ones are missing (GPU
+    only).
+    """
     found, missing = [], []
     try:
         from liger_kernel.transformers.functional import liger_cross_entropy

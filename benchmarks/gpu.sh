@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in two calls of less than nine minutes each, without a network. The most valuable
-# comes first in each, and every phase writes its results as it goes, so that a cut-off loses nothing.
+# Everything that needs a GPU, in two calls of less than nine minutes each, without a network. The most
+# valuable comes first in each, and every phase writes its results as it goes: a cut-off loses nothing.
 #
 #   bash benchmarks/gpu.sh check            build; is everything right? native first, then Triton
 #   bash benchmarks/gpu.sh measure          how fast is it? (it builds where the first call has left no build)
-#   bash benchmarks/gpu.sh check --dry      on a CPU, smallest sizes: the same phases, to see that the script works
+#   bash benchmarks/gpu.sh check --dry      on a CPU, smallest sizes: the same phases, to see that all of it works
 #
 # Results go to $OUT, or to benchmarks/results/gpu-run. Packages of others to compare with, which must not be
 # fetched there, are taken as wheels from wheels/ or .whl/:  pip download --no-deps -d wheels liger-kernel
 # PYTHON chooses the interpreter (python3), MINUTES the time for a call (8.7).
-# Every phase has a limit of its own, at which it is interrupted, so that tests still say what failed. A phase that
-# fails or is cut off does not stop the others. The last thing printed is what failed.
+# Every phase has a limit of its own, at which it is interrupted, so that tests still say what failed. A phase
+# that fails or is cut off does not stop the others. The last thing printed is what failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 unset ARL_FAST_IMPL
 CALL=${1:-} DRY=${2:-}
-case $CALL in check | measure) ;; *) echo "usage: bash benchmarks/gpu.sh check|measure [--dry]" >&2 && exit 2 ;; esac
+if [ "$CALL" != check ] && [ "$CALL" != measure ]; then
+    echo "usage: bash benchmarks/gpu.sh check|measure [--dry]" >&2
+    exit 2
+fi
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$PWD/benchmarks/results/gpu-run}
 DEVICE=cuda TINY=() LIMIT=$(awk -v m="${MINUTES:-8.7}" 'BEGIN { print int(60 * m) }')
@@ -31,7 +34,7 @@ export PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CUB
 export TORCHINDUCTOR_CACHE_DIR="$SITE/inductor"
 FAILED=()
 
-# phase NAME SECONDS FILE COMMAND...: within its own limit and what is left of all; its end goes to the terminal
+# phase NAME SECONDS FILE COMMAND...: within its own limit and what is left of all; shows the end of FILE
 phase() {
     local name=$1 seconds=$2 file=$3 begin=$SECONDS status
     shift 3
@@ -69,7 +72,8 @@ if [ ${#WHEELS[@]} -gt 0 ]; then
 fi
 
 serves_cuda() {
-    "$PYTHON" -c 'from arl_fast.implementations import native; raise SystemExit(native.unavailable("cuda") is not None)'
+    "$PYTHON" -c 'from arl_fast.implementations.native import unavailable
+raise SystemExit(unavailable("cuda") is not None)'
 }
 if [ "$DEVICE" = cuda ] && ! { [ "$CALL" = measure ] && serves_cuda 2>>"$LOG"; }; then
     # a fast build: the machine code of this GPU only
@@ -82,18 +86,18 @@ SHOW=8 phase "who serves what" 60 "$LOG" "$PYTHON" -m arl_fast
 
 check() {
     local pytest=("$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --no-header -W ignore --maxfail=30)
-    local workers=()
+    local workers=() steps=tests/test_gpu.py contract=tests/test_gpu_contract.py
     "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 12)
     if [ "$DEVICE" = cpu ]; then
         export ARL_TEST_DEVICE=cpu
         phase "small steps" 60 "$OUT/sanitizer.txt" "$PYTHON" -m benchmarks.gpu_driver --device cpu
-        phase "what only a GPU can get wrong" 100 "$TESTS" "${pytest[@]}" tests/test_gpu.py -k "small_steps or int32"
-        phase "the contract" 80 "$TESTS" "${pytest[@]}" tests/test_gpu_contract.py -k "out_of_range or against_truth"
+        phase "steps on a GPU" 100 "$TESTS" "${pytest[@]}" "$steps" -k "small_steps or int32"
+        phase "the contract" 80 "$TESTS" "${pytest[@]}" "$contract" -k "out_of_range or against_truth"
         return
     fi
-    # What only a GPU can show of the native kernels: steps, windows of shared memory, streams, graphs, launches, size.
-    local first="small_steps or shared_memory or other_streams or captured or reduce_overhead or launches or 31"
-    phase "native on a GPU" 60 "$TESTS" "${pytest[@]}" tests/test_gpu.py -k "native and ($first)"
+    # What only a GPU can show of the native kernels: shared memory, streams, graphs, launches, size.
+    local first="small_steps or shared_memory or streams or captured or reduce_overhead or launch or 31"
+    phase "native on a GPU" 60 "$TESTS" "${pytest[@]}" "$steps" -k "native and ($first)"
     if command -v compute-sanitizer >/dev/null; then
         local sanitizer=(compute-sanitizer --error-exitcode 99 --print-limit 20)
         for tool in memcheck racecheck; do
@@ -101,11 +105,12 @@ check() {
                 "${sanitizer[@]}" --tool "$tool" "$PYTHON" -m benchmarks.gpu_driver
         done
     fi
-    phase "the contract, native" 80 "$TESTS" "${pytest[@]}" "${workers[@]}" tests/test_gpu_contract.py -k "not triton"
-    phase "native, the rest" 60 "$TESTS" "${pytest[@]}" "${workers[@]}" tests/test_gpu.py -k "not triton and not ($first)"
+    phase "the contract, native" 80 "$TESTS" "${pytest[@]}" "${workers[@]}" "$contract" -k "not triton"
+    local rest="not triton and not ($first)"
+    phase "native, the rest" 60 "$TESTS" "${pytest[@]}" "${workers[@]}" "$steps" -k "$rest"
     # Triton, whose compilations take most of this, last.
-    phase "Triton on a GPU" 120 "$TESTS" "${pytest[@]}" "${workers[@]}" tests/test_gpu.py -k triton
-    phase "the contract, Triton" 120 "$TESTS" "${pytest[@]}" "${workers[@]}" tests/test_gpu_contract.py -k triton
+    phase "Triton on a GPU" 120 "$TESTS" "${pytest[@]}" "${workers[@]}" "$steps" -k triton
+    phase "the contract, Triton" 120 "$TESTS" "${pytest[@]}" "${workers[@]}" "$contract" -k triton
 }
 
 measure() {

@@ -1,4 +1,10 @@
+<<<<<<< HEAD
 """One forward pass on a GPU, for a profiler: python -m benchmarks.one_step BATCH CLASSES DTYPE."""
+=======
+"""One forward pass of the native loss on a GPU, for a profiler: python -m benchmarks.one_step BATCH CLASSES
+DTYPE.
+"""
+>>>>>>> main
 
 from __future__ import annotations
 

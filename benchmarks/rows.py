@@ -8,10 +8,10 @@ Columns of a microbenchmark:
     contender, what          "forward" without gradients, "backward" alone, or "both"
     cache                    "warm": repeated on the same tensors; "cold": caches flushed before every call
     clock                    the host's: perf_counter, or process_time for one thread on a CPU
-    host_us                  {median, q1, q3, n}: the caller's time. On a GPU it is that of enqueueing: the clock
-                             stops before the device has finished. On a CPU it is the whole time
-    device_us, device_method {median, q1, q3, n}: the GPU's own time, from the replay of a CUDA graph, or between
-                             two events behind a sleeping kernel where the step cannot be captured
+    host_us                  {median, q1, q3, n}: the caller's time. On a GPU it is that of enqueueing: the
+                             clock stops before the device has finished. On a CPU it is the whole time
+    device_us, device_method {median, q1, q3, n}: the GPU's own time, from the replay of a CUDA graph, or
+                             between two events behind a sleeping kernel where the step cannot be captured
     operations               torch operations called, fused ones of a compiled step counted once (CPU)
     launches, launches_forward
                              kernels, memsets and copies enqueued

@@ -1,4 +1,4 @@
-"""From rows to tables: Markdown for docs/performance.md and a short text for the terminal. Nothing is typed by hand.
+"""From rows to tables: Markdown for docs/performance.md and a short text for the terminal.
 
 Ratios are medians over medians of one run: time over that of one torch cross-entropy of the fused logits.
 """
@@ -178,7 +178,9 @@ def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def fits(found: list[Row], kind: str) -> str:
-    """Fitted fixed cost and slope per logit of every scaling suite; on a CPU relative to the unit's fit over the same suite."""
+    """Fitted fixed cost and slope per logit of every scaling suite; on a CPU relative to the unit's fit over
+    the same suite.
+    """
     body = []
     chosen = [
         r
@@ -275,7 +277,8 @@ def terminal(found: list[Row]) -> str:
                     (r for r in own if shape(r) == s), key=lambda r: names(own).index(r["contender"])
                 ):
                     if kind == "cuda":
-                        value = f"{number(median(row), 1)}/{number(median(row, 'host_us'), 1)}/{row.get('launches')}"
+                        times = f"{number(median(row), 1)}/{number(median(row, 'host_us'), 1)}"
+                        value = f"{times}/{row.get('launches')}"
                         value += f"/{100 * row.get('floor_share', 0):.0f}%"
                     else:
                         value = number(ratio(found, row))
@@ -286,7 +289,8 @@ def terminal(found: list[Row]) -> str:
         for row in select(found, kind=kind, experiment="step"):
             p = row["added_percent"]
             out.append(
-                f"  step {row['suite']} {row['contender']}: {p['median']:+.1f} % [{p['q1']:+.1f}, {p['q3']:+.1f}]"
+                f"  step {row['suite']} {row['contender']}: {p['median']:+.1f} % "
+                f"[{p['q1']:+.1f}, {p['q3']:+.1f}]"
             )
     return "\n".join(out)
 

@@ -64,5 +64,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", &arl::cpu::isa);
   module.def("set_isa", &arl::cpu::set_isa);
   module.def("kept_memory", &arl::cpu::kept_memory);
+  module.def("release_memory", &arl::cpu::release_memory);
   if (PyModule_AddFunctions(module.ptr(), fast_methods) != 0) throw pybind11::error_already_set();
 }

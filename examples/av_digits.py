@@ -1,12 +1,14 @@
-"""ARL on real sound and images: spoken digits (Free Spoken Digit Dataset) paired with handwritten ones (MNIST).
+"""ARL on real sound and images: spoken digits (Free Spoken Digit Dataset) and handwritten ones (MNIST).
 
     python examples/av_digits.py FOLDER [--seeds 5] [--noise 0] [--out build/av_digits.png]
 
-FOLDER holds fsdd/recordings/DIGIT_SPEAKER_INDEX.wav and mnist/t10k-images-idx3-ubyte, mnist/t10k-labels-idx1-ubyte (also
-with .gz). A recording is paired with an image of the same digit. Of the six speakers three are for training, one for
-validation and two for testing, and so for the images: no speaker and no image is in two of them. Each method has the
-learning rate that is best for it on the validation data, and fusion weights come from there too. --noise adds noise to the images, in units of their standard
-deviation, so that one modality becomes much weaker than the other.
+FOLDER holds fsdd/recordings/DIGIT_SPEAKER_INDEX.wav and mnist/t10k-images-idx3-ubyte,
+mnist/t10k-labels-idx1-ubyte (also with .gz). A recording is paired with an image of the same digit. Of the
+six speakers three are for training, one for
+validation and two for testing, and so for the images: no speaker and no image is in two of them. Each method
+has the learning rate that is best for it on the validation data, and fusion weights come from there too.
+--noise adds noise to the images, in units of their standard deviation, so that one modality becomes much
+weaker than the other.
 """
 
 from __future__ import annotations
@@ -128,7 +130,8 @@ def main() -> None:
         options.seeds,
     )
     print(
-        f"\nSpoken and written digits, image noise {options.noise:g}, {PER_CLASS} training samples per class, {BUDGET.epochs} epochs, ",
+        f"\nSpoken and written digits, image noise {options.noise:g}, "
+        f"{PER_CLASS} training samples per class, {BUDGET.epochs} epochs, ",
         end="",
     )
     print(f"{options.seeds} seeds\n")

@@ -1,8 +1,9 @@
 """Several processes: torchrun --nproc-per-node 2 examples/ddp.py
 
-With ``sync_stats=True`` one small all-reduce gives every process the statistics, the coefficients and the loss of the
-joined batch, and DistributedDataParallel's averaged gradients are those of one process on that batch, even if the
-processes' shares differ in size. Without it (the default) every process uses its own share's statistics.
+With ``sync_stats=True`` one small all-reduce gives every process the statistics, the coefficients and the
+loss of the joined batch, and DistributedDataParallel's averaged gradients are those of one process on that
+batch, even if the processes' shares differ in size. Without it (the default) every process uses its own
+share's statistics.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def main(epochs: int = 2, rows: int = 256) -> None:
             loss.backward()
             optimizer.step()
         stats = criterion.stats
-        line = f"epoch {epoch}: loss {loss.item():.6f}, rows {int(stats.count[0])}, gains {[round(g, 4) for g in stats.gains.tolist()]}"
+        gains = [round(g, 4) for g in stats.gains.tolist()]
+        line = f"epoch {epoch}: loss {loss.item():.6f}, rows {int(stats.count[0])}, gains {gains}"
         seen: list = [None] * dist.get_world_size()
         dist.all_gather_object(seen, line)
         assert len(set(seen)) == 1, seen

@@ -1,4 +1,4 @@
-"""ARL on real data in a minute, without a GPU: handwritten digits, the left and the right half as two modalities.
+"""ARL on real data in a minute, without a GPU: handwritten digits, two halves as two modalities.
 
     python examples/demo.py [--seeds 10] [--out build/demo.png]
 

@@ -1,9 +1,9 @@
-"""What the examples share: the ladder of methods, a plain training loop with arl_fast in it, and the table of results.
+"""What the examples share: the ladder of methods, a plain training loop, and the table of results.
 
 All methods of a seed start from the same split and initialisation and see the same batches as often, so that
 differences between them are paired. The learning rate is one for all or, where a budget offers several, each
-method's best on validation data. Fusion weights come from the validation data too; their control has these rows
-in its training data.
+method's best on validation data. Fusion weights come from the validation data too; their control has these
+rows in its training data.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Budget(NamedTuple):
 
 
 class Net(nn.Module):
-    """One encoder per modality and a head on the concatenation, which returns the fused and the unimodal logits."""
+    """One encoder per modality and a head on the concatenation, which returns the fused and the unimodal
+    logits.
+    """
 
     def __init__(self, encoders: dict[str, nn.Module], width: int, classes: int) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ def evaluate(model: Net, x: dict[str, Tensor], y: Tensor) -> dict[str, float]:
 
 
 class Results(NamedTuple):
-    """Method -> branch -> accuracies [seeds]; method -> seed -> statistics of every step; method -> learning rate;
+    """Method -> branch -> accuracies [seeds]; method -> seed -> statistics of all steps; method -> rate;
     method -> seed -> fusion weights.
     """
 
@@ -148,7 +150,8 @@ def climb(
 ) -> Results:
     """Train every method of the ladder (or ``only`` some) on every seed, with a progress bar.
 
-    With validation data, fusion weights for some of them and the control: ARL trained on the validation rows as well.
+    With validation data, fusion weights for some of them and the control: ARL trained on the validation rows
+        as well.
     """
     methods = {name: method for name, method in ladder(modalities).items() if only is None or name in only}
     runs: dict[str, dict[float, list[Run]]] = {name: {rate: [] for rate in budget.rates} for name in methods}
@@ -195,7 +198,7 @@ def climb(
 
 
 def table(accuracy: dict[str, dict[str, Tensor]], modalities: list[str]) -> str:
-    """Mean and standard deviation over seeds; the difference is taken seed by seed, with its standard error."""
+    """Mean and standard deviation over seeds; the difference is paired by seed, with its standard error."""
     seeds = len(accuracy[JOINT]["fused"])
     titles = ["together", "minus joint", *(f"{m} alone" for m in modalities)]
     lines = [f"{'test accuracy, %':<32}" + "".join(f"{title:>17}" for title in titles)]
@@ -242,7 +245,9 @@ def write_rows(results: Results, path: Path, **setting: object) -> None:
 
 
 def picture(results: Results, modalities: list[str], out: Path) -> None:
-    """Accuracies of all seeds; shares and coefficients over training, the mean over seeds with its standard deviation."""
+    """Accuracies of all seeds; shares and coefficients over training, the mean over seeds with its standard
+    deviation.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""A LightningModule with automatic optimization; accumulation, clipping and precision are the Trainer's, as ever.
+"""A LightningModule with automatic optimization; accumulation, clipping and precision are the Trainer's.
 
 python examples/lightning_module.py
 """

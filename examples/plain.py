@@ -1,4 +1,6 @@
-"""A plain training loop: python examples/plain.py [--epochs 3] [--precision bf16|fp16] [--accumulate 2] [--compile]"""
+"""A plain training loop: python examples/plain.py [--epochs 3] [--precision bf16|fp16] [--accumulate 2]
+[--compile]
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def main(
             loss = criterion(model(audio, visual), target)
         stats = criterion.stats
         print(
-            f"epoch {epoch}: loss {loss:.3f}, accuracy fused {stats.accuracy[0]:.3f}, audio {stats.accuracy[1]:.3f}, "
+            f"epoch {epoch}: loss {loss:.3f}, accuracy fused {stats.accuracy[0]:.3f}, "
+            f"audio {stats.accuracy[1]:.3f}, "
             f"visual {stats.accuracy[2]:.3f}, gains {[round(g, 2) for g in stats.gains.tolist()]}"
         )
     return float(stats.accuracy[0])

@@ -23,7 +23,9 @@ def pairs(rows: int, seed: int = 0) -> TensorDataset:
 
 
 class TwoModalities(nn.Module):
-    """An encoder for each modality and one head for both: audio [B, 16], visual [B, 16] -> BranchLogits of [B, 6]."""
+    """An encoder for each modality and one head for both: audio [B, 16], visual [B, 16] -> BranchLogits of
+    [B, 6].
+    """
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
-"""The loop of timm's train.py, which calls ``loss_fn(output, target)``: mixup's soft targets, autocast, a loss scaler.
+"""The loop of timm's train.py, which calls ``loss_fn(output, target)``: mixup, autocast, a loss scaler.
 
-python examples/timm_style.py. The parts of timm's script that touch the loss, on two modalities; timm itself is not needed.
+python examples/timm_style.py. The parts of timm's script that touch the loss, on two modalities; timm itself
+is not needed.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def figure(groups: dict[str, Chosen], out: Path) -> None:
                 ax.plot([mean(values)], [place], "|", color="0.45", markersize=14, markeredgewidth=2)
             ax.set_yticks(range(len(chosen)), [titles[n].title if n in titles else n for n in chosen])
             ax.invert_yaxis()
-            ax.set_xlabel("test accuracy, %: every seed, and their mean")
+            ax.set_xlabel("test accuracy, %")
             ax.set_title(title)
         out.parent.mkdir(parents=True, exist_ok=True)
         drawn.savefig(out, dpi=150, transparent=True)

@@ -64,6 +64,7 @@ def test_recommends_the_simplest_rung_that_none_clearly_beats():
     verdict = decide(results(base, spread=0.002))
     assert verdict.recommendation == "unimodal"
     assert verdict.r == pytest.approx(4 / 9)
+    assert verdict.reasons[0].startswith("Unimodal losses against joint training: +10.0 ± ")
     assert "Not clearly better than that: constant gain, ARL (share rule)." in verdict.reasons
     assert any(
         "visual undertrained: alone it predicts 30.0 %, and 40.0 % after" in reason
@@ -164,6 +165,7 @@ def test_a_users_model_goes_through(tmp_path):
     saved = json.loads((tmp_path / "diagnosis.json").read_text())
     assert set(saved["rungs"]) >= {"joint", "unimodal", "constant", "share"}
     assert saved["verdict"]["r"] == found.verdict.r
+    assert set(saved["verdict"]["differences"]) == set(saved["rungs"]) - {"joint"}
     assert found.results.chosen["joint"][0]["correct"].startswith("51:")  # the other half of 101 rows
     page = (tmp_path / "diagnosis.html").read_text()
     opened = []

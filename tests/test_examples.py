@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,11 @@ def test_lightning_resumes_in_mid_warmup(example, tmp_path):
 def test_hf_trainer(example):
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    trainer, metrics = example("hf_trainer").main()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(gains|link).*")  # AdamW, and every gain acts
+        trainer, metrics = example("hf_trainer").main()
+    group = trainer.model.criterion.stats.gains
+    assert (group > 1).all()
     assert metrics["eval_accuracy"] > 4 * CHANCE
     assert (
         int(trainer.model.criterion.steps) == 48
@@ -114,7 +119,7 @@ def test_hf_accumulation_equals_one_batch(example):
             options = {
                 "per_device_train_batch_size": size,
                 "gradient_accumulation_steps": accumulate,
-                "optim": "sgd",
+                "make": torch.optim.SGD,
                 "max_grad_norm": 0.0,
             }
             trainer, _ = hf_trainer.main(steps=3, rows=96, **options)
@@ -142,3 +147,30 @@ def test_hf_adapter():
         torch.testing.assert_close(criterion.stats.gains, mean.stats.gains)
     with pytest.raises(ValueError, match="criterion: got reduction='mean', expected 'sum'"):
         compute_loss_func(mean)
+
+
+def test_hf_gains_act_under_adamw(example):
+    """The constant rule's 1.5 moves the encoders elsewhere than rule "none" does."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    hf_trainer = example("hf_trainer")
+    ends = []
+    for rule in ("none", "constant"):
+        torch.manual_seed(0)
+        with pytest.MonkeyPatch.context() as patch:
+            criterion = arl_fast.loss.ARLLoss(reduction="sum", rule=rule)
+            patch.setattr(hf_trainer.arl_fast, "ARLLoss", lambda criterion=criterion, **options: criterion)
+            trainer, _ = hf_trainer.main(steps=6, rows=96)
+        ends.append(torch.cat([p.detach().flatten() for p in trainer.model.audio.parameters()]))
+    torch.manual_seed(0)
+    start = torch.cat([p.detach().flatten() for p in hf_trainer.Model().audio.parameters()])
+    assert (ends[1] - ends[0]).norm() > 0.2 * (ends[0] - start).norm()
+
+
+def test_batchnorm(example):
+    """Two seeds: with running statistics of all passes the whole model is worse in evaluation."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    _, fused_pass, all_passes = example("batchnorm").main(seeds=2, epochs=10).values()
+    for one, other in zip(fused_pass, all_passes, strict=True):
+        assert one[0] > other[0]

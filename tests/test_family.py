@@ -41,8 +41,8 @@ def test_ogm_scales_the_encoders_of_a_joint_loss(implementation, names, alpha):
         p.grad = None
 
     z = features(encoders, x)
-    F.cross_entropy(F.linear(torch.cat(list(z.values()), 1), head.weight, head.bias), y).backward()
-    parts, shift = head.weight.detach().split(4, 1), head.bias.detach() / len(names)
+    F.cross_entropy(head.linear(torch.cat(list(z.values()), 1)), y).backward()
+    parts, shift = head.linear.weight.detach().split(4, 1), head.linear.bias.detach() / len(names)
     s = [
         float(sum(torch.softmax(w @ z[m][i].detach() + shift, 0)[y[i]] for i in range(8)))
         for m, w in zip(names, parts, strict=True)
@@ -57,7 +57,7 @@ def test_ogm_scales_the_encoders_of_a_joint_loss(implementation, names, alpha):
                 got[f"{name}.{part}"], k * getattr(encoders[name], part).grad, rtol=1e-10, atol=1e-14
             )
     assert 0 < scaled < len(names)
-    torch.testing.assert_close(got["weight"], head.weight.grad, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(got["linear.weight"], head.linear.weight.grad, rtol=1e-10, atol=1e-14)
 
 
 def test_ogm_with_an_absent_modality_and_alone():

@@ -189,8 +189,14 @@ def test_other_streams(implementation):
 @gpu_only
 @pytest.mark.parametrize(
     ("dtype", "classes"),
-    [(torch.float32, 26700), (torch.float32, 28600), (torch.bfloat16, 53300), (torch.bfloat16, 57300)]
-    + [(torch.float64, 9300), (torch.float64, 10200)],
+    [
+        (torch.float32, 26700),
+        (torch.float32, 28600),
+        (torch.bfloat16, 53300),
+        (torch.bfloat16, 57300),
+        (torch.float64, 9300),
+        (torch.float64, 10200),
+    ],
 )
 @pytest.mark.parametrize("soft", [False, True])
 def test_shared_memory_near_48_kilobytes(kernels, dtype, classes, soft):
@@ -200,7 +206,8 @@ import torch, arl_fast
 x = [torch.randn(2, {classes}, device="cuda", dtype={dtype}) for _ in range(2)]
 y = torch.randint(0, {classes}, (2,), device="cuda")
 if {soft}:
-    y = torch.nn.functional.one_hot(y, {classes}).to(torch.{"float64" if dtype == torch.float64 else "float32"})
+    kind = torch.{"float64" if dtype == torch.float64 else "float32"}
+    y = torch.nn.functional.one_hot(y, {classes}).to(kind)
 loss, _ = arl_fast.arl_loss(x[0], x[1:], y, rule="none")
 assert torch.isfinite(loss)
 """

@@ -39,7 +39,7 @@ def test_concat_identity():
     torch.testing.assert_close(out.fused, sum(out.unimodal))
     none = ConcatHead([4, 3], 7, bias=False)
     assert none.bias is None
-    assert [name for name, _ in none.named_parameters()] == ["weight"]
+    assert [name for name, _ in none.named_parameters()] == ["linear.weight"]
 
 
 def test_sum_and_shared():

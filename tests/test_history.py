@@ -34,7 +34,8 @@ def training(history: History | None = None, epochs: int = 2, dtype=torch.float3
         criterion.train()
         for _ in range(5):
             criterion(
-                head({m: torch.randn(6, 4, dtype=dtype) for m in NAMES}), torch.randint(3, (6,))
+                head({m: torch.randn(6, 4, dtype=dtype, requires_grad=True) for m in NAMES}),
+                torch.randint(3, (6,)),
             ).backward()
             steps.append(criterion.stats)
         criterion.eval()
@@ -82,7 +83,7 @@ def test_an_absent_modality_does_not_enter_the_held_out_mean():
     criterion.track(history)
     with torch.no_grad():
         for present in (True, False):
-            z = {m: torch.randn(4, 4) for m in NAMES}
+            z = {m: torch.randn(4, 4, requires_grad=True) for m in NAMES}
             criterion(head(z), torch.randint(3, (4,)), torch.tensor([[True, present]] * 4))
             if present:
                 want = criterion.stats
@@ -96,7 +97,7 @@ def test_evaluation_in_inference_mode_and_without():
     criterion.track(history)
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         with mode():
-            criterion(head({m: torch.randn(4, 4) for m in NAMES}), torch.randint(3, (4,)))
+            criterion(head({m: torch.randn(4, 4, requires_grad=True) for m in NAMES}), torch.randint(3, (4,)))
         history.end_epoch()
     assert history.series("count", "held_out")[:, 0].tolist() == [4, 4, 4]
     assert history.step == 0
@@ -106,7 +107,7 @@ def test_a_copy_of_the_criterion_has_a_history_of_its_own():
     head, criterion = ConcatHead(dict.fromkeys(NAMES, 4), 3), ARLLoss()
     history = criterion.track(every=3)
     for c in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
-        c(head({m: torch.randn(4, 4) for m in NAMES}), torch.randint(3, (4,)))
+        c(head({m: torch.randn(4, 4, requires_grad=True) for m in NAMES}), torch.randint(3, (4,)))
         assert c.history.step == 1
     assert criterion.history is history
     assert history.step == 1
@@ -225,7 +226,7 @@ def test_metrics_have_a_name_each():
     _, _, _, head = training()
     criterion = ARLLoss()
     assert criterion.metrics() == {}
-    criterion(head({m: torch.randn(6, 4) for m in NAMES}), torch.randint(3, (6,)))
+    criterion(head({m: torch.randn(6, 4, requires_grad=True) for m in NAMES}), torch.randint(3, (6,)))
     metrics = criterion.metrics()
     stats = criterion.stats
     assert len(metrics) == 21
@@ -260,12 +261,12 @@ def test_compiled_criterion_says_what_to_do_instead():
         return criterion(head(z), y)
 
     for _ in range(3):
-        step({m: torch.randn(6, 4) for m in NAMES}, torch.randint(3, (6,))).backward()
+        step({m: torch.randn(6, 4, requires_grad=True) for m in NAMES}, torch.randint(3, (6,))).backward()
         history.append(criterion.stats)
     assert len(set(history.rows()["loss/fused"].tolist())) == 3
     criterion.track(history)
     with pytest.raises(Exception, match=r"history\.append\(criterion\.stats\) after each step"):
-        step({m: torch.randn(6, 4) for m in NAMES}, torch.randint(3, (6,)))
+        step({m: torch.randn(6, 4, requires_grad=True) for m in NAMES}, torch.randint(3, (6,)))
 
 
 @pytest.mark.parametrize(("modalities", "floor"), [(2, None), (3, None), (4, 0.1), (2, 0.0), (3, 0.9)])

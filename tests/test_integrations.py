@@ -33,12 +33,14 @@ def training(logger, steps: int = 6, epochs: int = 1):
     for _ in range(epochs):
         criterion.train()
         for _ in range(steps):
-            criterion(head({m: torch.randn(8, 4) for m in NAMES}), torch.randint(3, (8,))).backward()
+            criterion(
+                head({m: torch.randn(8, 4, requires_grad=True) for m in NAMES}), torch.randint(3, (8,))
+            ).backward()
             gains.append(float(criterion.stats.gains[0]))
             stats_logger.step()
         criterion.eval()
         with torch.no_grad():
-            criterion(head({m: torch.randn(8, 4) for m in NAMES}), torch.randint(3, (8,)))
+            criterion(head({m: torch.randn(8, 4, requires_grad=True) for m in NAMES}), torch.randint(3, (8,)))
         criterion.history.end_epoch()
         stats_logger.epoch()
     return gains, criterion
@@ -229,16 +231,16 @@ def test_hf_trainer(example, tmp_path):
 
         saved = arl_fast.History.load(tmp_path / "checkpoint-4" / huggingface.HISTORY_FILE)
         assert (saved.step, saved.epoch) == (8, 1)
+        model = module.Model()
+        groups = [{"params": part.parameters()} for part in (model.audio, model.visual, model.head)]
         resumed = transformers_trainer(
-            module.Model(),
+            model,
             made.args,
             train_dataset=made.train_dataset,
             eval_dataset=made.eval_dataset,
-            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: resumed.loss(
-                outputs, labels, num_items_in_batch
-            ),
+            optimizers=(torch.optim.AdamW(groups, lr=1e-2), None),
+            compute_loss_func=huggingface.compute_loss_func(model.criterion),
         )
-        resumed.loss = huggingface.compute_loss_func(resumed.model.criterion)
         kept = huggingface.track(resumed, resumed.model.criterion)
         resumed.train(resume_from_checkpoint=os.fspath(tmp_path / "checkpoint-4"))
         assert (kept.step, kept.epoch) == (16, 2)

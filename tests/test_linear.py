@@ -922,7 +922,7 @@ def test_one_call_of_an_empty_batch_and_of_ignored_targets(served):
     assert served == [True, True]
 
 
-def test_one_call_in_evaluation_keeps_nothing(served):
+def test_one_call_in_evaluation_takes_no_memory_for_gradients(served):
     head = ConcatHead([5, 3], 5000)
     features = [torch.randn(64, dim) for dim in (5, 3)]
     target = torch.randint(0, 5000, (64,))
@@ -931,10 +931,13 @@ def test_one_call_in_evaluation_keeps_nothing(served):
     assert (
         native._C.kept_memory() >= 3 * 64 * 5000 * 4
     )  # given back for the next step, while `loss` still holds the node
+    kept = native._C.kept_memory()
     with torch.no_grad():
         loss, _ = call(head, features, target)
     assert loss.grad_fn is None
     assert not loss.requires_grad
+    assert native._C.kept_memory() == kept
+    assert arl_fast.release_memory() == kept
     assert native._C.kept_memory() == 0
     for p in head.parameters():
         p.requires_grad_(False)

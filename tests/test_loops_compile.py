@@ -242,3 +242,31 @@ def test_evaluation_in_one_graph(implementation, modalities):
     got = step()
     assert not got.requires_grad
     torch.testing.assert_close(got, expected)
+
+
+def test_jit_trace_of_predictions_but_not_of_what_trains(implementation):
+    """Without gradients a head's logits are a function of its inputs; all else would be a constant."""
+    model, (a, v, target) = Model().eval(), batch(7)
+
+    class Predictions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, a, v):
+            out = self.model(a, v)
+            return out.fused, *out.unimodal.values()
+
+    class Loss(Predictions):
+        def forward(self, a, v):
+            return ARLLoss()(self.model(a, v), target)
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Predictions(), (a, v))
+        other = torch.randn(3, 8), torch.randn(3, 8)
+        for got, want in zip(traced(*other), Predictions()(*other), strict=True):
+            torch.testing.assert_close(got, want)
+        with pytest.raises(RuntimeError, match=r"arl_loss: called inside torch.jit.trace.*torch.export"):
+            torch.jit.trace(Loss(), (a, v))
+    with pytest.raises(RuntimeError, match=r"modulate: called inside torch.jit.trace.*torch.no_grad\(\)"):
+        torch.jit.trace(Predictions(), (a, v))

@@ -59,7 +59,19 @@ def step(logits, target, upstream=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "classes"),
-    [(64, 6), (5, 1), (0, 4), (70, 16), (70, 37), (129, 48), (7, 49), (33, 309), (3, 2000)],
+    [
+        (64, 6),
+        (5, 1),
+        (0, 4),
+        (70, 16),
+        (70, 37),
+        (129, 48),
+        (7, 49),
+        (33, 100),
+        (9, 113),
+        (33, 309),
+        (3, 2000),
+    ],
 )
 def test_every_instruction_set(isa, dtype, batch, classes):
     native._C.set_isa(isa)
@@ -275,6 +287,29 @@ def test_fast_step_equals_the_general_one(options, dtype, extras, fast_calls, mo
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("extras", [False, True])
+def test_the_joint_baseline_is_torch_and_the_statistics_are_the_kernels(reduction, extras, fast_calls):
+    logits, target = inputs()
+    options = dict(reduction=reduction)
+    if extras:
+        options |= dict(weight=torch.rand(37), label_smoothing=0.1)
+        logits[0][1] = torch.nan  # an ignored row
+    leaves = [x.clone().requires_grad_() for x in logits]
+    link = torch.zeros(2, requires_grad=True)
+    loss, stats = arl_loss(leaves[0], leaves[1:], target, link, gamma=0.0, rule="none", **options)
+    (0.3 * loss).backward()
+    assert fast_calls == [True]
+    plain = logits[0].nan_to_num().requires_grad_()
+    want = F.cross_entropy(plain, target, **options)
+    (0.3 * want).backward()
+    assert torch.equal(loss, want)
+    assert torch.equal(leaves[0].grad, plain.grad)
+    assert [x.grad for x in (*leaves[1:], link)] == [None] * 3
+    _, others = arl_loss(logits[0], logits[1:], target, gamma=0.5, rule="none", **options)
+    assert all(torch.equal(got, want) for got, want in zip(stats, others, strict=True))
+
+
 @pytest.mark.parametrize(
     "unusual",
     [
@@ -332,8 +367,8 @@ def test_autograd_steals_the_buffers():
     """The gradients that forward wrote are the ones in .grad: no copy, and none is left elsewhere."""
     logits, target = inputs(64, 6000)
     leaves = [x.requires_grad_() for x in logits]
+    arl_fast.release_memory()
     loss, _ = arl_loss(leaves[0], leaves[1:], target, rule="none")
-    assert native._C.kept_memory() == 0  # what other sizes have left is gone
     loss.backward()
     pointers = {x.grad.data_ptr() for x in leaves}
     assert len(pointers) == 3
@@ -344,12 +379,39 @@ def test_autograd_steals_the_buffers():
     assert native._C.kept_memory() >= 3 * 64 * 6000 * 4
     arl_loss(leaves[0], leaves[1:], target, rule="none")[0].backward()
     assert {x.grad.data_ptr() for x in leaves} == pointers
-    # an evaluation keeps nothing
+    # also after an evaluation, which takes none itself
     for x in leaves:
         x.grad = None
+    kept = native._C.kept_memory()
     with torch.no_grad():
         arl_loss(leaves[0], leaves[1:], target)
+    assert native._C.kept_memory() == kept
+    arl_loss(leaves[0], leaves[1:], target, rule="none")[0].backward()
+    assert {x.grad.data_ptr() for x in leaves} == pointers
+    # a somewhat smaller batch lies in it; a larger one, for which it is of no use, gives it back
+    for rows, reused in ((50, True), (100, False)):
+        for x in leaves:
+            x.grad = None
+        other = [torch.randn(rows, 6000, requires_grad=True) for _ in range(3)]
+        arl_loss(other[0], other[1:], torch.zeros(rows, dtype=torch.int64), rule="none")[0].backward()
+        assert ({x.grad.data_ptr() for x in other} == pointers) is reused
+        assert native._C.kept_memory() == 0
+
+
+def test_kept_memory_is_bounded_and_given_back_on_request():
+    def step(columns):
+        leaves = [torch.zeros(64, columns, requires_grad=True) for _ in range(2)]
+        loss, _ = arl_loss(leaves[0], leaves[1:], torch.zeros(64, dtype=torch.int64), rule="none")
+        loss.backward()
+
+    arl_fast.release_memory()
+    for columns in (40000, 9000, 40000, 9000):  # two shapes in turn: each finds its own
+        step(columns)
+    kept = native._C.kept_memory()
+    assert 2 * 64 * 49000 * 4 <= kept <= 2 * 64 * 49000 * 4 + 4 * (2 << 20)
+    assert arl_fast.release_memory() == kept
     assert native._C.kept_memory() == 0
+    assert arl_fast.release_memory() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

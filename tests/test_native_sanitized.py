@@ -1,4 +1,4 @@
-"""The CPU row kernels under AddressSanitizer and UndefinedBehaviorSanitizer (tests/cpp)."""
+"""The CPU row kernels under the address and undefined-behaviour sanitizers (tests/cpp/rows_sanitized.cpp)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,10 @@ def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text())
 
 
-RUNS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("method", "extend", "family", "faq"))]
+RUNS = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("method", "extend", "family", "faq", "start-here")),
+]
 TUTORIAL = ROOT / "docs" / "tutorial.md"  # its blocks build on each other
 RUNNABLE = [(page, i) for page in RUNS for i in range(len(blocks(page)))]
 

@@ -248,7 +248,7 @@ def test_ops():
         for reduction, grad in (("mean", True), ("none", False)):
             options = OPTIONS._replace(reduction=reduction, label_smoothing=0.1, entropy_floor=0.2)
             encoded = (*ops.encode_schedule(schedule), *ops.encode_options(options))
-            arguments = (logits, *targets, *encoded, grad)
+            arguments = (logits, *targets[:4], *encoded, grad)
             torch.library.opcheck(registered.triton_forward.default, arguments)
     torch.library.opcheck(
         registered.triton_scale.default, (logits, torch.tensor(0.5), torch.ones(3), torch.bfloat16)

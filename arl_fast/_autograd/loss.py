@@ -109,6 +109,8 @@ def loss_and_packed(
         sync_stats: True or a group: the processes among which the batch is divided.
         implementation: of the contract; None: the one that dispatch chooses.
     """
+    if targets.mask is None and (mask := getattr(branches.link, "mask", None)) is not None:
+        targets = targets._replace(mask=mask)  # of a head that was given it
     if implementation is None and sync_stats is False and (native := dispatch.native_steps()) is not None:
         result = native.fast_loss(options, branches, targets, schedule)
         if result is not None:  # None where anything is unusual or wrong

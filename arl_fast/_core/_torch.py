@@ -35,6 +35,16 @@ def constant_for_compiler(function: Callable) -> Callable:
     return function
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling a module runs more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def current_stream(device: int) -> int:
     """The address of the current CUDA stream of a device, without making a torch.cuda.Stream."""
     return torch._C._cuda_getCurrentRawStream(device)

@@ -44,7 +44,7 @@ class Targets(NamedTuple):
 
 
 def as_branch_logits(output: object) -> BranchLogits:
-    """BranchLogits from itself, a tuple (fused, unimodal[, link]) or a dict {"fused", name..., ["link"]}."""
+    """BranchLogits from itself, a tuple (fused, unimodal[, link]) or a dict with "fused" and modalities."""
     if isinstance(output, BranchLogits):
         return output
     # before Mapping, an abstract class, whose check takes a microsecond
@@ -57,7 +57,7 @@ def as_branch_logits(output: object) -> BranchLogits:
                 f'output: got a dict with the keys {keys}, expected "fused", the modalities and, optionally, '
                 '"link"'
             )
-        unimodal = {name: x for name, x in output.items() if name not in ("fused", "link")}
+        unimodal = {name: x for name, x in output.items() if name not in ("fused", "link", "mask")}
         return BranchLogits(output["fused"], unimodal, output.get("link"))
     if isinstance(output, (tuple, list)):
         what = f"a {type(output).__name__} of {len(output)}: ({', '.join(type(o).__name__ for o in output)})"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _torch
+from . import _torch, graph
 from .branches import BranchLogits, Targets
 from .dtypes import compute_dtype
 from .options import Options, Schedule, check_choice, check_gamma, check_scalar
@@ -26,6 +26,15 @@ def refuse_transforms(what: str) -> None:
             f"{what}: called inside a transform of torch.func (grad, vmap, jvp, ...), which cannot carry the "
             "link from the loss to the encoders: use loss.backward() or torch.autograd.grad; for predictions "
             "alone, head.branches(features) returns the logits"
+        )
+
+
+def refuse_tracing(what: str) -> None:
+    """torch.jit.trace sees torch's own operations only."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{what}: called inside torch.jit.trace, which would record its result as a constant: trace "
+            "predictions under torch.no_grad(), without the loss, or use torch.export"
         )
 
 
@@ -50,19 +59,48 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def named_tensors(argument: str, values: Any) -> dict[Any, Tensor]:
-    """The floating-point tensors of a dict or a sequence by name or position, checked."""
-    if isinstance(values, Tensor) or not isinstance(values, (Mapping, Sequence)):
+class FlatFeatures(NamedTuple):
+    """The features given to ``modulate``, after the checks."""
+
+    names: list[Any] | None  # None for a sequence
+    tensors: list[Tensor]  # those of all modalities, in order
+    sizes: tuple[int, ...]  # how many of them each modality has
+    grouped: tuple[bool, ...]  # whether they came as a list, modality by modality
+
+    def as_given(self, tensors: Sequence[Tensor]) -> dict[Any, Any] | list[Any]:
+        """Other tensors, one for each of these, in the containers in which these came."""
+        rest = iter(tensors)
+        values: list[Any] = []
+        for size, grouped in zip(self.sizes, self.grouped, strict=True):
+            own = [next(rest) for _ in range(size)]
+            values.append(own if grouped else own[0])
+        return values if self.names is None else dict(zip(self.names, values, strict=True))
+
+
+def check_features(features: Any) -> FlatFeatures:
+    """What ``modulate`` takes: a floating-point tensor or a list of them per modality, all on one device."""
+    if isinstance(features, (Tensor, str)) or not isinstance(features, (Mapping, Sequence)):
         raise TypeError(
-            f"{argument}: got {type(values).__name__}, expected a dict or a sequence of tensors, one per "
-            "modality"
+            f"features: got {type(features).__name__}, expected a dict or a sequence of tensors, one per "
+            "modality, or of lists of tensors"
         )
-    tensors = dict(values) if isinstance(values, Mapping) else dict(enumerate(values))
-    if not tensors:
-        raise ValueError(f"{argument}: got none, expected at least one modality")
-    first = next(iter(tensors.values()))
-    for name, x in tensors.items():
-        label = f"{argument}[{name!r}]"
+    names = list(features) if isinstance(features, Mapping) else None
+    values = list(features.values()) if isinstance(features, Mapping) else list(features)
+    if not values:
+        raise ValueError("features: got none, expected at least one modality")
+    labelled: dict[str, Any] = {}
+    for name, value in zip(names or range(len(values)), values, strict=True):
+        label = f"features[{name!r}]"
+        if isinstance(value, (list, tuple)):
+            if not value:
+                raise ValueError(
+                    f"{label}: got an empty {type(value).__name__}, expected at least one tensor"
+                )
+            labelled |= {f"{label}[{i}]": x for i, x in enumerate(value)}
+        else:
+            labelled[label] = value
+    first = next(iter(labelled.values()))
+    for label, x in labelled.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{label}: got {type(x).__name__}, expected a Tensor")
         if type(x) is not Tensor:
@@ -73,7 +111,9 @@ def named_tensors(argument: str, values: Any) -> dict[Any, Tensor]:
             raise ValueError(
                 f"{label}: got device {x.device}, expected that of the first modality, {first.device}"
             )
-    return tensors
+    grouped = tuple(isinstance(value, (list, tuple)) for value in values)
+    sizes = tuple(len(value) if own else 1 for value, own in zip(values, grouped, strict=True))
+    return FlatFeatures(names, list(labelled.values()), sizes, grouped)
 
 
 class CheckedStep(NamedTuple):
@@ -89,6 +129,7 @@ class CheckedStep(NamedTuple):
 def check_loss(branches: BranchLogits, targets: Targets, schedule: Schedule, options: Options) -> CheckedStep:
     """Everything that is given to ``arl_loss``."""
     refuse_transforms("arl_loss")
+    refuse_tracing("arl_loss")
     logits = _check_branches(branches)
     targets, schedule = _check_targets_and_schedule(logits[0], len(logits) - 1, targets, schedule, options)
     needs_link = options.scales and torch.is_grad_enabled() and any(x.requires_grad for x in logits)
@@ -150,10 +191,12 @@ def _check_branches(branches: BranchLogits) -> tuple[Tensor, ...]:
 def _check_link(link: Tensor, names: Sequence, fused: Tensor) -> None:
     if not isinstance(link, Tensor):
         raise TypeError(f"link: got {type(link).__name__}, expected the second result of arl_fast.modulate")
-    # the links of several replicas may be concatenated
-    if link.dim() != 1 or link.shape[0] == 0 or link.shape[0] % len(names):
+    if (link.dim() != 1 or link.shape[0] != len(names)) and not graph.is_gathered(link, len(names)):
         raise ValueError(
-            f"link: got shape {list(link.shape)}, expected [{len(names)}], one entry per modality"
+            f"link: got shape {list(link.shape)}, expected [{len(names)}], one entry per modality. Give "
+            "modulate several features of one modality as a list, {'audio': [a1, a2], 'visual': [v1, v2]}. A "
+            "longer link is taken from DataParallel only, which joins the links of its replicas, and outside "
+            "of torch.compile"
         )
     if link.device != fused.device:
         raise ValueError(f"link: got device {link.device}, expected that of the logits, {fused.device}")
@@ -184,7 +227,7 @@ def _check_targets_and_schedule(
             "'share' takes any number"
         )
     if targets.mask is not None:
-        _check_mask(targets.mask, logits, modalities)
+        check_mask(targets.mask, logits, modalities)
     if targets.weight is not None:
         _check_weight("weight", targets.weight, logits)
         targets = targets._replace(weight=targets.weight.detach().to(compute_dtype(logits.dtype)))
@@ -255,8 +298,8 @@ def _check_classes(logits: Tensor) -> None:
     if logits.shape[1] == 1:
         raise ValueError(
             f"fused: got logits of shape {list(logits.shape)}, a single class, which is always right: for "
-            "one yes or no per row pass task='multilabel' and targets of the logits' shape, for classes at least "
-            "two logits"
+            "one yes or no per row pass task='multilabel' and targets of the logits' shape, for classes at "
+            "least two logits"
         )
 
 
@@ -300,18 +343,18 @@ def check_class_range(target: Tensor, classes: int, ignore_index: int) -> None:
         )
 
 
-def _check_mask(mask: Tensor, logits: Tensor, modalities: int) -> None:
-    """[B, M] bool, False where a modality is absent."""
+def check_mask(mask: Tensor, like: Tensor, modalities: int) -> None:
+    """[B, M] bool, False where a modality is absent, for a batch of logits or features."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: got {type(mask).__name__}, expected a bool Tensor [B, M]")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: got dtype {mask.dtype}, expected bool (True where the modality is present)")
-    if mask.shape != (logits.shape[0], modalities):
+    if mask.shape != (like.shape[0], modalities):
         raise ValueError(
-            f"mask: got shape {list(mask.shape)}, expected [B, M] = [{logits.shape[0]}, {modalities}]"
+            f"mask: got shape {list(mask.shape)}, expected [B, M] = [{like.shape[0]}, {modalities}]"
         )
-    if mask.device != logits.device:
-        raise ValueError(f"mask: got device {mask.device}, expected that of the logits, {logits.device}")
+    if mask.device != like.device:
+        raise ValueError(f"mask: got device {mask.device}, expected that of the batch, {like.device}")
 
 
 def _check_weight(name: str, weight: Tensor, logits: Tensor) -> None:
@@ -356,6 +399,7 @@ def check_linear_loss(
 ) -> tuple[CheckedHead, CheckedStep]:
     """Everything that is given to ``linear_arl_loss``. ``dtype_of(features)`` is the dtype of the logits."""
     refuse_transforms("linear_arl_loss")
+    refuse_tracing("linear_arl_loss")
     check_choice("fusion", head.fusion, FUSIONS)
     check_choice("bias_mode", head.bias_mode, BIAS_MODES)
     chunk = head.chunk

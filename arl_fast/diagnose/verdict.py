@@ -48,7 +48,9 @@ def decide(results: Results) -> Verdict:
     r = branches[weakest] / branches[strongest] if branches[strongest] else 1.0
     even = r >= EVEN
     rungs = [name for name in ADVICE if name in results.chosen]
-    differences = {name: results.difference_with_rows(name, "joint") for name in rungs[1:]}
+    differences = {
+        name: results.difference_with_rows(name, "joint") for name in results.chosen if name != "joint"
+    }
 
     chosen = "joint"
     for name in rungs[1:2] if even else rungs[1:]:
@@ -58,7 +60,7 @@ def decide(results: Results) -> Verdict:
 
     reasons = []
     if chosen == "joint":
-        worse = [name for name, d in differences.items() if d.clear and d.mean < 0]
+        worse = [name for name in rungs[1:] if differences[name].clear and differences[name].mean < 0]
         text = "No rung is clearly better than joint training"
         reasons.append(
             f"{text}, and clearly worse: {_list(results, worse)}."
@@ -66,7 +68,9 @@ def decide(results: Results) -> Verdict:
             else f"{text}: the rest is within noise."
         )
     else:
-        reasons.append(f"{_name(results, chosen)} against joint training: {_points(differences[chosen])}.")
+        title = _name(results, chosen)
+        title = title[0].upper() + title[1:]
+        reasons.append(f"{title} against joint training: {_points(differences[chosen])}.")
         others = [name for name in rungs[rungs.index(chosen) + 1 :] if not even]
         if others:
             reasons.append(f"Not clearly better than that: {_list(results, others)}.")

@@ -59,9 +59,7 @@ def forward(
     yes = label if pos_weight is None else label * pos_weight  # what multiplies log p in the loss
     sums, losses, grads = [], [], []
     for branch, (raw, known) in enumerate(zip(logits, known_labels(targets, branches), strict=True)):
-        x = torch.where(
-            known, raw.to(dtype), 0
-        )  # nothing of a pair that does not count, NaN included, is read
+        x = torch.where(known, raw.to(dtype), 0)  # what does not count is not read, NaN included
         loss = F.binary_cross_entropy_with_logits(x, label, weight, reduction="none", pos_weight=pos_weight)
         p, not_p = torch.sigmoid(x), torch.sigmoid(-x)
         entropy = torch.special.entr(p) + torch.special.entr(not_p)
@@ -86,8 +84,8 @@ def forward(
     if options.reduction == "none":
         total = losses[0] + weighted_sum(gamma, torch.stack(losses[1:]))
     if is_plain(options, schedule) and targets.divisor is None and not torch.compiler.is_compiling():
-        total, g = _torch_loss(logits[0].to(dtype), label, targets, options, grad)
-        grads[:1] = [] if g is None else [g.to(grad_dtype(logits[0].dtype))]
+        total, own_grad = _torch_loss(logits[0].to(dtype), label, targets, options, grad)
+        grads[:1] = [] if own_grad is None else [own_grad.to(grad_dtype(logits[0].dtype))]
     return total, packed, grads
 
 
@@ -118,4 +116,3 @@ def _torch_loss(
         else:
             loss = loss - surplus
     return loss, None if g is None else torch.where(known, g, 0)
-

@@ -63,7 +63,8 @@ def decode_options(text: str, floats: Sequence[float]) -> Options:
 @functools.lru_cache(maxsize=256)
 def _decoded(text: str, floats: tuple[float, ...]) -> Options:
     given = iter(floats)
-    return Options(*[next(given) if isinstance(v, float) else v for v in ast.literal_eval(text)])
+    values: list[Any] = [next(given) if isinstance(v, float) else v for v in ast.literal_eval(text)]
+    return Options(*values)
 
 
 def encode_schedule(schedule: Schedule) -> tuple[list[Tensor | None], list[float], int]:

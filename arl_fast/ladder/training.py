@@ -192,7 +192,8 @@ def climb(
         seeds: how many, or which.
         methods: names, of ``methods(modalities)``, or Methods by name; None: all.
         rows: a file to which each trained model adds its line, as JSON. Models whose lines are there already
-            are not trained again, so that a run which was cut off goes on.
+            are not trained again, so that a run which was cut off goes on. It knows methods, seeds, rates and
+            epochs, not the model or the data: one file for each of these.
         device: where to train.
         optimizer: from parameters and a learning rate.
         forward: from a model and a batch to its output and the target.

@@ -244,7 +244,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
       loss.grad[b] = outputs.grads[b].mutable_data_ptr();
     }
   }
-  if (inputs.wanted == 0) release_kept_memory();
+  release_unused_memory();
 
   at::Tensor target = *given.target, weight, mask, divisor, row_loss;
   if (target.is_floating_point()) {

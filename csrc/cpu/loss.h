@@ -12,8 +12,8 @@ namespace arl::cpu {
 
 constexpr int kMaxBranches = 64;  // M+1; more modalities than this are served by the reference
 constexpr int kChunkRows = 64;    // most rows of one unit of work
-constexpr int64_t kNarrowClasses =
-    16;  // up to here each row gets a vector lane; longer rows cost less one by one (measured)
+constexpr int64_t kNarrowClasses = 112;  // most classes of which any instruction set gives each row a vector lane
+constexpr int64_t kSingleClasses = 4;  // up to here logits are read and written one by one
 constexpr int kMostLanes = 16;
 
 // One call of the loss: M+1 branches of [rows, classes]. T below is the compute type, double for float64 and
@@ -66,7 +66,7 @@ using RowsFn = void (*)(const Loss& loss, int branch, int64_t begin, int64_t end
                         ChunkSums* sums);
 
 constexpr int64_t scratch_elements(int64_t classes) {
-  return classes <= kNarrowClasses ? kNarrowClasses * kMostLanes : 2 * ((classes + 15) / 16 * 16);
+  return classes <= kNarrowClasses ? (classes + 1) * kMostLanes : 2 * ((classes + 15) / 16 * 16);
 }
 
 struct Isa {

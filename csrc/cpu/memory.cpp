@@ -3,7 +3,9 @@
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <mutex>
 #include <vector>
@@ -18,11 +20,15 @@ namespace {
 constexpr size_t kLarge = size_t(1) << 20;     // smaller blocks are malloc's business
 constexpr size_t kPage = size_t(2) << 20;      // a huge page
 constexpr size_t kKeep = size_t(2) << 30;      // most bytes kept for later
+constexpr auto kUnused = std::chrono::seconds(60);  // longest time that a block is kept
 std::atomic<size_t> kept_bytes{0};
+
+using Clock = std::chrono::steady_clock;
 
 struct Block {
   void* memory;
   size_t bytes;
+  Clock::time_point freed = {};
 };
 
 std::mutex& lock() {
@@ -46,6 +52,7 @@ void give_back(void* context) {
   {
     std::lock_guard<std::mutex> guard(lock());
     if (kept_bytes + block->bytes <= kKeep) {
+      block->freed = Clock::now();
       kept().push_back(*block);
       kept_bytes += block->bytes;
       block->memory = nullptr;
@@ -55,20 +62,44 @@ void give_back(void* context) {
   delete block;
 }
 
+// Gives back the kept blocks that `which` chooses.
+template <class Which>
+int64_t release(const Which& which) {
+  if (kept_bytes == 0) return 0;
+  std::vector<Block> chosen;
+  int64_t bytes = 0;
+  {
+    std::lock_guard<std::mutex> guard(lock());
+    auto& blocks = kept();
+    const auto end = std::stable_partition(blocks.begin(), blocks.end(), [&](const Block& block) { return !which(block); });
+    chosen.assign(end, blocks.end());
+    blocks.erase(end, blocks.end());
+    for (const Block& block : chosen) bytes += int64_t(block.bytes);
+    kept_bytes -= size_t(bytes);
+  }
+  for (const Block& block : chosen) std::free(block.memory);
+  return bytes;
+}
+
+// A kept block of the size or, as for the last batch of an epoch, of up to twice the size, the smallest; or a new one.
 Block take(size_t bytes) {
   {
     std::lock_guard<std::mutex> guard(lock());
     auto& blocks = kept();
+    size_t best = blocks.size();
     for (size_t i = blocks.size(); i-- > 0;) {
-      if (blocks[i].bytes == bytes) {
-        const Block block = blocks[i];
-        blocks.erase(blocks.begin() + i);
-        kept_bytes -= bytes;
-        return block;
-      }
+      const bool fits = blocks[i].bytes >= bytes && blocks[i].bytes / 2 <= bytes;
+      if (fits && (best == blocks.size() || blocks[i].bytes < blocks[best].bytes)) best = i;
+    }
+    if (best < blocks.size()) {
+      const Block block = blocks[best];
+      blocks.erase(blocks.begin() + best);
+      kept_bytes -= block.bytes;
+      return block;
     }
   }
-  release_kept_memory();  // the shapes have changed: what is kept would not be asked for again
+  release([bytes](const Block& block) { return block.bytes < bytes; });  // the shapes have grown
+  release_unused_memory();
   void* memory = std::aligned_alloc(kPage, bytes);
   TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes for a gradient");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -113,15 +144,14 @@ at::Tensor empty_gradient(int64_t rows, int64_t classes, at::ScalarType dtype) {
   return fill_if_asked(gradient);
 }
 
-void release_kept_memory() {
+int64_t release_memory() {
+  return release([](const Block&) { return true; });
+}
+
+void release_unused_memory() {
   if (kept_bytes == 0) return;
-  std::vector<Block> blocks;
-  {
-    std::lock_guard<std::mutex> guard(lock());
-    blocks.swap(kept());
-    kept_bytes = 0;
-  }
-  for (const Block& block : blocks) std::free(block.memory);
+  const Clock::time_point oldest = Clock::now() - kUnused;
+  release([oldest](const Block& block) { return block.freed < oldest; });
 }
 
 int64_t kept_memory() { return int64_t(kept_bytes.load()); }

@@ -14,7 +14,12 @@ namespace arl::ARL_ISA {
 using cpu::ChunkSums;
 using cpu::kChunkRows;
 using cpu::kNarrowClasses;
+using cpu::kSingleClasses;
 using cpu::Loss;
+
+// Up to so many vectors of classes each row gets a lane; longer rows cost less one by one (measured).
+constexpr int kLaneVectors = ARL_VECTOR_BYTES == 16 ? 4 : 7;
+static_assert(kLaneVectors * Vector<float>::lanes <= kNarrowClasses);
 
 // Per row: the row loss is A log Z - B with A = sum_c t_c and B = sum_c t_c (x_c - top), where t is the target
 // distribution after smoothing and class weights. A row that is not valid has A = B = E = 0 and Z = 1.
@@ -65,33 +70,86 @@ ARL_INLINE T weight_of(const Loss& loss, int64_t c) {
   return loss.weight == nullptr ? T(1) : static_cast<const T*>(loss.weight)[c];
 }
 
+// L classes of L rows from class c on, as a vector per class. If there are `Fewer` than L classes, what follows them in
+// memory takes the place of the others, as far as there are rows.
+template <class T, class S, bool Fewer>
+ARL_INLINE void load_classes(const S* const* x, int64_t c, int64_t classes, V<T>* v) {
+  constexpr int L = Vector<T>::lanes;
+  for (int l = 0; l < L; ++l) {
+    const bool inside = !Fewer || x[l] + L <= x[L - 1] + classes;
+    v[l] = inside ? load<T>(x[l] + c) : load_last<T>(x[l], classes, T(0));
+  }
+  transpose<T>(v);
+}
+
+// The reverse, into rows without gaps. A row of fewer classes runs over into the next, which is written after it.
+template <class T, class G, bool Fewer>
+ARL_INLINE void store_classes(G* to, int rows, int64_t c, int64_t classes, V<T>* v) {
+  constexpr int L = Vector<T>::lanes;
+  transpose<T>(v);
+  for (int l = 0; l < L; ++l) {
+    if (l >= rows) break;
+    if (!Fewer || l * classes + L <= rows * classes) {
+      store(to + l * classes + c, v[l]);
+    } else {
+      store_last<T>(to + l * classes, classes, v[l]);
+    }
+  }
+}
+
+// do_class(j) for L classes, or for all where there are fewer.
+template <class T, bool Fewer, class Do>
+ARL_INLINE void each_class(int64_t classes, const Do& do_class) {
+  constexpr int L = Vector<T>::lanes;
+  for (int j = 0; j < L; ++j) {
+    if (Fewer && j >= classes) break;
+    do_class(j);
+  }
+}
+
 // Class indices and few classes: lane l of every vector belongs to row begin + l.
-template <class T, class S, class G>
+template <class T, class S, class G, bool Fewer>
 ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int rows, T* scratch, Chunk<T>& chunk, int first) {
   constexpr int L = Vector<T>::lanes;
   const int64_t classes = loss.classes;
+  const int64_t last = classes > L ? classes - L : 0;  // where the last L classes begin
   const S* logits = static_cast<const S*>(loss.logits[branch]);
   const S* x[L];
-  Bits<T> y, valid;
+  alignas(64) Lane<T> ys[L], valids[L];
   for (int l = 0; l < L; ++l) {  // lanes past the last row repeat it, and are dropped
     const int64_t row = begin + (l < rows ? l : rows - 1);
     x[l] = logits + row * loss.row_stride[branch];
     const bool used = l < rows && loss.valid(branch, row);
-    valid[l] = used ? -1 : 0;
-    y[l] = used ? loss.class_index(row) : 0;
+    valids[l] = used ? -1 : 0;
+    ys[l] = Lane<T>(used ? loss.class_index(row) : 0);
   }
 
-  // The first largest logit; a NaN counts as the largest, as in torch.argmax.
-  V<T> top = splat<T>(-T(__builtin_inf())), l1{};
+  // The first largest logit. A NaN is seen at the end.
+  V<T> top = splat<T>(-T(__builtin_inf()));
   Bits<T> where{};
-  for (int64_t c = 0; c < classes; ++c) {
-    V<T> v;
-    for (int l = 0; l < L; ++l) v[l] = to_float(x[l][c]);
-    const Bits<T> above = ~(v <= top) & (top == top);
-    top = above ? v : top;
-    where = above ? Bits<T>{} + Lane<T>(c) : where;
-    l1 += absolute<T>(v);
-    store<T>(scratch + c * L, v);
+  for (int64_t from = 0; from < classes; from += L) {
+    const int64_t c = from < last ? from : last;
+    V<T> v[L];
+    if (Fewer && classes <= kSingleClasses) {
+      for (int64_t j = 0; j < classes; ++j) {
+        V<T> one;
+        for (int l = 0; l < L; ++l) one[l] = to_float(x[l][j]);
+        v[j] = one;
+      }
+    } else {
+      load_classes<T, S, Fewer>(x, c, classes, v);
+    }
+    const auto take = [&](int j) ARL_LAMBDA {
+      const Bits<T> above = v[j] > top;
+      top = larger<T>(v[j], top);
+      where = above ? Bits<T>{} + Lane<T>(c + j) : where;
+      store<T>(scratch + (c + j) * L, v[j]);
+    };
+    each_class<T, Fewer>(classes, take);
+  }
+  V<T> l1{};
+  if (loss.logit_l1) {
+    for (int64_t c = 0; c < classes; ++c) l1 += absolute<T>(load<T>(scratch + c * L));
   }
   const T smooth = T(loss.label_smoothing / double(classes));
   V<T> smooth_b{};
@@ -99,25 +157,37 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
     for (int64_t c = 0; c < classes; ++c) smooth_b += smooth * weight_of<T>(loss, c) * (load<T>(scratch + c * L) - top);
   }
   // The true class is left out of the sum at first: p_y - 1 = -others / Z keeps its digits as p_y goes to 1.
+  const Bits<T> y = bit_cast<Bits<T>>(ys), valid = bit_cast<Bits<T>>(valids);
+  const bool keep = loss.grad[branch] != nullptr;
   V<T> others{}, energy{}, d_y{};
+  Bits<T> number{};
   for (int64_t c = 0; c < classes; ++c) {
     V<T> d = load<T>(scratch + c * L) - top;
-    const Bits<T> is_y = y == Lane<T>(c);
+    const Bits<T> is_y = y == number;
     d_y = is_y ? d : d_y;
     const V<T> e = is_y ? V<T>{} : exp_nonpositive<T>(d);
     others += e;
     energy += e * d;
-    store<T>(scratch + c * L, e);
+    if (keep) store<T>(scratch + c * L, e);
+    number += 1;
   }
   V<T> bounded = d_y;
   const V<T> e_y = exp_nonpositive<T>(bounded);
   const V<T> partition = others + e_y;
   energy += e_y * bounded;
   const V<T> p_y = e_y / partition;
+  if (any<T>(partition != partition)) {  // a NaN counts as the largest, as in torch.argmax
+    for (int l = 0; l < rows; ++l) {
+      if (partition[l] == partition[l]) continue;
+      int64_t c = 0;
+      while (c < classes && !(to_float(x[l][c]) != to_float(x[l][c]))) ++c;
+      if (c < classes) where[l] = Lane<T>(c);
+    }
+  }
 
   V<T> weighted = splat<T>(T(1 - loss.label_smoothing));
   if (loss.weight != nullptr) {
-    for (int l = 0; l < L; ++l) weighted[l] *= weight_of<T>(loss, y[l]);
+    for (int l = 0; l < L; ++l) weighted[l] *= weight_of<T>(loss, ys[l]);
   }
   const V<T> zero{}, one = splat<T>(T(1));
   const V<T> a = weighted + smooth * T(loss.weight_total);
@@ -130,18 +200,28 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
   store<T>(chunk.correct + first, valid & (where == y) ? one : zero);
 
   // d(row loss)/dx_c = A p_c - t_c
-  if (loss.grad[branch] == nullptr) return;
+  if (!keep) return;
   const T scale = T(loss.grad_scale[branch]);
   const V<T> factor = a * scale / partition;
   const V<T> g_y = ((a - weighted) * p_y - weighted * (others / partition)) * scale;
-  for (int64_t c = 0; c < classes; ++c) {
+  G* grad = static_cast<G*>(loss.grad[branch]) + begin * classes;
+  const auto gradient = [&](int64_t c) ARL_LAMBDA {
     V<T> g = y == Lane<T>(c) ? g_y : load<T>(scratch + c * L) * factor;
     if (loss.label_smoothing != 0) g -= smooth * weight_of<T>(loss, c) * scale;
-    store<T>(scratch + c * L, valid ? g : zero);
+    return valid ? g : zero;
+  };
+  if (Fewer && classes <= kSingleClasses) {
+    for (int64_t c = 0; c < classes; ++c) store<T>(scratch + c * L, gradient(c));
+    for (int l = 0; l < rows; ++l) {
+      for (int64_t c = 0; c < classes; ++c) grad[l * classes + c] = from_float<G>(scratch[c * L + l]);
+    }
+    return;
   }
-  G* grad = static_cast<G*>(loss.grad[branch]) + begin * classes;
-  for (int l = 0; l < rows; ++l) {
-    for (int64_t c = 0; c < classes; ++c) grad[l * classes + c] = from_float<G>(scratch[c * L + l]);
+  for (int64_t from = 0; from < classes; from += L) {
+    const int64_t c = from < last ? from : last;
+    V<T> g[L] = {};
+    each_class<T, Fewer>(classes, [&](int j) ARL_LAMBDA { g[j] = gradient(c + j); });
+    store_classes<T, G, Fewer>(grad, rows, c, classes, g);
   }
 }
 
@@ -336,9 +416,14 @@ static void rows(const Loss& loss, int branch, int64_t begin, int64_t end, void*
   Chunk<T> chunk;
   const int count = int(end - begin);
   const int64_t classes = loss.classes;
-  if (loss.soft_target == nullptr && classes <= kNarrowClasses) {
+  if (loss.soft_target == nullptr && classes <= kLaneVectors * L) {
     for (int i = 0; i < count; i += L) {
-      narrow_rows<T, S, G>(loss, branch, begin + i, count - i < L ? count - i : L, scratch, chunk, i);
+      const int rows = count - i < L ? count - i : L;
+      if (classes < L) {
+        narrow_rows<T, S, G, true>(loss, branch, begin + i, rows, scratch, chunk, i);
+      } else {
+        narrow_rows<T, S, G, false>(loss, branch, begin + i, rows, scratch, chunk, i);
+      }
     }
   } else if (loss.soft_target == nullptr && loss.label_smoothing == 0) {
     for (int i = 0; i < count; ++i) wide_row<T, S, G, false>(loss, branch, begin + i, scratch, nullptr, chunk, i);

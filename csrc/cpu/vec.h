@@ -174,6 +174,64 @@ ARL_INLINE void store_last(G* to, int64_t count, V<T> value) {
   }
 }
 
+// Two vectors' lanes by a table: lane i of the result is number index(i) of the lanes of a and, behind them, of b.
+template <class T, class Index>
+ARL_INLINE V<T> shuffle(V<T> a, V<T> b, Index index) {
+  constexpr int L = Vector<T>::lanes;
+#if defined(__clang__)
+  V<T> result;
+  for (int lane = 0; lane < L; ++lane) result[lane] = index(lane) < L ? a[index(lane)] : b[index(lane) - L];
+  return result;
+#else
+  Bits<T> table{};
+  for (int lane = 0; lane < L; ++lane) table[lane] = index(lane);
+  return __builtin_shuffle(a, b, table);
+#endif
+}
+
+// Lane j of vector i becomes lane i of vector j. Every step is an instruction that all x86 vectors have: first within
+// pieces of 16 bytes, then whole pieces.
+template <class T>
+ARL_INLINE void transpose(V<T>* v) {
+  constexpr int L = Vector<T>::lanes, piece = 16 / sizeof(T), pieces = L / piece;
+  V<T> w[L];
+  for (int i = 0; i < L; i += 2) {  // [a0 b0 a1 b1], [a2 b2 a3 b3]
+    for (int high = 0; high < 2; ++high) {
+      const auto index = [high](int lane) ARL_LAMBDA {
+        return lane / piece * piece + high * piece / 2 + lane % piece / 2 + lane % 2 * L;
+      };
+      w[i + high] = shuffle<T>(v[i], v[i + 1], index);
+    }
+  }
+  for (int i = 0; i < L; i += piece) {
+    if constexpr (piece == 2) {
+      for (int j = 0; j < 2; ++j) v[i + j] = w[i + j];
+    } else {
+      for (int j = 0; j < 4; ++j) {  // [a0 a1 b0 b1], [a2 a3 b2 b3]
+        const auto index = [j](int lane) ARL_LAMBDA { return lane / 4 * 4 + j % 2 * 2 + lane % 2 + lane % 4 / 2 * L; };
+        v[i + j] = shuffle<T>(w[i + j / 2], w[i + 2 + j / 2], index);
+      }
+    }
+  }
+  for (int j = 0; j < piece && pieces > 1; ++j) {  // vectors j, j + piece, ... now hold pieces of the same classes
+    V<T> u[pieces];
+    const auto lower = [](int lane) ARL_LAMBDA { return lane < L / 2 ? lane : lane + L / 2; };
+    const auto upper = [](int lane) ARL_LAMBDA { return lane < L / 2 ? lane + L / 2 : lane + L; };
+    for (int k = 0; k < pieces; k += 2) {
+      u[k] = shuffle<T>(v[j + k * piece], v[j + (k + 1) * piece], lower);
+      u[k + 1] = shuffle<T>(v[j + k * piece], v[j + (k + 1) * piece], upper);
+    }
+    if constexpr (pieces == 4) {
+      for (int k = 0; k < 4; ++k) {  // of [a0 a1 b0 b1] and [c0 c1 d0 d1]: [a0 b0 c0 d0], [a1 b1 c1 d1]
+        const auto index = [k](int lane) ARL_LAMBDA { return lane / piece * 2 * piece + k % 2 * piece + lane % piece; };
+        v[j + k * piece] = shuffle<T>(u[k / 2], u[2 + k / 2], index);
+      }
+    } else {
+      for (int k = 0; k < pieces; ++k) v[j + k * piece] = u[k];
+    }
+  }
+}
+
 // The cache lines of N elements.
 template <int N, class S>
 ARL_INLINE void prefetch(const S* from) {

@@ -215,8 +215,6 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
   for (const double gamma : schedule.gammas) {
     if (gamma < 0) return false;
   }
-  // torch's own cross-entropy, to the last bit
-  if (options.rule == kNone && gammas == 1 && schedule.gammas[0] == 0) return false;
   const at::Tensor* gamma = schedule.gamma;
   if (gamma != nullptr && gamma->dim() != 0 && (gamma->dim() != 1 || gamma->size(0) != modalities))
     return false;
@@ -256,6 +254,11 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
 
 // ---- results and autograd nodes --------------------------------------------------------------------------
 
+double value_at(const at::Tensor& packed, int64_t position) {
+  const bool is_double = packed.scalar_type() == at::kDouble;
+  return is_double ? packed.const_data_ptr<double>()[position] : packed.const_data_ptr<float>()[position];
+}
+
 at::Tensor part_of(const at::Tensor& memory, int64_t first, at::IntArrayRef sizes) {
   auto part = at::detail::make_tensor<at::TensorImpl>(c10::Storage(memory.storage()), memory.key_set(),
                                                       memory.dtype());
@@ -267,10 +270,7 @@ at::Tensor part_of(const at::Tensor& memory, int64_t first, at::IntArrayRef size
 c10::SmallVector<double, 4> link_gradient(const at::Tensor& packed, int modalities) {
   c10::SmallVector<double, 4> gradient;
   const int first = packed_offset<kPackedLink>(modalities);
-  const bool is_double = packed.scalar_type() == at::kDouble;
-  for (int at = first; at < first + modalities; ++at) {
-    gradient.push_back(is_double ? packed.const_data_ptr<double>()[at] : packed.const_data_ptr<float>()[at]);
-  }
+  for (int at = first; at < first + modalities; ++at) gradient.push_back(value_at(packed, at));
   return gradient;
 }
 

@@ -69,7 +69,17 @@ c10::SmallVector<PyObject*, 8> values_of(PyObject* object);
 bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, int64_t rows,
               int64_t classes, int64_t modalities, const at::Tensor& like);
 
+// Whether the loss is a plain cross-entropy, the baseline of every comparison: torch's own, to the last bit. As
+// is_plain() in arl_fast/implementations/reference.py.
+inline bool is_plain_loss(const Schedule& schedule, const Options& options) {
+  const bool zero = schedule.gamma == nullptr && schedule.gammas.size() == 1 && schedule.gammas[0] == 0;
+  return zero && options.rule == kNone && schedule.warmup == 0;
+}
+
 // ---- results and autograd nodes --------------------------------------------------------------------------
+
+// An entry of a packed vector on a CPU.
+double value_at(const at::Tensor& packed, int64_t position);
 
 // A dense tensor that is a part of another's memory, from an element on, with a version counter of its own.
 at::Tensor part_of(const at::Tensor& memory, int64_t first, at::IntArrayRef sizes);

@@ -341,6 +341,7 @@ PyObject* fast_linear_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   }
   inputs.numbers = cpu::read(schedule);
+  if (is_plain_loss(schedule, *options)) Py_RETURN_NONE;
   const int64_t bytes_per_row = (modalities + 1) * classes * 2 * int64_t(c10::elementSize(type));
   if (!one_chunk(PyTuple_GET_ITEM(args[1], kChunk), args[4], rows, bytes_per_row)) {
     PyErr_Clear();

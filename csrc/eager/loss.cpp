@@ -86,6 +86,23 @@ struct LossBackward final : Node {
   }
 };
 
+// torch's own cross-entropy of the fused logits, recorded by torch: value and gradient to the last bit. It does
+// not depend on the unimodal logits and the link, which get no gradient, as in a plain step.
+at::Tensor torch_cross_entropy(const at::Tensor& fused, const cpu::Inputs& inputs, const Options& options,
+                               const at::Tensor& packed) {
+  const at::Tensor target = inputs.targets.target->to(at::kLong);
+  at::Tensor x = fused.to(packed.scalar_type());
+  const int modalities = int(inputs.logits.size()) - 1;
+  if (value_at(packed, packed_offset<kPackedCount>(modalities)) < double(fused.size(0))) {
+    // NaN in an ignored row must not reach its gradient
+    x = x.masked_fill(target.eq(options.ignore_index).unsqueeze(1), 0);
+  }
+  const auto weight =
+      inputs.targets.weight == nullptr ? std::optional<at::Tensor>() : *inputs.targets.weight;
+  const auto reduction = options.reduction == kMean ? at::Reduction::Mean : at::Reduction::Sum;
+  return at::cross_entropy_loss(x, target, weight, reduction, options.ignore_index, options.label_smoothing);
+}
+
 // Whether the modalities' names, if unimodal has any, come in the order that modulate has left on its link.
 bool names_agree(PyObject* unimodal, PyObject* link) {
   static PyObject* attribute = PyUnicode_InternFromString("modalities");
@@ -130,6 +147,7 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
       !is_usual(inputs.targets, schedule, *options, fused->size(0), fused->size(1), modalities, *fused)) {
     Py_RETURN_NONE;
   }
+  if (cuda::serves(*fused) && is_plain_loss(schedule, *options)) Py_RETURN_NONE;
 
   c10::SmallVector<at::Tensor, 4> logits;
   const bool record = at::GradMode::is_enabled();
@@ -169,11 +187,13 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
       }
     } else {
       if constexpr (!kWithoutCpu) {
+        if (is_plain_loss(schedule, *options)) inputs.wanted = 0;
         inputs.numbers = cpu::read(schedule);
         cpu::Outputs outputs = cpu::forward(inputs, *options);
         loss = std::move(outputs.loss);
         packed = std::move(outputs.packed);
         grads.assign(outputs.grads.begin(), outputs.grads.end());
+        if (is_plain_loss(schedule, *options)) loss = torch_cross_entropy(*fused, inputs, *options, packed);
       }
     }
     if (inputs.wanted != 0) {

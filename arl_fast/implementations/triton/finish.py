@@ -100,10 +100,7 @@ def finish(
     SUMS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Add up the partial sums [M+1, sums, programs] in a fixed order; write the loss and the packed vector.
-
-    It runs with all threads of one program.
-    """
+    """Add the partial sums [M+1, sums, programs] in a fixed order; write the loss and the packed vector."""
     T: tl.constexpr = packed.dtype.element_ty
     WIDTH: tl.constexpr = triton.next_power_of_2(BRANCHES)
     STEP: tl.constexpr = 256 * 32 // T.primitive_bitwidth // WIDTH if WIDTH < 32 else 16
@@ -114,7 +111,8 @@ def finish(
     modality = branch & (b > 0)
 
     zeros = tl.zeros([WIDTH, STEP], T)
-    loss_sum, divisor, count, correct, entropy, dependence = zeros, zeros, zeros, zeros, zeros, zeros
+    loss_sum, divisor, count = zeros, zeros, zeros
+    correct, entropy, dependence = zeros, zeros, zeros
     for start in range(0, programs, STEP):
         p = start + tl.arange(0, STEP)
         mask = branch[:, None] & (p < programs)[None, :]

@@ -334,15 +334,15 @@ def forward_kernel(
         scale = tl.where((branch == 0) | warming, 1.0, own)
         if OPTIONS.reduction == "mean":
             if divisor is not None:
-                rows_of_branch = tl.load(divisor + branch)
+                branch_divisor = tl.load(divisor + branch)
             elif SOFT and mask is None:  # all rows are valid
-                rows_of_branch = rows.to(T)
+                branch_divisor = rows.to(T)
             elif rows <= COUNTING.shared_above:
-                rows_of_branch = count_rows(
+                branch_divisor = count_rows(
                     target, mask, weight, branch, 0, rows, T, C, BRANCHES, IGNORE, SOFT, COUNTING.block
                 )
             else:
-                rows_of_branch = share_counting(
+                branch_divisor = share_counting(
                     target,
                     mask,
                     weight,
@@ -358,17 +358,11 @@ def forward_kernel(
                     COUNTING.block,
                     COUNTING.chunks,
                 )
-            scale = scale / rows_of_branch
+            scale = scale / branch_divisor
 
     zero = tl.zeros([ROWS], T)
-    loss_sum, divisor_sum, count, correct_sum, entropy_sum, dependence_sum = (
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-    )
+    loss_sum, divisor_sum, count = zero, zero, zero
+    correct_sum, entropy_sum, dependence_sum = zero, zero, zero
     for tile in range(p, tl.cdiv(rows, ROWS), programs):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         inside = row < rows

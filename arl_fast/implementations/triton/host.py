@@ -88,7 +88,7 @@ def gamma_numbers(gamma: float | tuple[float, ...], dtype: torch.dtype) -> tuple
     """
     numbers = (
         gamma if isinstance(gamma, tuple) else (float(gamma),)
-    )  # an int would be another type in the kernel
+    )  # the kernel has other types for integers
     if dtype != torch.float64:
         return numbers
     rounded = tuple([ctypes.c_float(g).value for g in numbers])
