@@ -4,7 +4,7 @@
 #
 #   bash benchmarks/gpu.sh check            build; is everything right? native first, then Triton
 #   bash benchmarks/gpu.sh measure          how fast is it? (it builds where the first call has left no build)
-#   bash benchmarks/gpu.sh check --dry      on a CPU, smallest sizes: the same phases, to see that all of it works
+#   bash benchmarks/gpu.sh check --dry      on a CPU, smallest sizes: the same phases, to see that all works
 #
 # Results go to $OUT, or to benchmarks/results/gpu-run. Packages of others to compare with, which must not be
 # fetched there, are taken as wheels from wheels/ or .whl/:  pip download --no-deps -d wheels liger-kernel

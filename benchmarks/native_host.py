@@ -4,15 +4,9 @@
 
 The node of ``csrc/eager`` and the binding in ``csrc/cuda_ops.cpp`` serve tensors of the CPU here, so that
 allocations cost what they cost there. What a launch itself takes in the driver is left out: a step with M+1
-<<<<<<< HEAD
 branches has two of them, one cross-entropy four (log-softmax, NLL, and the backwards of both). The CPU
 kernels' own steps stand beside. Medians of the process's CPU time, taking turns, relative to one
 ``F.cross_entropy`` with its backward: B = 64, C = 6, M = 2.
-=======
-branches has two of them, and one cross-entropy three (log-softmax, NLL, and the backwards of both are four
-kernels). Medians of the process's CPU time, taking turns, relative to ``F.cross_entropy(x, y).backward()``: B
-= 64, C = 6, M = 2.
->>>>>>> main
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-<<<<<<< HEAD
 """One forward pass on a GPU, for a profiler: python -m benchmarks.one_step BATCH CLASSES DTYPE."""
-=======
-"""One forward pass of the native loss on a GPU, for a profiler: python -m benchmarks.one_step BATCH CLASSES
-DTYPE.
-"""
->>>>>>> main
 
 from __future__ import annotations
 

@@ -134,13 +134,7 @@ def test_a_dtype_that_no_kernel_takes_is_named(binding):
 
 
 def test_more_branches_than_a_launch_holds_are_refused(binding):
-<<<<<<< HEAD
     """The Python side gives these to the reference; the binding refuses to write past its arrays."""
-=======
-    """The Python side gives these to the reference; the binding must not write past its arrays if it is
-    asked.
-    """
->>>>>>> main
     grads = [torch.ones(2, 2) for _ in range(17)]
     with pytest.raises(RuntimeError, match=r"arl_fast: got 17 branches, expected at most 16"):
         binding.cuda_scale(grads, torch.ones(()), None, torch.float32, True)
@@ -155,11 +149,7 @@ def test_native_leaves_more_branches_to_the_reference(monkeypatch):
         assert g.eq(0.5).all()
 
 
-<<<<<<< HEAD
 # ---- the eager step in one call, as on a GPU ---------------------------------------------------------------
-=======
-# ---- the eager step in one call, as on a GPU
->>>>>>> main
 
 
 @pytest.fixture

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """What nvcc makes of the kernels: no spills, as few registers as the plan counts on, 16-byte loads.
-=======
-"""What nvcc makes of the kernels: no spills, registers as the plan counts on, 16-byte loads and stores.
->>>>>>> main
 
 Compiles every source for every architecture, about a minute per architecture on one core.
 """
@@ -44,11 +40,7 @@ STATIC_SHARED = 8192  # kStaticShared
 
 
 class Kernel:
-<<<<<<< HEAD
     """One kernel of one cubin: what ptxas reports, and how often each instruction occurs in it."""
-=======
-    """One kernel of one cubin: what ptxas reports, and how often each instruction stands in its code."""
->>>>>>> main
 
     def __init__(self, name: str, spills: int, registers: int, shared: int) -> None:
         self.name, self.spills, self.registers, self.shared = name, spills, registers, shared

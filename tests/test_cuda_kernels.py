@@ -246,13 +246,7 @@ def capturing():
 
 
 def test_tickets(capturing):
-<<<<<<< HEAD
     """A counter for each stream, one for each captured launch; no launch and no memset for any of them."""
-=======
-    """A counter for each stream, one for each captured launch, and neither a launch nor a memset for any of
-    them.
-    """
->>>>>>> main
     logits, target = make(20, 6)
     lib = module.library()
     launches, memsets = lib.launches(), lib.memsets()
@@ -283,37 +277,20 @@ def test_memset_where_no_ticket_is_left(capturing):
     assert lib.memsets() == memsets + 1
 
 
-<<<<<<< HEAD
 # Their dynamic shared memory lies between what no kernel has to ask for and 48 KB.
-=======
-# Classes from which the dynamic shared memory lies between what no kernel has to ask for and 48 KB, as
-# planned before.
->>>>>>> main
 @pytest.mark.parametrize(
     ("dtype", "classes"),
     [(torch.float32, 26628), (torch.float32, 28675), (torch.bfloat16, 53256), (torch.float64, 9218)],
 )
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_a_little_dynamic_shared_memory(dtype, classes, kind):
-<<<<<<< HEAD
     """A kernel's static shared memory counts against the 48 KB, too, that it may have without asking."""
-=======
-    """A kernel's static shared memory counts against the 48 KB, too, that it may have without asking for
-    more.
-    """
->>>>>>> main
     module.library().forget_opt_ins()
     compare(*make(1, classes, dtype, branches=2, kind=kind))
 
 
 def test_every_plan_asks_for_its_shared_memory():
-<<<<<<< HEAD
     """Whatever C is: what is not asked for fits into 48 KB beside the static shared memory of a kernel."""
-=======
-    """Whatever C is: what is not asked for fits into 48 KB beside the static shared memory that a kernel may
-    have.
-    """
->>>>>>> main
     lib, windows = module.library(), 0
     for dtype, dense in itertools.product(DTYPES, [False, True]):
         for classes in range(256, 70000, 61):

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The native kernels (csrc/): the contract's functions over ``arl_fast._C``, and one call for eager steps.
-=======
-"""The native kernels (csrc/): the contract over ``arl_fast._C``, and a short way for eager steps.
->>>>>>> main
 
 Eager calls go straight to the extension; torch.compile sees the ops ``torch.ops.arl_fast.native_*``.
 """

@@ -66,13 +66,7 @@ BINDING = ["cuda_ops.cpp", "eager/inputs.cpp", "eager/loss.cpp", "eager/modulate
 
 @functools.cache
 def binding() -> ModuleType:
-<<<<<<< HEAD
     """csrc/cuda_ops.cpp and the eager step, linked with the emulation: a Python module for CPU tensors."""
-=======
-    """csrc/cuda_ops.cpp and the eager step, linked with the emulation, as a Python module that serves CPU
-    tensors.
-    """
->>>>>>> main
     emulated = Path(library()._name)
     with filelock.FileLock(Path(tempfile.gettempdir()) / "arl_fast_binding.lock"):
         return _binding(emulated)
