@@ -74,8 +74,8 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
     )
     general = general_path(module)
     leaf, target = torch.randn(64, 6, requires_grad=True), torch.randint(6, (64,))
-    logits = [torch.randn(64, 6, requires_grad=True) for _ in range(3)]
-    link = torch.zeros(2, requires_grad=True)
+    own, link = modulate([torch.randn(64, 6, requires_grad=True) for _ in range(2)])
+    logits = [own[0] + own[1], *(x * 1 for x in own)]
     branches = BranchLogits(logits[0], logits[1:], link)
     features = [torch.randn(64, 32, requires_grad=True) * 1 for _ in range(2)]
     criterion, warming = ARLLoss(), ARLLoss(warmup=10**9)
