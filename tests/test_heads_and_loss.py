@@ -58,7 +58,7 @@ def test_a_linear_head_and_its_loss_agree(kind, shape, classes, options, soft, m
         target = torch.softmax(torch.randn(shape[0], classes, *shape[1:], dtype=torch.float64), 1)
     mask = torch.rand(shape[0], 2) > 0.4 if masked else None
     criterion = ARLLoss(**options)
-    out = head(z)
+    out = head(z, mask)
     assert out.fused.shape == (shape[0], classes, *shape[1:])
     apart = criterion(out, target, mask)
     stats = criterion.stats
@@ -102,6 +102,6 @@ def test_features_of_different_batches_are_named():
     head = ConcatHead({"a": 3, "b": 3}, 4)
     z = {"a": torch.randn(5, 3), "b": torch.randn(6, 3)}
     with pytest.raises(
-        ValueError, match=r"features\['b'\]: got shape \[6, 3\], expected \[5, 3\], .* features\['a'\]"
+        ValueError, match=r"features\['b'\]: got shape \[6, 3\], expected \[5, 3\], .* first modality"
     ):
         head(z)

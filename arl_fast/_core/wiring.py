@@ -68,6 +68,8 @@ def look(criterion: Any, options: Options, logits: Sequence[Tensor], link: Tenso
             "link: got one that scales gradients, while UpdateGains puts the gains of this criterion on "
             f"the update: they would act twice (2.25 in the place of 1.5); {_DETACHED}"
         )
+    if link.grad_fn is None:  # a leaf: its owner wants the gains themselves
+        return True
     modulates = graph.modulates_behind([link])
     # where a compiler has hidden modulate, some node that the link and the logits have in common must do
     sources = set(modulates or (node for node in graph.walk([link.grad_fn]) if not hasattr(node, "variable")))

@@ -283,13 +283,13 @@ def scale(
 
     Args:
         grads: what ``forward`` returned.
-        upstream: gradient of the loss, in the loss's dtype.
+        upstream: gradient of the loss, in the loss's dtype: 0-d, [N] or, with several labels, [N, C].
         factor: [M+1] in the same dtype, or None for 1.
         dtype: dtype of the result, the logits'.
         keep: the graph is retained, so ``grads`` must stay as they are.
     """
-    if upstream.dim() == 1:
-        upstream = upstream.unsqueeze(1)
+    if upstream.dim():
+        upstream = upstream.unsqueeze(1) if upstream.dim() == 1 else upstream
     elif not keep and factor is None and dtype == upstream.dtype and _on_host(upstream) and upstream == 1:
         return grads
     factors = [upstream if factor is None else upstream * factor[b] for b in range(len(grads))]
