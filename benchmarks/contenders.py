@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,9 +41,18 @@ def _named(stats: arl_fast.BranchStats) -> Stats:
     return {"entropy": stats.entropy, "dependence": stats.dependence, "coefficients": stats.coefficients}
 
 
+def wired(**options: Any) -> arl_fast.ARLLoss:
+    """A criterion that has looked at its wiring, as it does in its first step: what is measured are leaves."""
+    criterion = arl_fast.ARLLoss(**options)
+    dispatch.override = None
+    x, link = arl_fast.modulate([torch.randn(2, 2, requires_grad=True) for _ in range(2)])
+    criterion(BranchLogits(x[0] + x[1], x, link), torch.zeros(2, dtype=torch.int64))
+    return criterion
+
+
 def ours(implementation: str) -> Contender:
     """ARLLoss as users call it, served by one implementation."""
-    criterion = arl_fast.ARLLoss(gamma=GAMMA, temperature=TEMPERATURE)
+    criterion = wired(gamma=GAMMA, temperature=TEMPERATURE)
 
     def loss(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple[Tensor, Stats]:
         dispatch.override = implementation

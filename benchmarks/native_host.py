@@ -26,6 +26,7 @@ from arl_fast._core.branches import Targets
 from arl_fast._core.options import Options, Schedule
 from arl_fast.implementations import dispatch, native, ops
 
+from .contenders import wired
 from .linear import timed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,11 +75,11 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
     )
     general = general_path(module)
     leaf, target = torch.randn(64, 6, requires_grad=True), torch.randint(6, (64,))
-    own, link = modulate([torch.randn(64, 6, requires_grad=True) for _ in range(2)])
-    logits = [own[0] + own[1], *(x * 1 for x in own)]
+    logits = [torch.randn(64, 6, requires_grad=True) for _ in range(3)]
+    link = torch.zeros(2, requires_grad=True)
     branches = BranchLogits(logits[0], logits[1:], link)
     features = [torch.randn(64, 32, requires_grad=True) * 1 for _ in range(2)]
-    criterion, warming = ARLLoss(), ARLLoss(warmup=10**9)
+    criterion, warming = wired(), wired(warmup=10**9)
     one, gradients = torch.ones(()), [torch.randn(64, 32) for _ in range(2)]
     options, schedule, targets = Options(), Schedule(1.0, 8.0), Targets(target)
 
