@@ -51,9 +51,12 @@ def gradients(loss, head, features, upstream=None):
     )
 
 
-def composed(head, features, target, upstream=None, **options):
-    """The oracle: the head's logits, then arl_loss. Dense features [B, T, D] give logits [B, C, T]."""
-    out = head(features, options.get("mask"))
+def composed(head, features, target, upstream=None, zero_absent=True, **options):
+    """The oracle: the head's logits, then arl_loss. Dense features [B, T, D] give logits [B, C, T].
+
+    A head, and its loss, put zeros in the place of absent features; linear_arl_loss takes features as they are.
+    """
+    out = head(features, options.get("mask") if zero_absent else None)
     loss, stats = arl_loss(out.fused, out.unimodal, target, out.link, **options)
     return loss, stats, gradients(loss, head, features, upstream)
 
@@ -649,7 +652,7 @@ def truth(monkeypatch, *args, **options):
     """Head and loss in plain torch."""
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "override", "reference")
-        return composed(*args, **options)
+        return composed(*args, zero_absent=False, **options)
 
 
 def call(head, features, target, **options):
