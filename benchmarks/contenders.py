@@ -42,7 +42,7 @@ def _named(stats: arl_fast.BranchStats) -> Stats:
 
 
 def wired(**options: Any) -> arl_fast.ARLLoss:
-    """A criterion that has looked at its wiring, as it does in its first step: what is measured are leaves."""
+    """A criterion that has looked at its wiring, as in a first step: what is measured are leaves."""
     criterion = arl_fast.ARLLoss(**options)
     dispatch.override = None
     x, link = arl_fast.modulate([torch.randn(2, 2, requires_grad=True) for _ in range(2)])

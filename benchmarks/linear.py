@@ -60,7 +60,7 @@ def head(z: list[Tensor], weight: Tensor, bias: Tensor, target: Tensor) -> Tenso
 def _module(weight: Tensor, bias: Tensor) -> arl_fast.ConcatHead:
     with torch.device("meta"):
         module = arl_fast.ConcatHead([SIZE, SIZE], len(bias))
-    module.weight, module.bias = weight, bias
+    module.linear.weight, module.linear.bias = weight, bias  # type: ignore[assignment]
     return module
 
 
