@@ -15,6 +15,7 @@ from .._core.collectives import Group, resolve_group, synchronise
 from .._core.dtypes import compute_dtype
 from .._core.options import Options, Schedule
 from ..implementations import dispatch
+from ..implementations.sharded import Sharded
 from .link import for_link, recorded
 
 
@@ -115,7 +116,9 @@ def loss_and_packed(
         result = native.fast_loss(options, branches, targets, schedule)
         if result is not None:  # None where anything is unusual or wrong
             return result
-    logits, targets, schedule = check_loss(branches, targets, schedule, options)
+    logits, targets, schedule = check_loss(
+        branches, targets, schedule, options, isinstance(implementation, Sharded)
+    )
     group = None if sync_stats is False else resolve_group(sync_stats)
     if implementation is None:
         implementation = dispatch.for_loss(logits[0], options, schedule)

@@ -126,11 +126,15 @@ class CheckedStep(NamedTuple):
     schedule: Schedule
 
 
-def check_loss(branches: BranchLogits, targets: Targets, schedule: Schedule, options: Options) -> CheckedStep:
-    """Everything that is given to ``arl_loss``."""
+def check_loss(
+    branches: BranchLogits, targets: Targets, schedule: Schedule, options: Options, shard: bool = False
+) -> CheckedStep:
+    """Everything that is given to ``arl_loss``; of a ``shard`` the logits are those of some classes only."""
     refuse_transforms("arl_loss")
     refuse_tracing("arl_loss")
     logits = _check_branches(branches)
+    if options.task == "multiclass" and not shard:
+        _check_classes(logits[0])
     targets, schedule = _check_targets_and_schedule(logits[0], len(logits) - 1, targets, schedule, options)
     needs_link = options.scales and torch.is_grad_enabled() and any(x.requires_grad for x in logits)
     if branches.link is None and needs_link:  # doing nothing in silence is the classic failure
@@ -217,7 +221,6 @@ def _check_targets_and_schedule(
     if options.task == "multilabel":
         _check_labels(targets.target, logits)
     else:
-        _check_classes(logits)
         _check_target(targets.target, logits)
     check_gamma(schedule.gamma, modalities)
     check_scalar("temperature", schedule.temperature)
@@ -410,6 +413,8 @@ def check_linear_loss(
     batch, *positions = first.shape[:-1]
     shape = (batch, tensors.weights[0].shape[0], *positions)
     like = torch.empty((), dtype=dtype_of(first), device=first.device).expand(shape)
+    if options.task == "multiclass":
+        _check_classes(like)
     targets, schedule = _check_targets_and_schedule(like, len(tensors.features), targets, schedule, options)
     return tensors, CheckedStep((like,), targets, schedule)
 
