@@ -54,7 +54,7 @@ def gradients(loss, head, features, upstream=None):
 def composed(head, features, target, upstream=None, zero_absent=True, **options):
     """The oracle: the head's logits, then arl_loss. Dense features [B, T, D] give logits [B, C, T].
 
-    A head, and its loss, put zeros in the place of absent features; linear_arl_loss takes features as they are.
+    A head, and its loss, put zeros in the place of absent features; linear_arl_loss takes them as given.
     """
     out = head(features, options.get("mask") if zero_absent else None)
     loss, stats = arl_loss(out.fused, out.unimodal, target, out.link, **options)

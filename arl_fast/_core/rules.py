@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .options import Options, Schedule
-from .spec import FLOOR, HUGE_RATIO, TINY_SHARE
+from .spec import FLOOR, HUGE_RATIO, PACKED, PER_BRANCH, SUMS, TINY_SHARE
 from .stats import unpack, unpack_sums
 
 Gammas = float | tuple[float, ...] | Tensor
@@ -106,7 +106,7 @@ def gains(a: Tensor, present: Tensor, warming: bool | Tensor, options: Options) 
 def finish(sums: Tensor, schedule: Schedule, options: Options) -> tuple[Tensor, Tensor]:
     """Sums [6, M+1] -> the loss (0-d; for reduction "none" the sum over rows) and the packed vector."""
     loss_sum, divisor, count, *_ = sums.unbind(0)
-    means = sums[3:] / count.clamp_min(1)  # accuracy, entropy, dependence
+    means = dict(zip(SUMS[3:], (sums[3:] / count.clamp_min(1)).unbind(0), strict=True))
     absent = count[1:].logical_not()
     present = ~absent
 
@@ -117,15 +117,17 @@ def finish(sums: Tensor, schedule: Schedule, options: Options) -> tuple[Tensor, 
     terms = loss if options.reduction == "mean" else loss_sum
     total = terms[0] + weighted_sum(effective_gamma(schedule), terms[1:])
 
-    entropy, dependence = statistics = means[1:, 1:]
-    share, d = shares(statistics, absent)
+    # means by field: those of a modality leave the fused branch out
+    values = {field: mean if field in PER_BRANCH else mean[1:] for field, mean in means.items()}
+    entropy, dependence = values["entropy"], values["dependence"]
+    share, d = shares(torch.stack([entropy, dependence]), absent)
     q = inverse_variance(share, absent, present.sum(dtype=sums.dtype), options.entropy_floor)
     rule = options.rule if isinstance(options.rule, str) else "constant"
     a = coefficients(rule, schedule.temperature, entropy, dependence, q, d, present)
     gain = gains(a, present, schedule.warming, options)
-    packed = torch.cat(
-        [loss, means[0], entropy, dependence, q, d, a, gain, count, gain - 1, sums.reshape(-1)]
-    )
+    values |= {"loss": loss, "accuracy": means["correct"], "inverse_variance": q, "dependence_share": d}
+    values |= {"coefficients": a, "gains": gain, "count": count, "link": gain - 1, "sums": sums.reshape(-1)}
+    packed = torch.cat([values[field] for field in PACKED])
     if not isinstance(options.rule, str):
         packed = apply_rule(packed, schedule, options)
     return total, packed
