@@ -38,8 +38,8 @@ SETTINGS = {  # views of the image [8, 8], noise of each in standard deviations 
 TINY = 1e-6  # a guard that changes nothing and tells by report.kept what any other would do
 
 
-def model(setting: str, seed: int) -> tuple[nn.Module, arl_fast.BranchLogits, Tensor]:
-    """A trained model's head, and its logits of the rows that it was not trained on."""
+def cut(setting: str, seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """All rows by view [N, D_m], their classes [N], which rows are for training, and which are the rest."""
     cuts, noise = SETTINGS[setting]
     digits = load_digits()
     images, y = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
@@ -51,6 +51,12 @@ def model(setting: str, seed: int) -> tuple[nn.Module, arl_fast.BranchLogits, Te
     for m, ((rows, columns), sigma) in enumerate(zip(cuts, noise, strict=True)):
         view = images[:, rows, columns].flatten(1)
         x[str(m)] = view + sigma * images.std() * torch.randn(view.shape, generator=generator)
+    return x, y, chosen, rest
+
+
+def model(setting: str, seed: int) -> tuple[nn.Module, arl_fast.BranchLogits, Tensor]:
+    """A trained model's head, and its logits of the rows that it was not trained on."""
+    x, y, chosen, rest = cut(setting, seed)
     torch.manual_seed(seed)
     layers = {
         m: nn.Sequential(nn.Linear(view.shape[1], WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())

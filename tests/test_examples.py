@@ -33,6 +33,27 @@ def test_plain(example, options):
     assert example("plain").main(**options) > 4 * CHANCE
 
 
+def test_gamma_by_modality(example):
+    """The held-out half that is noisy gets the smaller gamma, and the model learns."""
+    pytest.importorskip("sklearn")
+    module = example("gamma_by_modality")
+    gammas = []
+
+    class Criterion(arl_fast.ARLLoss):
+        def __setattr__(self, name, value):
+            if name == "gamma" and isinstance(value, torch.Tensor):
+                gammas.append(value)
+            super().__setattr__(name, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.arl_fast, "ARLLoss", Criterion)
+        patch.setattr(module, "BUDGET", module.BUDGET._replace(epochs=15))
+        assert module.train("by held-out confidence", "halves, noise 1.2", 0) > 60
+    assert len(gammas) == 15
+    assert gammas[-1][0] == 1
+    assert gammas[-1][1] < 0.9
+
+
 def test_timm_style(example):
     assert example("timm_style").main() > 4 * CHANCE
 
