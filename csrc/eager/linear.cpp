@@ -15,6 +15,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <iterator>
 #include <mutex>
 
 #include "../cpu/forward.h"
@@ -324,7 +325,7 @@ bool one_chunk(PyObject* chunk, PyObject* budget, int64_t rows, int64_t bytes_pe
 
 PyObject* fast_linear_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != std::ssize(kFastLinearLoss) || !no_mode_intercepts() ||
+  if (count != Py_ssize_t(std::size(kFastLinearLoss)) || !no_mode_intercepts() ||
       at::autocast::is_autocast_enabled(at::kCPU)) {
     Py_RETURN_NONE;
   }

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <iterator>
 #include <mutex>
 
 #include "../cpu/forward.h"
@@ -128,7 +129,7 @@ bool names_agree(PyObject* unimodal, PyObject* link) {
 
 PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != std::ssize(kFastLoss) || !PyTuple_Check(args[1]) || PyTuple_GET_SIZE(args[1]) != 3)
+  if (count != Py_ssize_t(std::size(kFastLoss)) || !PyTuple_Check(args[1]) || PyTuple_GET_SIZE(args[1]) != 3)
     Py_RETURN_NONE;
   if (!no_mode_intercepts()) Py_RETURN_NONE;
   PyObject* unimodal = PyTuple_GET_ITEM(args[1], 1);
