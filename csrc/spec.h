@@ -19,7 +19,7 @@ pybind11::tuple tuple_of(const char* const (&names)[n]) {
   return tuple;
 }
 
-// The same names and values as _compiled_with() in arl_fast/implementations/native.py.
+// The same names and values as _expected() in arl_fast/implementations/native.py.
 inline pybind11::dict spec() {
   pybind11::dict spec;
   spec["RULES"] = tuple_of(kRules);
