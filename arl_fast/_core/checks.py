@@ -260,14 +260,16 @@ def _on_device(schedule: Schedule, logits: Tensor) -> Schedule:
     return Schedule(gamma, temperature, warmup, step)
 
 
-def _check_target(target: Tensor, logits: Tensor) -> None:
-    """Class indices [B, d1, ...] (int64, int32) or class probabilities of the shape of the logits."""
+def _check_is_tensor(target: object, logits: Tensor, expected: str) -> None:
     if not isinstance(target, Tensor):
-        raise TypeError(
-            f"target: got {type(target).__name__}, expected a Tensor of class indices or probabilities"
-        )
+        raise TypeError(f"target: got {type(target).__name__}, expected {expected}")
     if target.device != logits.device:
         raise ValueError(f"target: got device {target.device}, expected that of the logits, {logits.device}")
+
+
+def _check_target(target: Tensor, logits: Tensor) -> None:
+    """Class indices [B, d1, ...] (int64, int32) or class probabilities of the shape of the logits."""
+    _check_is_tensor(target, logits, "a Tensor of class indices or probabilities")
     indices = logits.shape[:1] + logits.shape[2:]
     if target.is_floating_point():
         if target.shape == indices:
@@ -308,12 +310,7 @@ def _check_classes(logits: Tensor) -> None:
 
 def _check_labels(target: Tensor, logits: Tensor) -> None:
     """Task "multilabel": a number in [0, 1], or NaN where it is not known, for every logit."""
-    if not isinstance(target, Tensor):
-        raise TypeError(
-            f"target: got {type(target).__name__}, expected a Tensor of the logits' shape, in [0, 1]"
-        )
-    if target.device != logits.device:
-        raise ValueError(f"target: got device {target.device}, expected that of the logits, {logits.device}")
+    _check_is_tensor(target, logits, "a Tensor of the logits' shape, in [0, 1]")
     if not target.is_floating_point():
         raise TypeError(
             f"target: got dtype {target.dtype}, expected floating-point labels in [0, 1] for "
