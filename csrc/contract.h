@@ -18,6 +18,7 @@ struct Targets {
   const at::Tensor* mask = nullptr;
   const at::Tensor* weight = nullptr;
   const at::Tensor* divisor = nullptr;
+  const at::Tensor* pos_weight = nullptr;
 };
 
 // Schedule of arl_fast/_core/options.py: a tensor where it is one, else the numbers.

@@ -56,6 +56,7 @@ std::vector<at::Tensor> empty_gradients(const at::TensorOptions& options, int br
 Results forward(at::TensorList logits, const Targets& targets, const Schedule& schedule,
                 const Options& options, bool grad, Memory memory) {
   check_branches(logits.size());
+  TORCH_CHECK_VALUE(options.task == kMulticlass, "arl_fast: the CUDA kernels do not know labels");
   const at::Tensor& first = logits[0];
   const c10::OptionalDeviceGuard guard(first.device());
   const at::ScalarType type = first.scalar_type();

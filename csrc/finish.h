@@ -38,8 +38,8 @@ inline constexpr const char* kFusions[] = {"concat", "sum", "shared"};
 enum BiasMode : int { kFull, kSplit };
 inline constexpr const char* kBiasModes[] = {"full", "split"};
 
-// The kernels know one task. Options with another are not read: plain torch serves them.
-inline constexpr const char* kTasks[] = {"multiclass"};
+enum Task : int { kMulticlass, kMultilabel };
+inline constexpr const char* kTasks[] = {"multiclass", "multilabel"};
 
 // The dtypes of logits, as tables of kernels count them.
 enum Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16, kDtypes };

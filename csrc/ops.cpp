@@ -32,7 +32,7 @@ std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream,
   scaled.reserve(grads.size());
   const bool scalar = upstream.dim() == 0;
   const double value = scalar ? upstream.item<double>() : 0;
-  const at::Tensor column = scalar ? at::Tensor() : upstream.unsqueeze(1);
+  const at::Tensor column = upstream.dim() == 1 ? upstream.unsqueeze(1) : upstream;
   const at::Tensor factors = factor ? factor->to(at::kDouble).contiguous() : at::Tensor();
   for (size_t b = 0; b < grads.size(); ++b) {
     const at::Tensor& g = grads[b];
@@ -133,7 +133,7 @@ const at::Tensor* given(const std::optional<at::Tensor>& tensor) { return tensor
 // `schedule` is gamma, temperature and step where they are tensors; `numbers` the gammas and the temperature.
 Results forward_op(at::TensorList logits, const at::Tensor& target, const std::optional<at::Tensor>& mask,
                    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& divisor,
-                   const OptionalTensors& schedule, at::ArrayRef<double> numbers, int64_t warmup,
+                   const std::optional<at::Tensor>& pos_weight, const OptionalTensors& schedule, at::ArrayRef<double> numbers, int64_t warmup,
                    std::string_view options, at::ArrayRef<double> floats, bool grad) {
   TORCH_CHECK_VALUE(schedule.size() == 3 && !numbers.empty(),
                     "schedule: expected 3 tensors or None, and numbers");
@@ -143,7 +143,7 @@ Results forward_op(at::TensorList logits, const at::Tensor& target, const std::o
   given_schedule.gammas.assign(numbers.begin(), numbers.end() - 1);
   given_schedule.temperature_number = numbers.back();
   given_schedule.warmup = warmup;
-  const Targets targets{&target, given(mask), given(weight), given(divisor)};
+  const Targets targets{&target, given(mask), given(weight), given(divisor), given(pos_weight)};
   return forward(logits, targets, given_schedule, options_from(options, floats), grad);
 }
 

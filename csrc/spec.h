@@ -28,6 +28,7 @@ inline pybind11::dict spec() {
   spec["REDUCTIONS"] = tuple_of(kReductions);
   spec["FUSIONS"] = tuple_of(kFusions);
   spec["BIAS_MODES"] = tuple_of(kBiasModes);
+  spec["TASKS"] = tuple_of(kTasks);
   spec["SUMS"] = tuple_of(kSumNames);
   pybind11::list packed, per_branch;
   for (const PackedField& field : kPacked) {

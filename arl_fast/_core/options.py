@@ -155,6 +155,13 @@ class Schedule(NamedTuple):
         return self.warmup > 0 if self.step is None else self.step < self.warmup
 
 
+def is_plain(options: Options, schedule: Schedule) -> bool:
+    """Whether the loss is a plain one, the baseline of every comparison: torch's own, to the last bit."""
+    gamma = schedule.gamma
+    zero = isinstance(gamma, float) and gamma == 0 and schedule.warmup == 0  # 1 during the warm-up
+    return zero and options.rule == "none"
+
+
 def make_schedule(gamma: Any, temperature: Any, warming: bool | Tensor) -> Schedule:
     """The schedule of a call that says itself whether it belongs to the warm-up."""
     gamma = tuple(gamma) if isinstance(gamma, list) else gamma

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from .._core._torch import constant_for_compiler
-from .._core.options import Options, Schedule
-from . import multilabel, reference
+from .._core.options import Options, Schedule, is_plain
+from . import reference
 
 # Where each lies, below this folder. A new implementation needs a line here and a place in PREFERENCE.
 MODULES = {"reference": ".reference", "native": ".native", "triton": ".triton.host"}
 # Fastest first; docs/performance.md has the measurements behind the order.
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+# Who serves task="multilabel" on which type of device; the reference serves it everywhere else.
+MULTILABEL = {("native", "cpu")}
 
 # What ARL_FAST_IMPL asks for: a name of MODULES, or None for the first that is available. Tests put an object
 # of the contract here.
@@ -80,9 +82,15 @@ def for_tensor(x: Tensor) -> Any:
 
 def for_loss(logits: Tensor, options: Options, schedule: Schedule) -> Any:
     """The implementation for a loss over tensors like ``logits``."""
-    if options.task == "multilabel":
-        return multilabel
-    return reference if reference.is_plain(options, schedule) else for_tensor(logits)
+    if is_plain(options, schedule) or (options.task == "multilabel" and not _serves_labels(logits)):
+        return reference
+    return for_tensor(logits)
+
+
+def _serves_labels(logits: Tensor) -> bool:
+    device = logits.device.type
+    by_name = override is None or isinstance(override, str)
+    return by_name and (_name(device, override), device) in MULTILABEL
 
 
 @functools.cache

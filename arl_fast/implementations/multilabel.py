@@ -22,11 +22,8 @@ from torch.nn import functional as F
 
 from .._core.branches import Targets
 from .._core.dtypes import compute_dtype, grad_dtype
-from .._core.options import Options, Schedule
+from .._core.options import Options, Schedule, is_plain
 from .._core.rules import effective_gamma, finish, gamma_of, weighted_sum
-from .reference import is_plain, modulate_backward, scale
-
-__all__ = ["forward", "modulate_backward", "scale"]
 
 
 def known_labels(targets: Targets, branches: int) -> list[Tensor]:

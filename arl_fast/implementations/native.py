@@ -28,7 +28,7 @@ _left_out = f" ({_note.read_text().strip()})" if _note.exists() else ""
 
 def _expected() -> dict[str, Any]:
     """What the extension must have been compiled with (csrc/spec.h), by the sources of Python."""
-    names = ("RULES", "DEPENDENCES", "GAINS", "REDUCTIONS", "FUSIONS", "BIAS_MODES")
+    names = ("RULES", "DEPENDENCES", "GAINS", "REDUCTIONS", "FUSIONS", "BIAS_MODES", "TASKS")
     facts = {name: getattr(spec, name) for name in (*names, "SUMS", "PACKED", "PER_BRANCH", "CONSTANTS")}
     for kind in (Options, Targets, Schedule, BranchLogits, LinearHead):
         facts[kind.__name__] = kind._fields  # type: ignore[attr-defined]

@@ -27,7 +27,8 @@ library = torch.library.Library("arl_fast", "FRAGMENT")
 
 SCHEMAS = {
     "forward": "(Tensor[] logits, Tensor target, Tensor? mask, Tensor? weight, Tensor? divisor, "
-    "Tensor?[] schedule, float[] numbers, int warmup, str options, float[] floats, bool grad) "
+    "Tensor? pos_weight, Tensor?[] schedule, float[] numbers, int warmup, str options, float[] floats, "
+    "bool grad) "
     "-> (Tensor, Tensor, Tensor[])",
     "scale": "(Tensor[] grads, Tensor upstream, Tensor? factor, ScalarType dtype) -> Tensor[]",
     "modulate_backward": "(Tensor[] grads, int[] modalities, Tensor link) -> Tensor[]",
@@ -129,6 +130,7 @@ def implement(
         mask: Tensor | None,
         weight: Tensor | None,
         divisor: Tensor | None,
+        pos_weight: Tensor | None,
         schedule: list[Tensor | None],
         numbers: list[float],
         warmup: int,
@@ -136,7 +138,7 @@ def implement(
         floats: list[float],
         grad: bool,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        targets = Targets(target, mask, weight, divisor)
+        targets = Targets(target, mask, weight, divisor, pos_weight)
         return forward(
             logits,
             targets,
@@ -155,7 +157,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Call the op: the contract's ``forward`` without a callable rule."""
     op = getattr(torch.ops.arl_fast, f"{prefix}_forward")
-    return op(list(logits), *targets[:4], *encode_schedule(schedule), *encode_options(options), grad)
+    return op(list(logits), *targets, *encode_schedule(schedule), *encode_options(options), grad)
 
 
 def scale(
@@ -188,8 +190,9 @@ def _fake_forward(
     *_, options, floats, grad = arguments
     fused = logits[0]
     dtype = compute_dtype(fused.dtype)
-    per_row = decode_options(options, [0.0] * len(floats)).reduction == "none"
-    loss = fused.new_empty(fused.shape[:1] if per_row else (), dtype=dtype)
+    decoded = decode_options(options, [0.0] * len(floats))
+    shape = () if decoded.reduction != "none" else fused.shape[: 2 if decoded.task == "multilabel" else 1]
+    loss = fused.new_empty(shape, dtype=dtype)
     packed = fused.new_empty(packed_length(len(logits) - 1), dtype=dtype)
     grads = [x.new_empty(x.shape, dtype=grad_dtype(x.dtype)) for x in logits] if grad else []
     return loss, packed, grads

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from .._core.branches import Targets
 from .._core.checks import check_class_range
 from .._core.dtypes import compute_dtype, grad_dtype
-from .._core.options import Options, Schedule
+from .._core.options import Options, Schedule, is_plain
 from .._core.rules import effective_gamma, finish, weighted_sum
+from . import multilabel
 
 # Logits to work on at a time: their temporaries fit a CPU's cache. A compiler gets whole branches, which it
 # fuses.
@@ -167,18 +168,21 @@ def forward(
     Args:
         logits: M+1 tensors [N, C] of one floating dtype, the fused branch first; any strides. Never written
             to.
-        targets: ``target`` [N] int64 or int32 class indices, or [N, C] floating class probabilities; ``mask``
-            [N, M] bool or None; ``weight`` [C] in the compute dtype or None; ``divisor`` [M+1] in the compute
-            dtype or None.
+        targets: ``target`` [N] int64 or int32 class indices, or [N, C] floating class probabilities, with
+            task "multilabel" [N, C] labels in [0, 1] or NaN; ``mask`` [N, M] bool or None; ``weight`` [C],
+            with task "multilabel" also ``pos_weight`` [C], and ``divisor`` [M+1] in the compute dtype or
+            None.
         schedule: gamma, temperature and the warm-up; its tensors are on the device, gamma and temperature of
             the compute dtype.
         options: see Options. A callable rule is applied here as well.
         grad: whether to write gradients.
 
     Returns:
-        loss (0-d, or [N] for reduction "none"), packed (spec.PACKED), and M+1 gradients [N, C] or none.
-        With reduction "none" a gradient row belongs to that row's own loss.
+        loss (0-d; for reduction "none" [N], with task "multilabel" [N, C]), packed (spec.PACKED), and M+1
+        gradients [N, C] or none. With reduction "none" a gradient row belongs to that row's own loss.
     """
+    if options.task == "multilabel":
+        return multilabel.forward(logits, targets, schedule, options, grad)
     target, mask, weight, divisor, _ = targets
     dtype, result_dtype = compute_dtype(logits[0].dtype), grad_dtype(logits[0].dtype)
     branches = len(logits)
@@ -267,13 +271,6 @@ def forward(
             _clear_rows(g, None if keep is None else keep[0])
             grads[0] = g.to(result_dtype)
     return total, packed, grads
-
-
-def is_plain(options: Options, schedule: Schedule) -> bool:
-    """Whether the loss is a plain one, the baseline of every comparison: torch's own, to the last bit."""
-    gamma = schedule.gamma
-    zero = isinstance(gamma, float) and gamma == 0 and schedule.warmup == 0  # 1 during the warm-up
-    return zero and options.rule == "none"
 
 
 def scale(

@@ -1,6 +1,7 @@
 #include "forward.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 
@@ -51,10 +52,11 @@ constexpr int64_t kGrain = 16384;  // fewest logits worth another thread
 constexpr int64_t kCountRows = 1 << 15;
 
 struct RowCount {
-  double count = 0, divisor = 0;  // valid rows, and the sum of their weights
+  double count = 0, divisor = 0;  // what is valid, rows or pairs, and the sum of the rows' weights
 };
 
-// Valid rows of each branch and what "mean" divides by, before any gradient is written; checks the class indices.
+// Valid rows of each branch and what "mean" divides by, before any gradient is written; checks the class
+// indices.
 template <class T, class Index>
 void count_chunk(const Loss& loss, int64_t begin, int64_t end, RowCount* counts) {
   const Index* target = static_cast<const Index*>(loss.target);
@@ -109,6 +111,50 @@ void count_rows(const Loss& loss, RowCount* counts) {
   }
 }
 
+// Of the first label outside of [0, 1], with as many digits as tell it apart from others.
+template <class T>
+[[noreturn]] void refuse_label(const T* label) {
+  while (!(*label < 0 || *label > 1)) ++label;
+  const double value = *label;
+  char digits[32];
+  for (int count = 15; count <= 17; ++count) {
+    std::snprintf(digits, sizeof(digits), "%.*g", count, value);
+    if (std::strtod(digits, nullptr) == value) break;
+  }
+  // the same words as in arl_fast/_core/checks.py
+  TORCH_CHECK_VALUE(false, "target: got ", digits, ", expected labels in [0, 1], or NaN for unknown ones");
+}
+
+// Pairs of each branch whose label is known and whose modality is present; checks the labels.
+template <class T>
+void count_pairs(Loss& loss, RowCount* counts) {
+  const auto known = sizeof(T) == 8 ? chosen()->known_double : chosen()->known_float;
+  const int64_t pairs = loss.rows * loss.classes, chunks = (pairs + kCountRows - 1) / kCountRows;
+  std::vector<int64_t> parts(chunks);
+  parallel(chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      parts[i] = known(loss.soft_target, i * kCountRows, std::min(pairs, (i + 1) * kCountRows));
+    }
+  });
+  int64_t total = 0;
+  for (int64_t i = 0; i < chunks; ++i) {
+    if (parts[i] < 0) refuse_label(static_cast<const T*>(loss.soft_target) + i * kCountRows);
+    total += parts[i];
+  }
+  loss.all_known = total == pairs;
+  for (int b = 0; b < loss.branches; ++b) {
+    int64_t own = total;
+    if (b > 0 && loss.mask != nullptr) {
+      own = 0;
+      for (int64_t i = 0; i < loss.rows; ++i) {
+        if (!loss.present(b, i)) continue;
+        own += loss.all_known ? loss.classes : known(loss.soft_target, i * loss.classes, (i + 1) * loss.classes);
+      }
+    }
+    counts[b] = {double(own), double(own)};
+  }
+}
+
 void* thread_scratch(size_t bytes) {
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
@@ -123,8 +169,8 @@ void* thread_scratch(size_t bytes) {
   return memory.get();
 }
 
-// Runs the row kernel over all chunks of all branches. The chunks depend on the shape alone and are added in order, so
-// that the result does not depend on the number of threads.
+// Runs the row kernel over all chunks of all branches. The chunks depend on the shape alone and are added in
+// order, so that the result does not depend on the number of threads.
 void run_rows(const Loss& loss, RowsFn rows, size_t element, ChunkSums* totals) {
   const int64_t chunk = std::clamp<int64_t>(8192 / loss.classes, 1, kChunkRows);
   const int64_t chunks = (loss.rows + chunk - 1) / chunk;
@@ -145,19 +191,43 @@ void run_rows(const Loss& loss, RowsFn rows, size_t element, ChunkSums* totals) 
   }
 }
 
+// The same for labels, whose chunks are of pairs. All branches of a chunk come after each other, since they read
+// the same labels.
+void run_pairs(const Loss& loss, RowsFn labels, ChunkSums* totals) {
+  const int64_t pairs = loss.rows * loss.classes;
+  const int64_t items = (pairs + kChunkPairs - 1) / kChunkPairs * loss.branches;
+  std::vector<ChunkSums> parts(items);
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / loss.branches * kChunkPairs;
+      labels(loss, int(i % loss.branches), first, std::min(pairs, first + kChunkPairs), nullptr, &parts[i]);
+    }
+  };
+  parallel(items, kGrain / kChunkPairs, run);
+  for (int64_t i = 0; i < items; ++i) {
+    ChunkSums& total = totals[i % loss.branches];
+    for (int s = 0; s < kSums; ++s) total.of[s] += parts[i].of[s];
+  }
+}
+
 template <class T>
 void run(Loss& loss, const Options& options, const Numbers& numbers, const T* divisor, T* packed, T* out) {
   const int branches = loss.branches;
   const auto gamma = [&](int modality) { return T(numbers.gamma(modality)); };
+  const bool labels = options.task == kMultilabel;
   RowCount counts[kMaxBranches];
-  count_rows<T>(loss, counts);
+  labels ? count_pairs<T>(loss, counts) : count_rows<T>(loss, counts);
   for (int b = 0; b < branches; ++b) {
     loss.grad_scale[b] = b == 0 ? 1.0 : double(gamma(b - 1));
     const double rows = divisor != nullptr ? double(divisor[b]) : counts[b].divisor;
     if (options.reduction == kMean) loss.grad_scale[b] /= rows;
   }
   ChunkSums totals[kMaxBranches] = {};
-  if (loss.rows > 0) run_rows(loss, chosen()->rows[loss.dtype], sizeof(T), totals);
+  if (labels) {
+    run_pairs(loss, chosen()->labels[loss.dtype], totals);
+  } else if (loss.rows > 0) {
+    run_rows(loss, chosen()->rows[loss.dtype], sizeof(T), totals);
+  }
 
   T* sums = packed + packed_offset<kPackedSums>(branches - 1);
   for (int b = 0; b < branches; ++b) {
@@ -172,11 +242,26 @@ void run(Loss& loss, const Options& options, const Numbers& numbers, const T* di
     return;
   }
   const T* row_loss = static_cast<const T*>(loss.row_loss);
-  for (int64_t i = 0; i < loss.rows; ++i) {
+  const int64_t losses = labels ? loss.rows * loss.classes : loss.rows;
+  for (int64_t i = 0; i < losses; ++i) {
     T unimodal = 0;
-    for (int b = 1; b < branches; ++b) unimodal += gamma(b - 1) * row_loss[b * loss.rows + i];
+    for (int b = 1; b < branches; ++b) unimodal += gamma(b - 1) * row_loss[b * losses + i];
     out[i] = row_loss[i] + unimodal;
   }
+}
+
+// What multiplies the loss of a yes and of a no of each label, [2, classes + kMostLanes], the first ones again
+// at the end (loss.h).
+template <class T>
+at::Tensor label_weights(const at::Tensor& weight, const at::Tensor& pos_weight, int64_t classes) {
+  const int64_t length = classes + kMostLanes;
+  at::Tensor table = at::empty({2, length}, c10::CppTypeToScalarType<T>::value);
+  T *yes = table.mutable_data_ptr<T>(), *no = yes + length;
+  for (int64_t c = 0; c < length; ++c) {
+    no[c] = weight.defined() ? weight.const_data_ptr<T>()[c % classes] : T(1);
+    yes[c] = pos_weight.defined() ? no[c] * pos_weight.const_data_ptr<T>()[c % classes] : no[c];
+  }
+  return table;
 }
 
 // Element i of a tensor on the CPU.
@@ -230,7 +315,8 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   c10::SmallVector<at::Tensor, 4> copies;
   for (int b = 0; b < branches; ++b) {
     const at::Tensor* x = &inputs.logits[b];
-    TORCH_CHECK_VALUE(x->dim() == 2 && x->size(0) == loss.rows && x->size(1) == loss.classes && x->scalar_type() == type && x->is_cpu(),
+    TORCH_CHECK_VALUE(x->dim() == 2 && x->size(0) == loss.rows && x->size(1) == loss.classes &&
+                          x->scalar_type() == type && x->is_cpu(),
                       "logits: expected tensors of one shape [N, C] and one dtype on the CPU");
     if (x->stride(1) != 1 && loss.classes > 1) {
       copies.push_back(x->contiguous());
@@ -239,21 +325,28 @@ Outputs forward(const Inputs& inputs, const Options& options) {
     loss.logits[b] = x->const_data_ptr();
     loss.row_stride[b] = x->stride(0);
     if (inputs.wanted >> b & 1) {
-      TORCH_CHECK(!inputs.in_place || (type != at::kHalf && x->is_contiguous()), "logits: gradients of these do not fit in their place");
-      outputs.grads[b] = inputs.in_place ? *x : empty_gradient(loss.rows, loss.classes, type == at::kHalf ? at::kFloat : type);
+      TORCH_CHECK(!inputs.in_place || (type != at::kHalf && x->is_contiguous()),
+                  "logits: gradients of these do not fit in their place");
+      const at::ScalarType grad_type = type == at::kHalf ? at::kFloat : type;
+      outputs.grads[b] = inputs.in_place ? *x : empty_gradient(loss.rows, loss.classes, grad_type);
       loss.grad[b] = outputs.grads[b].mutable_data_ptr();
     }
   }
   release_unused_memory();
 
-  at::Tensor target = *given.target, weight, mask, divisor, row_loss;
+  const bool labels = options.task == kMultilabel;
+  at::Tensor target = *given.target, weight, pos_weight, label_weight, mask, divisor, row_loss;
+  TORCH_CHECK_TYPE(!labels || target.is_floating_point(), "target: expected labels of floating point");
+  TORCH_CHECK_VALUE(labels || given.pos_weight == nullptr, "pos_weight: expected None without labels");
   if (target.is_floating_point()) {
-    TORCH_CHECK_VALUE(target.sizes() == fused.sizes(), "target: expected probabilities of the shape of the logits");
+    TORCH_CHECK_VALUE(target.sizes() == fused.sizes(), "target: expected ", labels ? "labels" : "probabilities",
+                      " of the shape of the logits");
     target = target.to(compute).contiguous();
     loss.soft_target = target.const_data_ptr();
   } else {
     TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == loss.rows, "target: expected [N] class indices");
-    TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt, "target: expected int64 or int32 class indices");
+    TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
+                     "target: expected int64 or int32 class indices");
     if (!target.is_contiguous()) target = target.contiguous();
     loss.target = target.const_data_ptr();
     loss.target_is_int64 = target.scalar_type() == at::kLong;
@@ -265,9 +358,20 @@ Outputs forward(const Inputs& inputs, const Options& options) {
     loss.weight = weight.const_data_ptr();
     if (options.label_smoothing != 0) loss.weight_total = weight.sum(at::kDouble).item<double>();
   }
+  if (given.pos_weight != nullptr) {
+    pos_weight = given.pos_weight->to(compute).contiguous();
+    TORCH_CHECK_VALUE(pos_weight.dim() == 1 && pos_weight.size(0) == loss.classes, "pos_weight: expected [C]");
+  }
+  if (labels && (weight.defined() || pos_weight.defined())) {
+    const auto make = compute == at::kDouble ? &label_weights<double> : &label_weights<float>;
+    label_weight = make(weight, pos_weight, loss.classes);
+    loss.yes_weight = label_weight.const_data_ptr();
+    loss.no_weight = label_weight[1].const_data_ptr();
+  }
   if (given.mask != nullptr) {
     mask = *given.mask;
-    TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool && mask.dim() == 2 && mask.size(0) == loss.rows && mask.size(1) == branches - 1,
+    TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool && mask.dim() == 2 && mask.size(0) == loss.rows &&
+                          mask.size(1) == branches - 1,
                       "mask: expected bool [N, M]");
     loss.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
     loss.mask_row_stride = mask.stride(0);
@@ -280,8 +384,8 @@ Outputs forward(const Inputs& inputs, const Options& options) {
 
   outputs.packed = empty({packed_length(branches - 1)}, compute);
   if (options.reduction == kNoReduction) {
-    outputs.loss = empty({loss.rows}, compute);
-    row_loss = empty({branches, loss.rows}, compute);
+    outputs.loss = labels ? empty({loss.rows, loss.classes}, compute) : empty({loss.rows}, compute);
+    row_loss = empty({branches, outputs.loss.numel()}, compute);
     loss.row_loss = row_loss.mutable_data_ptr();
   } else {
     outputs.loss = empty({}, compute);

@@ -34,7 +34,7 @@ struct Inputs {
 };
 
 struct Outputs {
-  at::Tensor loss;                        // 0-d, or [rows] for reduction "none"
+  at::Tensor loss;                        // 0-d; for reduction "none" [rows], of labels [rows, classes]
   at::Tensor packed;                      // [packed_length(M)]
   c10::SmallVector<at::Tensor, 4> grads;  // [rows, classes], undefined where not wanted
 };

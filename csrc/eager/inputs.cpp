@@ -127,11 +127,11 @@ const Options* options_of(PyObject* object) {
 
 bool read_targets(PyObject* object, Classes classes, Targets* targets) {
   if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != std::size(kTargetsFields)) return false;
-  if (PyTuple_GET_ITEM(object, 4) != Py_None) return false;  // pos_weight: of another task
   targets->target = as_tensor(PyTuple_GET_ITEM(object, 0), classes);
   return targets->target != nullptr && read_optional(PyTuple_GET_ITEM(object, 1), classes, &targets->mask) &&
          read_optional(PyTuple_GET_ITEM(object, 2), classes, &targets->weight) &&
-         read_optional(PyTuple_GET_ITEM(object, 3), classes, &targets->divisor);
+         read_optional(PyTuple_GET_ITEM(object, 3), classes, &targets->divisor) &&
+         read_optional(PyTuple_GET_ITEM(object, 4), classes, &targets->pos_weight);
 }
 
 bool read_schedule(PyObject* object, Classes classes, Schedule* schedule) {
@@ -204,11 +204,13 @@ c10::SmallVector<PyObject*, 8> values_of(PyObject* object) {
   return values;
 }
 
-bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, int64_t rows,
-              int64_t classes, int64_t modalities, const at::Tensor& like) {
+bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options,
+              at::IntArrayRef shape, int64_t modalities, const at::Tensor& like) {
+  const bool labels = options.task == kMultilabel;
   const at::ScalarType type = like.scalar_type(), compute = type == at::kDouble ? at::kDouble : at::kFloat;
   const int most = cuda::serves(like) ? cuda::kMaxBranches : cpu::kMaxBranches;
-  if (!is_float(type) || classes < 2 || modalities == 0 || modalities >= most) return false;
+  if (!is_float(type) || shape[1] < (labels ? 1 : 2) || modalities == 0 || modalities >= most) return false;
+  if (labels && (cuda::serves(like) || is_plain_loss(schedule, options))) return false;  // of others
   if (options.reduction == kNoReduction || (options.rule == kPaper && modalities != 2)) return false;
   const size_t gammas = schedule.gammas.size();
   if (schedule.gamma == nullptr && gammas != 1 && gammas != size_t(modalities)) return false;
@@ -230,26 +232,28 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
     return is_plain(tensor) && tensor.device() == like.device();
   };
   const at::Tensor& target = *targets.target;
-  const bool indices = target.scalar_type() == at::kLong || target.scalar_type() == at::kInt;
-  if (!is_here(target) || !indices || target.dim() != 1 || target.size(0) != rows ||
-      !target.is_contiguous()) {
-    return false;
+  if (!is_here(target)) return false;
+  if (labels) {
+    if (!target.is_floating_point() || target.sizes() != shape || target.requires_grad()) return false;
+  } else {
+    const bool indices = target.scalar_type() == at::kLong || target.scalar_type() == at::kInt;
+    if (!indices || target.sizes() != shape.slice(0, 1) || !target.is_contiguous()) return false;
   }
   if (targets.mask != nullptr) {
     const at::Tensor& mask = *targets.mask;
-    if (!is_here(mask) || mask.scalar_type() != at::kBool || mask.dim() != 2 || mask.size(0) != rows ||
+    if (!is_here(mask) || mask.scalar_type() != at::kBool || mask.dim() != 2 || mask.size(0) != shape[0] ||
         mask.size(1) != modalities) {
       return false;
     }
   }
-  if (targets.weight != nullptr) {
-    const at::Tensor& weight = *targets.weight;
-    if (!is_here(weight) || weight.scalar_type() != compute || weight.dim() != 1 ||
-        weight.size(0) != classes || !weight.is_contiguous() || weight.requires_grad()) {
+  for (const at::Tensor* weight : {targets.weight, targets.pos_weight}) {
+    if (weight != nullptr && (!is_here(*weight) || weight->scalar_type() != compute ||
+                              weight->sizes() != shape.slice(1, 1) || !weight->is_contiguous() ||
+                              weight->requires_grad())) {
       return false;
     }
   }
-  return targets.divisor == nullptr;
+  return targets.divisor == nullptr && (labels || targets.pos_weight == nullptr);
 }
 
 // ---- results and autograd nodes --------------------------------------------------------------------------

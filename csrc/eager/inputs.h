@@ -64,13 +64,13 @@ bool is_float(at::ScalarType type);
 // The values, borrowed, of a dict, list or tuple; none if it is something else.
 c10::SmallVector<PyObject*, 8> values_of(PyObject* object);
 
-// Whether targets and schedule are legal and usual for M+1 logits [rows, classes] like a tensor. False if
-// anything is unusual, wrong, or served by another implementation.
-bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, int64_t rows,
-              int64_t classes, int64_t modalities, const at::Tensor& like);
+// Whether targets and schedule are legal and usual for M+1 logits of a shape, [rows, classes] or for labels
+// [B, C, d1, ...], like a tensor. False if anything is unusual, wrong, or served by another implementation.
+bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options,
+              at::IntArrayRef shape, int64_t modalities, const at::Tensor& like);
 
-// Whether the loss is a plain cross-entropy, the baseline of every comparison: torch's own, to the last bit. As
-// is_plain() in arl_fast/implementations/reference.py.
+// Whether the loss is a plain one, the baseline of every comparison: torch's own, to the last bit. As
+// is_plain() in arl_fast/_core/options.py.
 inline bool is_plain_loss(const Schedule& schedule, const Options& options) {
   const bool zero = schedule.gamma == nullptr && schedule.gammas.size() == 1 && schedule.gammas[0] == 0;
   return zero && options.rule == kNone && schedule.warmup == 0;

@@ -338,7 +338,7 @@ PyObject* fast_linear_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Schedule schedule;
   if (!read_targets(args[2], Classes::kOwn, &inputs.targets) ||
       !read_schedule(args[3], Classes::kOwn, &schedule) ||
-      !is_usual(inputs.targets, schedule, *options, rows, classes, modalities, head.features[0])) {
+      !is_usual(inputs.targets, schedule, *options, {rows, classes}, modalities, head.features[0])) {
     Py_RETURN_NONE;
   }
   inputs.numbers = cpu::read(schedule);

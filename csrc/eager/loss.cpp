@@ -87,8 +87,8 @@ struct LossBackward final : Node {
   }
 };
 
-// torch's own cross-entropy of the fused logits, recorded by torch: value and gradient to the last bit. It does
-// not depend on the unimodal logits and the link, which get no gradient, as in a plain step.
+// torch's own cross-entropy of the fused logits, recorded by torch: value and gradient to the last bit. It
+// does not depend on the unimodal logits and the link, which get no gradient, as in a plain step.
 at::Tensor torch_cross_entropy(const at::Tensor& fused, const cpu::Inputs& inputs, const Options& options,
                                const at::Tensor& packed) {
   const at::Tensor target = inputs.targets.target->to(at::kLong);
@@ -103,6 +103,31 @@ at::Tensor torch_cross_entropy(const at::Tensor& fused, const cpu::Inputs& input
   const auto reduction = options.reduction == kMean ? at::Reduction::Mean : at::Reduction::Sum;
   return at::cross_entropy_loss(x, target, weight, reduction, options.ignore_index, options.label_smoothing);
 }
+
+// Labels [B, C, d1, ...] without gaps as [B, C d1 ...]: a pair counts by itself, wherever it lies, and the
+// weights of a label are repeated for its positions. The inputs borrow what is held here.
+struct Flat {
+  variable_list logits;
+  at::Tensor target, weight, pos_weight;
+
+  explicit Flat(cpu::Inputs* inputs) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const at::Tensor& fused = inputs->logits[0];
+    const int64_t rows = fused.size(0), positions = c10::multiply_integers(fused.sizes().slice(2));
+    const int64_t columns = fused.size(1) * positions;
+    for (const at::Tensor& x : inputs->logits) logits.push_back(x.view({rows, columns}));
+    inputs->logits = logits;
+    target = inputs->targets.target->reshape({rows, columns});
+    inputs->targets.target = &target;
+    const auto repeat = [positions](const at::Tensor** given, at::Tensor* own) {
+      if (*given == nullptr) return;
+      *own = (*given)->repeat_interleave(positions);
+      *given = own;
+    };
+    repeat(&inputs->targets.weight, &weight);
+    repeat(&inputs->targets.pos_weight, &pos_weight);
+  }
+};
 
 // Whether the modalities' names, if unimodal has any, come in the order that modulate has left on its link.
 bool names_agree(PyObject* unimodal, PyObject* link) {
@@ -136,7 +161,9 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyObject* link_object = PyTuple_GET_ITEM(args[1], 2);
   const Options* options = options_of(args[0]);
   const at::Tensor* fused = plain(PyTuple_GET_ITEM(args[1], 0));
-  if (options == nullptr || fused == nullptr || fused->dim() != 2) Py_RETURN_NONE;
+  if (options == nullptr || fused == nullptr) Py_RETURN_NONE;
+  const bool dense = options->task == kMultilabel && fused->dim() > 2;
+  if (fused->dim() != 2 && !dense) Py_RETURN_NONE;
   if (!fused->is_cpu() && !cuda::serves(*fused)) Py_RETURN_NONE;
   const auto values = values_of(unimodal);
   const int64_t modalities = int64_t(values.size());
@@ -145,7 +172,7 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Schedule schedule;
   if (!read_targets(args[2], Classes::kOwn, &inputs.targets) ||
       !read_schedule(args[3], Classes::kOwn, &schedule) ||
-      !is_usual(inputs.targets, schedule, *options, fused->size(0), fused->size(1), modalities, *fused)) {
+      !is_usual(inputs.targets, schedule, *options, fused->sizes(), modalities, *fused)) {
     Py_RETURN_NONE;
   }
   if (cuda::serves(*fused) && is_plain_loss(schedule, *options)) Py_RETURN_NONE;
@@ -154,8 +181,8 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const bool record = at::GradMode::is_enabled();
   for (int64_t b = 0; b <= modalities; ++b) {
     const at::Tensor* x = b == 0 ? fused : plain(values[b - 1]);
-    if (x == nullptr || x->scalar_type() != type || x->sizes() != fused->sizes() || x->stride(1) != 1 ||
-        x->device() != fused->device()) {
+    if (x == nullptr || x->scalar_type() != type || x->sizes() != fused->sizes() ||
+        x->device() != fused->device() || !(dense ? x->is_contiguous() : x->stride(1) == 1)) {
       Py_RETURN_NONE;
     }
     if (record && x->requires_grad()) inputs.wanted |= uint64_t(1) << b;
@@ -190,10 +217,15 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
       if constexpr (!kWithoutCpu) {
         if (is_plain_loss(schedule, *options)) inputs.wanted = 0;
         inputs.numbers = cpu::read(schedule);
+        std::optional<Flat> flat;
+        if (dense) flat.emplace(&inputs);
         cpu::Outputs outputs = cpu::forward(inputs, *options);
         loss = std::move(outputs.loss);
         packed = std::move(outputs.packed);
         grads.assign(outputs.grads.begin(), outputs.grads.end());
+        for (at::Tensor& g : grads) {
+          if (dense && g.defined()) g = g.view(fused->sizes());
+        }
         if (is_plain_loss(schedule, *options)) loss = torch_cross_entropy(*fused, inputs, *options, packed);
       }
     }
