@@ -180,6 +180,25 @@ def check_a_process_whose_rows_weigh_nothing(rank, world):
     )
 
 
+def check_labels_of_all_processes(rank, world):
+    """task="multilabel": means over the pairs of all processes, of which the first knows no label, then all
+    labels.
+    """
+    for dtype in (torch.float32, torch.float64):
+        x, _ = batch(world * world, dtype)
+        target = torch.rand(world * world, CLASSES, dtype=dtype)
+        pos_weight = torch.rand(CLASSES, dtype=dtype)
+        for unknown in (True, False):
+            known = target.clone()
+            if unknown:
+                known[torch.rand_like(target) < 0.2] = torch.nan
+                known[shares(world)[0]] = torch.nan
+            options = dict(task="multilabel", pos_weight=pos_weight.clone(), gain="mean_one")
+            got = ddp(rank, world, shares(world)[rank], x, known, dtype, **options)
+            same(got, joined(x, known, dtype, **options), dtype)
+            assert all(g.isfinite().all() for g in got[0])
+
+
 def check_sum_and_none_stay_local(rank, world):
     x, target = batch(world * world)
     share = shares(world)[rank]

@@ -19,6 +19,7 @@ SYNC = [
     "check_a_process_without_a_valid_row",
     "check_a_process_without_a_row",
     "check_a_process_whose_rows_weigh_nothing",
+    "check_labels_of_all_processes",
     "check_sum_and_none_stay_local",
     "check_sum_with_a_normaliser_is_the_joined_batch",
     "check_local_by_default",

@@ -61,7 +61,7 @@ def truth(logits, target, gamma=1.0, weight=None, pos_weight=None, mask=None, re
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("case", ["plain", "weights", "masked", "l1", "gammas", "dense", "binary"])
-def test_against_truth(dtype, reduction, case):
+def test_against_truth(implementation, poisoned, dtype, reduction, case):
     shape = {"dense": (3, 4, 2), "binary": (6, 1)}.get(case, (6, 4))
     logits, target = make(shape, dtype=dtype)
     options = {
@@ -97,7 +97,7 @@ def test_against_truth(dtype, reduction, case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("offset", [1e4, -1e4, math.inf, -math.inf])
-def test_extreme_logits(dtype, offset):
+def test_extreme_logits(implementation, dtype, offset):
     """A certain answer costs |x| or nothing, has entropy 0, and its gradient is -1, 0 or 1."""
     target = torch.tensor([[0.0, 1.0]], dtype=dtype)
     x = torch.full((1, 2), offset, dtype=dtype, requires_grad=True)
@@ -111,7 +111,7 @@ def test_extreme_logits(dtype, offset):
     assert (h.abs() / math.exp(-30) - 1).abs().max() < 1e-5  # not rounded away
 
 
-def test_gradcheck():
+def test_gradcheck(implementation):
     logits, target = make((3, 2))
     leaves = [x.requires_grad_() for x in logits]
     assert torch.autograd.gradcheck(
@@ -121,7 +121,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weights", [False, True])
-def test_the_baseline_is_torchs_to_the_last_bit(reduction, weights):
+def test_the_baseline_is_torchs_to_the_last_bit(implementation, reduction, weights):
     x = torch.randn(33, 7, requires_grad=True)
     target = torch.randint(0, 2, (33, 7)).float()
     own = dict(weight=torch.rand(7), pos_weight=torch.rand(7)) if weights else {}
@@ -134,7 +134,7 @@ def test_the_baseline_is_torchs_to_the_last_bit(reduction, weights):
     assert torch.equal(torch.autograd.grad(loss, x, ones)[0], torch.autograd.grad(want, x, ones)[0])
 
 
-def test_unknown_labels_of_the_baseline():
+def test_unknown_labels_of_the_baseline(implementation):
     logits, target = make()
     x = logits[0].requires_grad_()
     for reduction in ("mean", "sum", "none"):
@@ -149,7 +149,7 @@ def test_unknown_labels_of_the_baseline():
         )
 
 
-def test_poisoned_rows_are_never_read():
+def test_poisoned_rows_are_never_read(implementation):
     logits, target = make()
     mask = torch.tensor([[True, False]] * 6)
     for x in logits:
@@ -164,7 +164,7 @@ def test_poisoned_rows_are_never_read():
     assert grads[2].abs().sum() == 0
 
 
-def test_module_head_and_linear_loss_agree():
+def test_module_head_and_linear_loss_agree(implementation):
     """The criterion's buffers, the gains and the chunks."""
     head = ConcatHead({"image": 5, "table": 3}, 1).double()
     z = {
@@ -207,18 +207,24 @@ def test_trains_a_binary_model():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled(reduction):
+def test_compiled(implementation, reduction):
     logits, target = make(dtype=torch.float32)
     link = torch.zeros(2, requires_grad=True)
 
     def step(*x):
-        loss, stats = arl_loss(x[0], x[1:], target, link, task="multilabel", reduction=reduction)
+        pos_weight = torch.tensor([0.5, 1.0, 2.0, 3.0])
+        loss, stats = arl_loss(
+            x[0], x[1:], target, link, task="multilabel", reduction=reduction, pos_weight=pos_weight
+        )
         return loss, stats.gains
 
     leaves = [x.requires_grad_() for x in logits]
-    for got, want in zip(
-        torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves), step(*leaves), strict=True
-    ):
+    upstream = torch.rand(6, 4) if reduction == "none" else torch.tensor(0.7)
+    results = []
+    for function in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        loss, gains = function(*leaves)
+        results.append([loss, gains, *torch.autograd.grad(loss, leaves, upstream)])
+    for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
 
 

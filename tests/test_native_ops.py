@@ -15,11 +15,12 @@ pytestmark = pytest.mark.skipif(native is None, reason=REASON)
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def forward_arguments(dtype, reduction="mean", grad=True, schedule=False, soft=False):
+def forward_arguments(dtype, reduction="mean", grad=True, schedule=False, soft=False, task="multiclass"):
     logits = [torch.randn(7, 5, dtype=dtype) for _ in range(3)]
-    target = torch.rand(7, 5, dtype=dtype) if soft else torch.randint(0, 5, (7,))
+    labels = task == "multilabel"
+    target = torch.rand(7, 5, dtype=dtype) if soft or labels else torch.randint(0, 5, (7,))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    options = Options("share", "confidence", 0.25, "residual", -100, 0.0, reduction)
+    options = Options("share", "confidence", 0.25, "residual", -100, 0.0, reduction, task)
     chosen = Schedule((1.0, 2.0), 8.0, 3)
     if schedule:
         chosen = Schedule(torch.rand(2, dtype=compute), torch.tensor(8.0, dtype=compute), 3, torch.tensor(5))
@@ -32,6 +33,7 @@ def forward_arguments(dtype, reduction="mean", grad=True, schedule=False, soft=F
         mask,
         weight,
         divisor,
+        torch.rand(5, dtype=compute) if labels else None,
         *ops.encode_schedule(chosen),
         *ops.encode_options(options),
         grad,
@@ -41,7 +43,15 @@ def forward_arguments(dtype, reduction="mean", grad=True, schedule=False, soft=F
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"reduction": "none"}, {"grad": False}, {"schedule": True}, {"soft": True}],
+    [
+        {},
+        {"reduction": "none"},
+        {"grad": False},
+        {"schedule": True},
+        {"soft": True},
+        {"task": "multilabel"},
+        {"task": "multilabel", "reduction": "none"},
+    ],
     ids=lambda v: str(v) or "default",
 )
 def test_opcheck_forward(dtype, variant):
@@ -51,7 +61,9 @@ def test_opcheck_forward(dtype, variant):
 
 
 @pytest.mark.parametrize(
-    "upstream", [torch.tensor(1.0), torch.tensor(0.5), torch.rand(7)], ids=["one", "half", "rows"]
+    "upstream",
+    [torch.tensor(1.0), torch.tensor(0.5), torch.rand(7), torch.rand(7, 5)],
+    ids=["one", "half", "rows", "pairs"],
 )
 @pytest.mark.parametrize("factor", [None, torch.tensor([1.0, 2.0, 0.5])], ids=["plain", "factor"])
 def test_opcheck_scale(upstream, factor):

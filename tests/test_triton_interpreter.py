@@ -248,7 +248,7 @@ def test_ops():
         for reduction, grad in (("mean", True), ("none", False)):
             options = OPTIONS._replace(reduction=reduction, label_smoothing=0.1, entropy_floor=0.2)
             encoded = (*ops.encode_schedule(schedule), *ops.encode_options(options))
-            arguments = (logits, *targets[:4], *encoded, grad)
+            arguments = (logits, *targets, *encoded, grad)
             torch.library.opcheck(registered.triton_forward.default, arguments)
     torch.library.opcheck(
         registered.triton_scale.default, (logits, torch.tensor(0.5), torch.ones(3), torch.bfloat16)
@@ -268,7 +268,7 @@ def test_the_op_keeps_no_memory(monkeypatch):
     want = reference.forward(logits, Targets(target), SCHEDULE, OPTIONS, True)
     monkeypatch.setattr(implementation.workspaces, "take", refuse)
     encoded = (*ops.encode_schedule(SCHEDULE), *ops.encode_options(OPTIONS))
-    got = torch.ops.arl_fast.triton_forward(logits, target, None, None, None, *encoded, True)
+    got = torch.ops.arl_fast.triton_forward(logits, *Targets(target), *encoded, True)
     torch.testing.assert_close(got, want)
 
 

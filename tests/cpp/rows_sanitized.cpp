@@ -1,4 +1,4 @@
-// The CPU row kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer
+// The CPU kernels of rows and of labels alone, under AddressSanitizer and UndefinedBehaviorSanitizer
 // (tests/test_native_sanitized.py).
 //
 // Every buffer is a heap block of exactly its size, so that a read or write one element outside is seen. Each
@@ -55,7 +55,7 @@ arl::sanitized::Bf16 write<arl::sanitized::Bf16>(double value) {
 }
 template <>
 arl::sanitized::F16 write<arl::sanitized::F16>(double value) {  // a few values that float16 holds exactly
-  return {uint16_t(value < 0 ? 0xbc00 : value < 1 ? 0x3800 : 0x4200)};
+  return {uint16_t(value != value ? 0x7e00 : value < 0 ? 0xbc00 : value < 1 ? 0x3800 : 0x4200)};
 }
 
 template <class T, class S, class G>
@@ -179,6 +179,101 @@ int check(const Case& c) {
   return right ? 0 : 1;
 }
 
+// Labels: a part of them is not known, and the NaN there and in absent rows must not show.
+template <class T, class S, class G>
+int check_labels(const Case& c) {
+  const int64_t elements = (c.rows - 1) * c.stride + c.classes, pairs = c.rows * c.classes;
+  std::unique_ptr<S[]> x(new S[elements]);
+  std::unique_ptr<G[]> grad(new G[pairs]);
+  std::unique_ptr<T[]> t(new T[pairs]), pair_loss(new T[2 * pairs]);
+  const int64_t table = c.classes + arl::cpu::kMostLanes;
+  std::unique_ptr<T[]> yes(new T[table]), no(new T[table]);
+  std::unique_ptr<uint8_t[]> mask(new uint8_t[c.rows]);
+  for (int64_t i = 0; i < elements; ++i) x[i] = write<S>(3 * noise());
+  for (int64_t k = 0; k < table; ++k) {
+    yes[k] = k < c.classes ? T(0.5 + (noise() + 4) / 8) : yes[k - c.classes];
+    no[k] = k < c.classes ? T(0.5 + (noise() + 4) / 8) : no[k - c.classes];
+  }
+  for (int64_t i = 0; i < c.rows; ++i) mask[i] = i % 5 != 2;
+  for (int64_t i = 0; i < pairs; ++i) {
+    const double label = (noise() + 4) / 8;
+    t[i] = T(i % 3 == 0 ? label : label > 0.5);
+    const int64_t row = i / c.classes;
+    const bool unknown = c.soft && i % 7 == 3;
+    if (unknown) t[i] = T(NAN);
+    if (unknown || (c.masked && !mask[row])) x[row * c.stride + i % c.classes] = write<S>(double(NAN));
+  }
+
+  Loss loss = {};
+  loss.branches = 2;
+  loss.rows = c.rows;
+  loss.classes = c.classes;
+  loss.dtype = c.dtype;
+  loss.logits[1] = x.get();
+  loss.row_stride[1] = c.stride;
+  loss.grad[1] = grad.get();
+  loss.grad_scale[1] = 0.25;
+  loss.soft_target = t.get();
+  const auto known = sizeof(T) == 8 ? arl::cpu::isa_sanitized.known_double : arl::cpu::isa_sanitized.known_float;
+  const int64_t count = known(t.get(), 0, pairs);
+  loss.all_known = count == pairs;
+  if (c.masked) {
+    loss.mask = mask.get();
+    loss.mask_row_stride = loss.mask_stride = 1;
+  }
+  if (c.weighted) {
+    loss.yes_weight = yes.get();
+    loss.no_weight = no.get();
+  }
+  loss.logit_l1 = c.classes % 2 == 0;
+  loss.row_loss = pair_loss.get();
+  double total = 0, entropy_total = 0, correct_total = 0, dependence_total = 0;
+  for (int64_t begin = 0; begin < pairs; begin += 1000) {
+    arl::cpu::ChunkSums sums;
+    const int64_t end = std::min(pairs, begin + 1000);
+    arl::cpu::isa_sanitized.labels[c.dtype](loss, 1, begin, end, nullptr, &sums);
+    total += sums.of[arl::kLoss];
+    entropy_total += sums.of[arl::kEntropy];
+    correct_total += sums.of[arl::kCorrect];
+    dependence_total += sums.of[arl::kDependence];
+  }
+
+  double expected = 0, entropy = 0, correct = 0, dependence = 0, worst = 0;
+  int64_t counted = 0;
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t row = i / c.classes, k = i % c.classes;
+    const double v = read(x[row * c.stride + k]), label = double(t[i]);
+    counted += label == label;
+    const bool valid = label == label && (!c.masked || mask[row]);
+    const double p = 1 / (1 + std::exp(-v)), q = 1 / (1 + std::exp(v));
+    const double u = label * (c.weighted ? double(yes[k]) : 1), w = (1 - label) * (c.weighted ? double(no[k]) : 1);
+    const double own = valid ? u * std::log1p(std::exp(-v)) + w * std::log1p(std::exp(v)) : 0;
+    worst = std::fmax(worst, std::fabs((valid ? 0.25 * (w * p - u * q) : 0) - read(grad[i])));
+    worst = std::fmax(worst, std::fabs(own - double(pair_loss[pairs + i])) / (sizeof(T) == 8 ? 100 : 10));
+    if (!valid) continue;
+    expected += own;
+    entropy += p * std::log1p(std::exp(-v)) + q * std::log1p(std::exp(v));
+    correct += (v > 0) == (label > 0.5);
+    dependence += loss.logit_l1 ? std::fabs(v) : label * p + (1 - label) * q;
+  }
+  const double tolerance = sizeof(T) == 8 ? 1e-12 : 1e-4;
+  const double grad_tolerance = sizeof(G) == 2 ? 2e-3 : sizeof(T) == 8 ? 1e-13 : 1e-6;
+  const bool right =
+      std::fabs(total - expected) <= tolerance * (1 + expected) &&
+      std::fabs(entropy_total - entropy) <= tolerance * (1 + entropy) && correct_total == correct &&
+      std::fabs(dependence_total - dependence) <= tolerance * (1 + dependence) && worst <= grad_tolerance &&
+      count == counted && read(grad[0]) == read(grad[0]);
+  if (!right) {
+    std::printf(
+        "labels: dtype %d rows %ld classes %ld stride %ld unknown %d weighted %d masked %d: loss %.9g expected "
+        "%.9g, entropy %.9g expected %.9g, correct %g expected %g, dependence %.9g expected %.9g, gradient off "
+        "by %.3g\n",
+        int(c.dtype), long(c.rows), long(c.classes), long(c.stride), c.soft, c.weighted, c.masked, total,
+        expected, entropy_total, entropy, correct_total, correct, dependence_total, dependence, worst);
+  }
+  return right ? 0 : 1;
+}
+
 // Rows of infinities, NaN and huge values must not trip anything either.
 void extremes() {
   const double values[] = {INFINITY, -INFINITY, NAN, 3e38, -3e38, 0};
@@ -201,9 +296,14 @@ void extremes() {
     loss.target = y.get();
     loss.target_is_int64 = true;
     loss.weight_total = double(classes);
-    std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, size_t(arl::cpu::scratch_elements(classes) * 4 + 63) / 64 * 64), &std::free);
+    const size_t scratch_bytes = size_t(arl::cpu::scratch_elements(classes) * 4 + 63) / 64 * 64;
+    std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, scratch_bytes), &std::free);
     arl::cpu::ChunkSums sums;
     arl::cpu::isa_sanitized.rows[arl::kFloat32](loss, 0, 0, 6, scratch.get(), &sums);
+    std::unique_ptr<float[]> t(new float[6 * classes]());
+    loss.soft_target = t.get();
+    loss.all_known = true;
+    arl::cpu::isa_sanitized.labels[arl::kFloat32](loss, 0, 0, 6 * classes, nullptr, &sums);
   }
 }
 
@@ -231,7 +331,15 @@ int main() {
         wrong += check<float, arl::sanitized::Bf16, arl::sanitized::Bf16>(own);
         own.dtype = arl::kFloat16;
         wrong += check<float, arl::sanitized::F16, float>(own);
-        cases += 4;
+        own.dtype = arl::kFloat32;
+        wrong += check_labels<float, float, float>(own);
+        own.dtype = arl::kFloat64;
+        wrong += check_labels<double, double, double>(own);
+        own.dtype = arl::kBFloat16;
+        wrong += check_labels<float, arl::sanitized::Bf16, arl::sanitized::Bf16>(own);
+        own.dtype = arl::kFloat16;
+        wrong += check_labels<float, arl::sanitized::F16, float>(own);
+        cases += 8;
       }
     }
   }
