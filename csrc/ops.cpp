@@ -133,8 +133,9 @@ const at::Tensor* given(const std::optional<at::Tensor>& tensor) { return tensor
 // `schedule` is gamma, temperature and step where they are tensors; `numbers` the gammas and the temperature.
 Results forward_op(at::TensorList logits, const at::Tensor& target, const std::optional<at::Tensor>& mask,
                    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& divisor,
-                   const std::optional<at::Tensor>& pos_weight, const OptionalTensors& schedule, at::ArrayRef<double> numbers, int64_t warmup,
-                   std::string_view options, at::ArrayRef<double> floats, bool grad) {
+                   const std::optional<at::Tensor>& pos_weight, const OptionalTensors& schedule,
+                   at::ArrayRef<double> numbers, int64_t warmup, std::string_view options,
+                   at::ArrayRef<double> floats, bool grad) {
   TORCH_CHECK_VALUE(schedule.size() == 3 && !numbers.empty(),
                     "schedule: expected 3 tensors or None, and numbers");
   const std::optional<at::Tensor> gamma = schedule.get(0), temperature = schedule.get(1),

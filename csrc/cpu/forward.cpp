@@ -148,7 +148,8 @@ void count_pairs(Loss& loss, RowCount* counts) {
       own = 0;
       for (int64_t i = 0; i < loss.rows; ++i) {
         if (!loss.present(b, i)) continue;
-        own += loss.all_known ? loss.classes : known(loss.soft_target, i * loss.classes, (i + 1) * loss.classes);
+        const int64_t first = i * loss.classes;
+        own += loss.all_known ? loss.classes : known(loss.soft_target, first, first + loss.classes);
       }
     }
     counts[b] = {double(own), double(own)};
@@ -191,7 +192,7 @@ void run_rows(const Loss& loss, RowsFn rows, size_t element, ChunkSums* totals) 
   }
 }
 
-// The same for labels, whose chunks are of pairs. All branches of a chunk come after each other, since they read
+// The same for labels, whose chunks are of pairs. The branches of a chunk follow each other, since they read
 // the same labels.
 void run_pairs(const Loss& loss, RowsFn labels, ChunkSums* totals) {
   const int64_t pairs = loss.rows * loss.classes;
@@ -250,8 +251,7 @@ void run(Loss& loss, const Options& options, const Numbers& numbers, const T* di
   }
 }
 
-// What multiplies the loss of a yes and of a no of each label, [2, classes + kMostLanes], the first ones again
-// at the end (loss.h).
+// What multiplies the loss of a yes and of a no of each label, [2, classes + kMostLanes] (loss.h).
 template <class T>
 at::Tensor label_weights(const at::Tensor& weight, const at::Tensor& pos_weight, int64_t classes) {
   const int64_t length = classes + kMostLanes;
@@ -339,8 +339,8 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   TORCH_CHECK_TYPE(!labels || target.is_floating_point(), "target: expected labels of floating point");
   TORCH_CHECK_VALUE(labels || given.pos_weight == nullptr, "pos_weight: expected None without labels");
   if (target.is_floating_point()) {
-    TORCH_CHECK_VALUE(target.sizes() == fused.sizes(), "target: expected ", labels ? "labels" : "probabilities",
-                      " of the shape of the logits");
+    TORCH_CHECK_VALUE(target.sizes() == fused.sizes(), "target: expected ",
+                      labels ? "labels" : "probabilities", " of the shape of the logits");
     target = target.to(compute).contiguous();
     loss.soft_target = target.const_data_ptr();
   } else {
@@ -360,7 +360,8 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   }
   if (given.pos_weight != nullptr) {
     pos_weight = given.pos_weight->to(compute).contiguous();
-    TORCH_CHECK_VALUE(pos_weight.dim() == 1 && pos_weight.size(0) == loss.classes, "pos_weight: expected [C]");
+    TORCH_CHECK_VALUE(pos_weight.dim() == 1 && pos_weight.size(0) == loss.classes,
+                      "pos_weight: expected [C]");
   }
   if (labels && (weight.defined() || pos_weight.defined())) {
     const auto make = compute == at::kDouble ? &label_weights<double> : &label_weights<float>;

@@ -10,16 +10,17 @@
 
 namespace arl::cpu {
 
-constexpr int kMaxBranches = 64;  // M+1; more modalities than this are served by the reference
-constexpr int kChunkRows = 64;    // most rows of one unit of work
-constexpr int64_t kNarrowClasses = 112;  // most classes of which any instruction set gives each row a vector lane
-constexpr int64_t kSingleClasses = 4;  // up to here logits are read and written one by one
+constexpr int kMaxBranches = 64;         // M+1; more modalities than this are served by the reference
+constexpr int kChunkRows = 64;           // most rows of one unit of work
+constexpr int64_t kChunkPairs = 4096;    // pairs of a row and a label of one unit of work
+constexpr int64_t kNarrowClasses = 112;  // most of which any instruction set gives each row a vector lane
+constexpr int64_t kSingleClasses = 4;    // up to here logits are read and written one by one
 constexpr int kMostLanes = 16;
-constexpr int64_t kChunkPairs = 4096;  // pairs of a row and a label that are one unit of work
 
-// One call of the loss: M+1 branches of [rows, classes], which are labels if the task is. T below is the compute type, double for float64 and
-// float for all others. Gradients are contiguous, of the logits' type, but float for float16 logits. A
-// gradient may lie exactly where its logits do: rows are read to their end before they are written.
+// One call of the loss: M+1 branches of [rows, classes]; the classes are labels if the task says so. T below
+// is the compute type, double for float64 and float for all others. Gradients are contiguous, of the logits'
+// type, but float for float16 logits. A gradient may lie exactly where its logits do: no logit is read again
+// once its gradient is written.
 struct Loss {
   int branches;
   int64_t rows, classes;
@@ -31,8 +32,8 @@ struct Loss {
 
   const void* target;  // [rows] int64 or int32, or null
   bool target_is_int64;
-  const void* soft_target;  // T [rows, classes], contiguous, or null; for labels NaN where one is not known
-  bool all_known;           // labels: none is NaN
+  const void* soft_target;  // T [rows, classes], contiguous, or null; a label that is NaN is not known
+  bool all_known;           // no label is NaN
   const uint8_t* mask;      // [rows, modalities], or null
   int64_t mask_row_stride, mask_stride;
   const void* weight;   // T [classes], or null
@@ -41,12 +42,11 @@ struct Loss {
   int64_t ignore_index;
   bool logit_l1;  // the dependence is sum_c |x_c| instead of the confidence
 
-  // Labels with weights: T [classes + kMostLanes], after the last class the first ones again, or null. The loss
-  // of a label t is t yes_weight softplus(-x) + (1 - t) no_weight softplus(x).
+  // T [classes + kMostLanes], behind the last label the first ones again, or null. The loss of a label t is
+  // t yes_weight softplus(-x) + (1 - t) no_weight softplus(x).
   const void *yes_weight, *no_weight;
 
-  // For reduction "none" T [branches, rows], for labels [branches, rows, classes], or null
-  void* row_loss;
+  void* row_loss;  // T [branches, rows], of labels [branches, rows, classes], for reduction "none", or null
 
   // Inlined always: a copy made for one instruction set must not serve another.
   ARL_ALWAYS int64_t class_index(int64_t row) const {
@@ -76,14 +76,13 @@ constexpr int64_t scratch_elements(int64_t classes) {
   return classes <= kNarrowClasses ? (classes + 1) * kMostLanes : 2 * ((classes + 15) / 16 * 16);
 }
 
-// Labels of the compute type: how many of [begin, end), in the order of the memory, are known, or -1 if one lies
-// outside of [0, 1].
+// How many labels T of [begin, end), row by row, are known, or -1 if one lies outside of [0, 1].
 using KnownFn = int64_t (*)(const void* labels, int64_t begin, int64_t end);
 
 struct Isa {
   const char* name;
   RowsFn rows[kDtypes];
-  RowsFn labels[kDtypes];  // of pairs, in the order of the memory, in the place of rows; without scratch
+  RowsFn labels[kDtypes];  // begin and end count pairs, row by row; without scratch
   KnownFn known_double, known_float;
 };
 

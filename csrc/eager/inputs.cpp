@@ -126,7 +126,8 @@ const Options* options_of(PyObject* object) {
 }
 
 bool read_targets(PyObject* object, Classes classes, Targets* targets) {
-  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != std::size(kTargetsFields)) return false;
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != Py_ssize_t(std::size(kTargetsFields)))
+    return false;
   targets->target = as_tensor(PyTuple_GET_ITEM(object, 0), classes);
   return targets->target != nullptr && read_optional(PyTuple_GET_ITEM(object, 1), classes, &targets->mask) &&
          read_optional(PyTuple_GET_ITEM(object, 2), classes, &targets->weight) &&
@@ -204,8 +205,8 @@ c10::SmallVector<PyObject*, 8> values_of(PyObject* object) {
   return values;
 }
 
-bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options,
-              at::IntArrayRef shape, int64_t modalities, const at::Tensor& like) {
+bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, at::IntArrayRef shape,
+              int64_t modalities, const at::Tensor& like) {
   const bool labels = options.task == kMultilabel;
   const at::ScalarType type = like.scalar_type(), compute = type == at::kDouble ? at::kDouble : at::kFloat;
   const int most = cuda::serves(like) ? cuda::kMaxBranches : cpu::kMaxBranches;
@@ -247,9 +248,9 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
     }
   }
   for (const at::Tensor* weight : {targets.weight, targets.pos_weight}) {
-    if (weight != nullptr && (!is_here(*weight) || weight->scalar_type() != compute ||
-                              weight->sizes() != shape.slice(1, 1) || !weight->is_contiguous() ||
-                              weight->requires_grad())) {
+    if (weight != nullptr &&
+        (!is_here(*weight) || weight->scalar_type() != compute || weight->sizes() != shape.slice(1, 1) ||
+         !weight->is_contiguous() || weight->requires_grad())) {
       return false;
     }
   }

@@ -66,8 +66,8 @@ c10::SmallVector<PyObject*, 8> values_of(PyObject* object);
 
 // Whether targets and schedule are legal and usual for M+1 logits of a shape, [rows, classes] or for labels
 // [B, C, d1, ...], like a tensor. False if anything is unusual, wrong, or served by another implementation.
-bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options,
-              at::IntArrayRef shape, int64_t modalities, const at::Tensor& like);
+bool is_usual(const Targets& targets, const Schedule& schedule, const Options& options, at::IntArrayRef shape,
+              int64_t modalities, const at::Tensor& like);
 
 // Whether the loss is a plain one, the baseline of every comparison: torch's own, to the last bit. As
 // is_plain() in arl_fast/_core/options.py.

@@ -98,8 +98,7 @@ at::Tensor torch_cross_entropy(const at::Tensor& fused, const cpu::Inputs& input
     // NaN in an ignored row must not reach its gradient
     x = x.masked_fill(target.eq(options.ignore_index).unsqueeze(1), 0);
   }
-  const auto weight =
-      inputs.targets.weight == nullptr ? std::optional<at::Tensor>() : *inputs.targets.weight;
+  const auto weight = inputs.targets.weight == nullptr ? std::optional<at::Tensor>() : *inputs.targets.weight;
   const auto reduction = options.reduction == kMean ? at::Reduction::Mean : at::Reduction::Sum;
   return at::cross_entropy_loss(x, target, weight, reduction, options.ignore_index, options.label_smoothing);
 }

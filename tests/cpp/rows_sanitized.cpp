@@ -214,8 +214,7 @@ int check_labels(const Case& c) {
   loss.grad[1] = grad.get();
   loss.grad_scale[1] = 0.25;
   loss.soft_target = t.get();
-  const auto known = sizeof(T) == 8 ? arl::cpu::isa_sanitized.known_double : arl::cpu::isa_sanitized.known_float;
-  const int64_t count = known(t.get(), 0, pairs);
+  const int64_t count = arl::sanitized::known<T>(t.get(), 0, pairs);
   loss.all_known = count == pairs;
   if (c.masked) {
     loss.mask = mask.get();
@@ -246,7 +245,8 @@ int check_labels(const Case& c) {
     counted += label == label;
     const bool valid = label == label && (!c.masked || mask[row]);
     const double p = 1 / (1 + std::exp(-v)), q = 1 / (1 + std::exp(v));
-    const double u = label * (c.weighted ? double(yes[k]) : 1), w = (1 - label) * (c.weighted ? double(no[k]) : 1);
+    const double u = label * (c.weighted ? double(yes[k]) : 1);
+    const double w = (1 - label) * (c.weighted ? double(no[k]) : 1);
     const double own = valid ? u * std::log1p(std::exp(-v)) + w * std::log1p(std::exp(v)) : 0;
     worst = std::fmax(worst, std::fabs((valid ? 0.25 * (w * p - u * q) : 0) - read(grad[i])));
     worst = std::fmax(worst, std::fabs(own - double(pair_loss[pairs + i])) / (sizeof(T) == 8 ? 100 : 10));
@@ -258,16 +258,16 @@ int check_labels(const Case& c) {
   }
   const double tolerance = sizeof(T) == 8 ? 1e-12 : 1e-4;
   const double grad_tolerance = sizeof(G) == 2 ? 2e-3 : sizeof(T) == 8 ? 1e-13 : 1e-6;
-  const bool right =
-      std::fabs(total - expected) <= tolerance * (1 + expected) &&
-      std::fabs(entropy_total - entropy) <= tolerance * (1 + entropy) && correct_total == correct &&
-      std::fabs(dependence_total - dependence) <= tolerance * (1 + dependence) && worst <= grad_tolerance &&
-      count == counted && read(grad[0]) == read(grad[0]);
+  const bool right = std::fabs(total - expected) <= tolerance * (1 + expected) &&
+                     std::fabs(entropy_total - entropy) <= tolerance * (1 + entropy) &&
+                     correct_total == correct &&
+                     std::fabs(dependence_total - dependence) <= tolerance * (1 + dependence) &&
+                     worst <= grad_tolerance && count == counted && read(grad[0]) == read(grad[0]);
   if (!right) {
     std::printf(
-        "labels: dtype %d rows %ld classes %ld stride %ld unknown %d weighted %d masked %d: loss %.9g expected "
-        "%.9g, entropy %.9g expected %.9g, correct %g expected %g, dependence %.9g expected %.9g, gradient off "
-        "by %.3g\n",
+        "labels: dtype %d rows %ld classes %ld stride %ld unknown %d weighted %d masked %d: loss %.9g "
+        "expected %.9g, entropy %.9g expected %.9g, correct %g expected %g, dependence %.9g expected %.9g, "
+        "gradient off by %.3g\n",
         int(c.dtype), long(c.rows), long(c.classes), long(c.stride), c.soft, c.weighted, c.masked, total,
         expected, entropy_total, entropy, correct_total, correct, dependence_total, dependence, worst);
   }
@@ -311,7 +311,8 @@ void extremes() {
 
 int main() {
   int wrong = 0, cases = 0;
-  for (int64_t classes : {1, 2, 4, 5, 6, 7, 12, 16, 17, 28, 31, 34, 48, 56, 57, 65, 100, 112, 113, 309, 1000}) {
+  for (int64_t classes :
+       {1, 2, 4, 5, 6, 7, 12, 16, 17, 28, 31, 34, 48, 56, 57, 65, 100, 112, 113, 309, 1000}) {
     for (int64_t rows : {1, 3, 16, 61, 67}) {
       for (int variant = 0; variant < 16; ++variant) {
         const Case c{rows,
