@@ -13,13 +13,17 @@ GAMMA, TEMPERATURE = 1.0, 8.0
 
 
 class Case(NamedTuple):
-    """One shape: M+1 logits tensors [batch, classes] of a dtype."""
+    """One shape: M+1 logits tensors [batch, classes] of a dtype; in the suite "labels" classes are labels."""
 
     suite: str
     batch: int
     classes: int
     modalities: int
     dtype: str
+
+    @property
+    def task(self) -> str:
+        return "multilabel" if self.suite == "labels" else "multiclass"
 
     @property
     def label(self) -> str:
@@ -49,6 +53,9 @@ SUITES: dict[str, list[Case]] = {
     "modalities": _suite("modalities", [(64, 101, 3, F32), (64, 101, 6, F32), (64, 309, 2, BF16)]),
     "large": _suite("large", [(2048, 1000, 2, F32), (1024, 32000, 2, F32)]),
     "large-bf16": _suite("large-bf16", [(2048, 1000, 2, BF16)]),
+    # a yes or no for every label: a movie's genres, facial action units, and wide tagging
+    "labels": _suite("labels", [(64, c, 2, F32) for c in (1, 6, 28, 309)] + [(2048, 1000, 2, F32)])
+    + _suite("labels", [(64, 28, 2, BF16), (2048, 1000, 2, BF16)]),
     "huge": _suite(
         "huge", [(1024, 32000, 2, BF16), (8192, 32000, 2, BF16), (2048, 32000, 6, F32)]
     ),  # on a GPU only
@@ -69,13 +76,19 @@ def make(case: Case, device: str, seed: int = 0) -> tuple[list[Tensor], Tensor]:
 
     Logits of a model in training: the true class stands out by 0 to 8, so that p_y covers (0, 1), and every
     branch is of another confidence. Never zeros, which hide errors and run faster than real data on a GPU.
+    Labels are float32, a quarter of them yes, and logits lean towards them in the same way.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     kind = dict(generator=generator, device=device)
-    target = torch.randint(0, case.classes, (case.batch,), **kind)
+    labels = case.task == "multilabel"
+    if labels:
+        target = (torch.rand(case.batch, case.classes, **kind) < 0.25).float()
+    else:
+        target = torch.randint(0, case.classes, (case.batch,), **kind)
     logits = []
     for branch in range(case.modalities + 1):
         x = torch.randn(case.batch, case.classes, **kind)
         margin = 8 * torch.rand(case.batch, 1, **kind) / (1 + branch)
-        logits.append(x.scatter_add_(1, target.unsqueeze(1), margin).to(getattr(torch, case.dtype)))
+        x = x + margin * (target - 0.5) if labels else x.scatter_add_(1, target.unsqueeze(1), margin)
+        logits.append(x.to(getattr(torch, case.dtype)))
     return logits, target

@@ -46,13 +46,17 @@ def wired(**options: Any) -> arl_fast.ARLLoss:
     criterion = arl_fast.ARLLoss(**options)
     dispatch.override = None
     x, link = arl_fast.modulate([torch.randn(2, 2, requires_grad=True) for _ in range(2)])
-    criterion(BranchLogits(x[0] + x[1], x, link), torch.zeros(2, dtype=torch.int64))
+    labels = criterion.options.task == "multilabel"
+    criterion(
+        BranchLogits(x[0] + x[1], x, link),
+        torch.zeros(2, 2) if labels else torch.zeros(2, dtype=torch.int64),
+    )
     return criterion
 
 
-def ours(implementation: str) -> Contender:
+def ours(implementation: str, task: str = "multiclass") -> Contender:
     """ARLLoss as users call it, served by one implementation."""
-    criterion = wired(gamma=GAMMA, temperature=TEMPERATURE)
+    criterion = wired(gamma=GAMMA, temperature=TEMPERATURE, task=task)
 
     def loss(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple[Tensor, Stats]:
         dispatch.override = implementation
@@ -124,8 +128,25 @@ def eager_for_compiler(logits: Sequence[Tensor], target: Tensor, link: Tensor) -
     return loss, {"entropy": entropy, "dependence": dependence, "coefficients": _shares(entropy, dependence)}
 
 
+def eager_labels(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple[Tensor, Stats]:
+    """task="multilabel", one branch at a time."""
+    loss, _ = plain(logits, target, link)
+    with torch.no_grad():
+        entropies, dependences = [], []
+        for x in logits[1:]:
+            x = x.float()
+            p, q = torch.sigmoid(x), torch.sigmoid(-x)
+            dependences.append(torch.lerp(q, p, target).mean())
+            entropies.append((torch.special.entr(p) + torch.special.entr(q)).mean())
+        entropy, dependence = torch.stack(entropies), torch.stack(dependences)
+        a = _shares(entropy, dependence)
+    return loss, {"entropy": entropy, "dependence": dependence, "coefficients": a}
+
+
 def eager(case: Case) -> Contender:
     """Vectorised torch without a synchronisation, in the form that is faster at this size."""
+    if case.task == "multilabel":
+        return Contender("eager ARL", eager_labels, coarse=True)
     return Contender("eager ARL", eager_stacked if case.elements <= 1 << 17 else eager_split)
 
 
@@ -156,18 +177,25 @@ def release(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple[Ten
     return losses[0] + GAMMA * (losses[1] + losses[2]), stats
 
 
+def _cross_entropy(x: Tensor, target: Tensor) -> Tensor:
+    """torch's own: of labels, which are of floating point, the binary one."""
+    if target.is_floating_point():
+        return F.binary_cross_entropy_with_logits(x, target)
+    return F.cross_entropy(x, target)
+
+
 def unit(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple[Tensor, Stats]:
     """One cross-entropy of the fused logits: what a training step pays without ARL, and the unit of every
     ratio.
     """
-    return F.cross_entropy(logits[0], target), None
+    return _cross_entropy(logits[0], target), None
 
 
 def plain(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple[Tensor, Stats]:
     """M+1 torch cross-entropies, no statistics."""
-    loss = F.cross_entropy(logits[0], target)
+    loss = _cross_entropy(logits[0], target)
     for x in logits[1:]:
-        loss = loss + GAMMA * F.cross_entropy(x, target)
+        loss = loss + GAMMA * _cross_entropy(x, target)
     return loss, None
 
 
@@ -235,12 +263,14 @@ COMPILED_SHAPES = {
 def contenders(case: Case, device: str, compile: bool = True, only_compiled: bool = False) -> list[Contender]:
     """Everybody who can run this case on this type of device; the unit first."""
     names = [n for n in dispatch.MODULES if dispatch.load(n, device)[0] is not None]
-    served = [ours(n) for n in names]
+    served = [ours(n, case.task) for n in names]
     everyone = [Contender("torch CE, fused only", unit, fused_only=True, coarse=True), *served, eager(case)]
     if case.suite.startswith("scaling"):
         best = dispatch.choose(device)[0]
         return [everyone[0], ours(best), everyone[-1]]
     everyone.append(Contender("torch CE x (M+1)", plain, coarse=True))
+    if case.task == "multilabel":
+        return everyone
     if case.modalities == 2 and case.dtype == "float32":
         everyone.append(Contender("release", release, dependence="logit_l1", floor=0.3))
     if (

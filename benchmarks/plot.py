@@ -234,6 +234,7 @@ def generated(found: list[Row]) -> dict[str, str]:
         "cpu-paper": tables.ratios(found, suite="paper", threads=1, **warm),
         "cpu-modalities": tables.ratios(found, suite="modalities", threads=1, **warm),
         "cpu-large": tables.ratios(found, suite=("large", "large-bf16"), threads=1, **warm),
+        "cpu-labels": tables.ratios(found, suite="labels", threads=1, **warm),
         "cpu-two-threads": tables.ratios(found, suite=("paper", "large"), threads=2, **warm),
         "cpu-parts": tables.parts(found, kind="cpu", suite="paper", classes=309, threads=1),
         "cpu-parts-large": tables.parts(found, kind="cpu", suite="large", classes=1000, threads=1),

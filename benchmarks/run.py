@@ -74,6 +74,7 @@ def commands(phase: str, device: str, out: str, tiny: bool) -> list[list[str]]:
             _micro(device, out, "modalities", "--rotations=6", "--no-compile"),
             _micro(device, out, "large", "--rotations=3"),
             _micro(device, out, "large-bf16", "--rotations=4", "--no-compile"),
+            _micro(device, out, "labels", "--rotations=4", "--no-compile"),
         ]
         more = [
             [_micro(device, out, "paper,large", "--rotations=2", "--no-compile", f"--threads={t}")]

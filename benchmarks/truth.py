@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .cases import GAMMA, TEMPERATURE
 
@@ -44,6 +45,20 @@ _last: dict = {}  # of one case at a time: the truth is the same for all its con
 
 def forget() -> None:
     _last.clear()
+
+
+def _labels(logits: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss, entropy and confidence of every branch [M+1] over all pairs of row and label, in float64."""
+    sums = torch.zeros(3, len(logits), dtype=torch.float64, device=target.device)
+    for b, branch in enumerate(logits):
+        for part in _parts(*branch.shape):
+            x, t = branch[part].double(), target[part].double()
+            yes, no = F.softplus(-x), F.softplus(x)  # minus log p and minus log (1 - p)
+            p, q = torch.sigmoid(x), torch.sigmoid(-x)
+            values = (t * yes + (1 - t) * no, p * yes + q * no, t * p + (1 - t) * q)
+            sums[:, b] += torch.stack([v.sum() for v in values])
+    loss, entropy, depend = sums / target.numel()
+    return loss, entropy, depend
 
 
 def _rows(logits: Sequence[Tensor], target: Tensor, dependence: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,14 +111,22 @@ def check(
     batch, classes = logits[0].shape
     if len(grads) != covered:
         raise Rejected(f"{len(grads)} gradients for {covered} branches")
-    losses, entropies, dependences, lse = _rows(logits, target, dependence)
+    labels = target.is_floating_point()
+    if labels:
+        losses, entropies, dependences = _labels(logits, target)
+    else:
+        losses, entropies, dependences, lse = _rows(logits, target, dependence)
     weights = [(1.0 if b == 0 else GAMMA) for b in range(covered)]
     want_loss = sum(w * value for w, value in zip(weights, losses[:covered], strict=True))
     difference, size = (torch.zeros((), dtype=torch.float64, device=target.device) for _ in range(2))
     for b, weight in enumerate(weights):
         for part in _parts(batch, classes):
-            g = (logits[b][part].double() - lse[b][part, None]).exp_()
-            g.scatter_add_(1, target[part, None], g.new_full((len(g), 1), -1.0)).mul_(weight / batch)
+            x = logits[b][part].double()
+            if labels:
+                g = (torch.sigmoid(x) - target[part]).mul_(weight / target.numel())
+            else:
+                g = (x - lse[b][part, None]).exp_()
+                g.scatter_add_(1, target[part, None], g.new_full((len(g), 1), -1.0)).mul_(weight / batch)
             size += torch.linalg.vector_norm(g) ** 2
             difference += torch.linalg.vector_norm(g.sub_(grads[b][part])) ** 2
     dtype = logits[0].dtype

@@ -17,6 +17,7 @@ from benchmarks import cases, compare, contenders, measure, models, plot, rows, 
 
 ROOT = Path(__file__).parent.parent
 CASE = cases.Case("tiny", 32, 11, 2, "float32")
+LABELS = cases.Case("labels", 32, 11, 2, "float32")
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,13 @@ def gate(contender, case=CASE):
 
 @pytest.mark.parametrize(
     "case",
-    [CASE, cases.Case("tiny", 64, 40, 3, "bfloat16"), cases.Case("large", 8, 5000, 2, "float32")],
+    [
+        CASE,
+        cases.Case("tiny", 64, 40, 3, "bfloat16"),
+        cases.Case("large", 8, 5000, 2, "float32"),
+        LABELS,
+        cases.Case("labels", 9, 40, 3, "bfloat16"),
+    ],
     ids=str,
 )
 def test_every_contender_passes_the_gate(case):
@@ -66,7 +73,8 @@ def _wrong(loss):
 
 def _eager(change):
     def loss(logits, target, link):
-        value, stats = contenders.eager_split(logits, target, link)
+        eager = contenders.eager_labels if target.is_floating_point() else contenders.eager_split
+        value, stats = eager(logits, target, link)
         return change(value, stats, logits)
 
     return _wrong(loss)
@@ -82,10 +90,11 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("case", [CASE, LABELS], ids=str)
 @pytest.mark.parametrize("name", WRONG)
-def test_the_gate_rejects_what_is_wrong(name):
+def test_the_gate_rejects_what_is_wrong(name, case):
     with pytest.raises(truth.Rejected):
-        gate(WRONG[name])
+        gate(WRONG[name], case)
 
 
 def test_a_rejected_contender_is_not_timed_and_its_reason_is_kept(tmp_path):
