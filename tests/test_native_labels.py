@@ -156,6 +156,19 @@ def test_certain_answers(isa, dtype):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_which_answers_are_correct(isa):
+    """A logit of 0 says no, a label of 1/2 is a no."""
+    native._C.set_isa(isa)
+    options = make_options(task="multilabel")
+    for x in (-1.0, -0.0, 0.0, 1e-30, 1.0):
+        for t in (0.0, 0.5, 0.500001, 1.0, math.nan):
+            logits, target = torch.full((21, 1), x), torch.full((21, 1), t)
+            _, packed, _ = native.forward([logits] * 2, Targets(target), Schedule(1.0, 8.0), options, True)
+            expected = 0.0 if math.isnan(t) else float((x > 0) == (t > 0.5))
+            assert arl_fast._core.stats.unpack(packed).accuracy.tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_what_does_not_count_is_never_read(poisoned, isa):
     """NaN logits beside unknown labels and absent modalities; a NaN that counts shows."""
     native._C.set_isa(isa)
