@@ -16,6 +16,7 @@ from arl_fast import arl_loss
 from arl_fast._core import dtypes
 from arl_fast._core.branches import Targets
 from arl_fast._core.options import Options, Schedule, make_options
+from arl_fast._core.stats import unpack
 from arl_fast.implementations import dispatch, reference
 from arl_fast.implementations.sharded import Sharded
 
@@ -143,7 +144,7 @@ def test_certain_answers(isa, dtype):
     loss, packed, grads = native.forward([x, x], Targets(target), Schedule(0.0, 8.0), options, True)
     size = float(x[0, 0])
     assert loss[0].tolist() == [0, size, size, 0]
-    stats = arl_fast._core.stats.unpack(packed)
+    stats = unpack(packed)
     assert stats.entropy.tolist() == [0]
     assert stats.dependence.tolist() == [size]
     assert stats.accuracy.tolist() == [0.5, 0.5]
@@ -151,7 +152,7 @@ def test_certain_answers(isa, dtype):
         _, packed, grads = native.forward(
             [infinite, infinite], Targets(target), Schedule(1.0, 8.0), options, True
         )
-        assert arl_fast._core.stats.unpack(packed).entropy.tolist() == [0]
+        assert unpack(packed).entropy.tolist() == [0]
         assert grads[1][0].tolist() == [0, 1, -1, 0]
 
 
@@ -165,7 +166,7 @@ def test_which_answers_are_correct(isa):
             logits, target = torch.full((21, 1), x), torch.full((21, 1), t)
             _, packed, _ = native.forward([logits] * 2, Targets(target), Schedule(1.0, 8.0), options, True)
             expected = 0.0 if math.isnan(t) else float((x > 0) == (t > 0.5))
-            assert arl_fast._core.stats.unpack(packed).accuracy.tolist() == [expected] * 2
+            assert unpack(packed).accuracy.tolist() == [expected] * 2
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -211,7 +212,7 @@ def test_nothing_counts():
     )
     torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(x, known))
     assert grads[1].eq(0).all()
-    assert arl_fast._core.stats.unpack(packed).count.tolist() == [12, 0]
+    assert unpack(packed).count.tolist() == [12, 0]
 
 
 @pytest.mark.parametrize("shape", [(5000, 1), (600, 28), (40, 5000)])
@@ -293,7 +294,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(33, 37), (9, 1), (6, 4, 3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(33, 37), (9, 1), (6, 4, 3, 5), (0, 4), (0, 4, 3)], ids=str)
 @pytest.mark.parametrize("extras", [False, True])
 def test_fast_step_equals_the_general_one(poisoned, options, dtype, shape, extras, fast_calls, monkeypatch):
     logits, target = inputs(shape, dtype)
@@ -310,7 +311,7 @@ def test_fast_step_equals_the_general_one(poisoned, options, dtype, shape, extra
     general = step(logits, target, upstream, **options)
     for got, want in zip(fast, general, strict=True):
         assert got.dtype == want.dtype
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
 UNUSUAL = {
@@ -343,6 +344,10 @@ def test_wrong_labels_raise_from_the_fast_step_too(fast_calls):
         with pytest.raises(ValueError, match=r"target: got .*, expected labels in \[0, 1\], or NaN") as error:
             arl_loss(logits[0], logits[1:], bad, task="multilabel")
         assert float(str(error.value).split()[2].rstrip(",")) == float(bad[20, 3])
+        weight = torch.randn(37, 8, requires_grad=True)
+        features = [torch.randn(33, 4), torch.randn(33, 4)]
+        with pytest.raises(ValueError, match=r"target: got .*, expected labels in \[0, 1\], or NaN"):
+            arl_fast.linear_arl_loss(features, weight, None, bad, task="multilabel")
     with pytest.raises(TypeError, match=r"target: got dtype torch\.int64"):
         arl_loss(logits[0], logits[1:], target.long(), task="multilabel")
     with pytest.raises(ValueError, match=r"target: .* require grad"):

@@ -1,5 +1,6 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/record_function.h>
+#include <c10/util/accumulate.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
