@@ -25,6 +25,7 @@ from ._core.options import (
 )
 from ._core.spec import BranchStats
 from ._core.stats import unpack
+from .implementations import dispatch
 
 if TYPE_CHECKING:
     from .history import History
@@ -92,7 +93,14 @@ def arl_loss(
         sync_stats,
         implementation,
     )
-    return loss, unpack(packed)
+    return loss, _stats_of(packed)
+
+
+def _stats_of(packed: Tensor) -> BranchStats:
+    """Packed vector -> BranchStats, which share its memory."""
+    native = dispatch.native_steps()
+    parts = None if native is None else native.fast_unpack(packed)
+    return unpack(packed) if parts is None else BranchStats._make(parts)
 
 
 # gamma and T of the paper's experiments; no floor, Eq. 18. Its three-modality data set needs a rule that
@@ -226,7 +234,7 @@ class ARLLoss(nn.Module):
     @property
     def stats(self) -> BranchStats | None:
         """BranchStats of the last call: detached tensors on the device. Reading their values synchronises."""
-        return None if self._packed is None else unpack(self._packed)
+        return None if self._packed is None else _stats_of(self._packed)
 
     def metrics(self, prefix: str = "arl/") -> dict[str, Tensor]:
         """The last call's statistics by name, as "arl/gain/audio": detached 0-d tensors on the device."""
@@ -260,10 +268,11 @@ class ARLLoss(nn.Module):
             mask = output.get("mask")
         branches = as_branch_logits(output)
         schedule = self._schedule(branches.fused)
-        targets = Targets(target, mask, self.weight, pos_weight=self.pos_weight)
-        loss, packed = loss_and_packed(branches, targets, schedule, self.options, self.sync_stats)
+        loss, packed = loss_and_packed(
+            branches, self._targets(target, mask), schedule, self.options, self.sync_stats
+        )
         self._remember(packed, branches.unimodal)
-        if self._unseen and not torch.compiler.is_compiling():
+        if self._unseen and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             fused, unimodal, link = branches
             logits = [fused, *(unimodal.values() if isinstance(unimodal, Mapping) else unimodal)]
             self._unseen = not wiring.look(self, self.options, logits, link)
@@ -308,7 +317,7 @@ class ARLLoss(nn.Module):
         """
         loss, packed, _ = linear_loss_and_packed(
             LinearHead(features, weights, bias, fusion, bias_mode, chunk),
-            Targets(target, mask, self.weight, pos_weight=self.pos_weight),
+            self._targets(target, mask),
             self._schedule(target),
             self.options,
             self.sync_stats,
@@ -318,6 +327,10 @@ class ARLLoss(nn.Module):
             given = features.values() if isinstance(features, Mapping) else features
             self._unseen = not wiring.look_at_linear(self, self.options, list(given))
         return loss
+
+    def _targets(self, target: Tensor, mask: Tensor | None) -> Targets:
+        buffers = self._buffers  # nn.Module's own way to them costs as much as a small evaluation
+        return Targets(target, mask, buffers["weight"], None, buffers["pos_weight"])
 
     def _remember(self, packed: Tensor, modalities: Any) -> None:
         """Keep the statistics and the names of this call, and count it where it counts for the warm-up."""

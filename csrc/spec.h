@@ -55,6 +55,7 @@ inline pybind11::dict spec() {
   spec["fast_loss"] = tuple_of(kFastLoss);
   spec["fast_linear_loss"] = tuple_of(kFastLinearLoss);
   spec["fast_modulate"] = tuple_of(kFastModulate);
+  spec["fast_unpack"] = tuple_of(kFastUnpack);
   return spec;
 }
 

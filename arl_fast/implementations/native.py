@@ -37,6 +37,7 @@ def _expected() -> dict[str, Any]:
     facts["fast_loss"] = ("options", "branches", "targets", "schedule")
     facts["fast_linear_loss"] = ("options", "head", "targets", "schedule", "budget")
     facts["fast_modulate"] = ("features",)
+    facts["fast_unpack"] = ("packed",)
     return facts
 
 
@@ -72,10 +73,12 @@ else:
 #   fast_loss(options, branches, targets, schedule) -> (loss, packed)
 #   fast_linear_loss(options, head, targets, schedule, budget) -> (loss, packed)
 #   fast_modulate([z_1, ...]) -> ([z_1, ...], link)
+#   fast_unpack(packed) -> what BranchStats holds
 # All return None for the general path, ``_autograd``, to serve or diagnose the call.
 fast_loss: Any = getattr(_C, "fast_loss", None)
 fast_linear_loss: Any = getattr(_C, "fast_linear_loss", None)
 fast_modulate: Any = getattr(_C, "fast_modulate", None)
+fast_unpack: Any = getattr(_C, "fast_unpack", None)
 
 
 def unavailable(device: str) -> str | None:

@@ -26,4 +26,8 @@ PyObject* fast_linear_loss(PyObject* module, PyObject* const* args, Py_ssize_t c
 inline constexpr const char* kFastModulate[] = {"features"};
 PyObject* fast_modulate(PyObject* module, PyObject* features);
 
+// -> the parts of a packed vector that are BranchStats, in their order, which share its memory
+inline constexpr const char* kFastUnpack[] = {"packed"};
+PyObject* fast_unpack(PyObject* module, PyObject* packed);
+
 }  // namespace arl
