@@ -173,16 +173,20 @@ void* thread_scratch(size_t bytes) {
 // Runs the row kernel over all chunks of all branches. The chunks depend on the shape alone and are added in
 // order, so that the result does not depend on the number of threads.
 void run_rows(const Loss& loss, RowsFn rows, size_t element, ChunkSums* totals) {
-  const int64_t chunk = std::clamp<int64_t>(8192 / loss.classes, 1, kChunkRows);
-  const int64_t chunks = (loss.rows + chunk - 1) / chunk;
+  const bool columns = loss.positions > 0;
+  const int64_t chunk = std::clamp<int64_t>(8192 / loss.classes, columns ? kMostLanes : 1, kChunkRows);
+  const int64_t span = columns ? loss.positions : loss.rows;  // no chunk reaches past one
+  const int64_t per_span = (span + chunk - 1) / chunk;
+  const int64_t chunks = per_span * (loss.rows / span);
   const int64_t items = chunks * loss.branches;
   std::vector<ChunkSums> parts(items);
-  const size_t scratch = size_t(scratch_elements(loss.classes)) * element;
+  const size_t scratch = size_t(scratch_elements(loss.classes, columns)) * element;
   const auto run = [&](int64_t begin, int64_t end) {
     void* memory = thread_scratch(scratch);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % chunks * chunk;
-      rows(loss, int(i / chunks), first, std::min(loss.rows, first + chunk), memory, &parts[i]);
+      const int64_t at = i % chunks, first = at / per_span * span + at % per_span * chunk;
+      const int64_t end = std::min(at / per_span * span + span, first + chunk);
+      rows(loss, int(i / chunks), first, end, memory, &parts[i]);
     }
   };
   parallel(items, std::max<int64_t>(1, kGrain / (chunk * loss.classes)), run);
@@ -307,7 +311,8 @@ Outputs forward(const Inputs& inputs, const Options& options) {
 
   Loss loss = {};
   loss.branches = branches;
-  loss.rows = fused.size(0);
+  loss.positions = fused.dim() == 3 ? fused.size(2) : 0;
+  loss.rows = fused.size(0) * (loss.positions > 0 ? loss.positions : 1);
   loss.classes = fused.size(1);
   loss.dtype = dtype_of(type);
   Outputs outputs;
@@ -315,10 +320,12 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   c10::SmallVector<at::Tensor, 4> copies;
   for (int b = 0; b < branches; ++b) {
     const at::Tensor* x = &inputs.logits[b];
-    TORCH_CHECK_VALUE(x->dim() == 2 && x->size(0) == loss.rows && x->size(1) == loss.classes &&
+    TORCH_CHECK_VALUE((x->dim() == 2 || loss.positions > 0) && x->sizes() == fused.sizes() &&
                           x->scalar_type() == type && x->is_cpu(),
-                      "logits: expected tensors of one shape [N, C] and one dtype on the CPU");
-    if (x->stride(1) != 1 && loss.classes > 1) {
+                      "logits: expected tensors of one shape [N, C] or [B, C, P] and one dtype on the CPU");
+    const bool as_is = loss.positions > 0 ? x->stride(2) == 1 && x->stride(1) == loss.positions
+                                          : x->stride(1) == 1 || loss.classes == 1;
+    if (!as_is) {
       copies.push_back(x->contiguous());
       x = &copies.back();
     }
@@ -329,6 +336,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
                   "logits: gradients of these do not fit in their place");
       const at::ScalarType grad_type = type == at::kHalf ? at::kFloat : type;
       outputs.grads[b] = inputs.in_place ? *x : empty_gradient(loss.rows, loss.classes, grad_type);
+      if (loss.positions > 0) outputs.grads[b] = outputs.grads[b].view(fused.sizes());
       loss.grad[b] = outputs.grads[b].mutable_data_ptr();
     }
   }
@@ -339,8 +347,8 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   TORCH_CHECK_TYPE(!labels || target.is_floating_point(), "target: expected labels of floating point");
   TORCH_CHECK_VALUE(labels || given.pos_weight == nullptr, "pos_weight: expected None without labels");
   if (target.is_floating_point()) {
-    TORCH_CHECK_VALUE(target.sizes() == fused.sizes(), "target: expected ",
-                      labels ? "labels" : "probabilities", " of the shape of the logits");
+    TORCH_CHECK_VALUE(loss.positions == 0 && target.sizes() == fused.sizes(), "target: expected ",
+                      labels ? "labels" : "probabilities", " of the shape of logits [N, C]");
     target = target.to(compute).contiguous();
     loss.soft_target = target.const_data_ptr();
   } else {
@@ -371,7 +379,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   }
   if (given.mask != nullptr) {
     mask = *given.mask;
-    TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool && mask.dim() == 2 && mask.size(0) == loss.rows &&
+    TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool && mask.dim() == 2 && mask.size(0) == fused.size(0) &&
                           mask.size(1) == branches - 1,
                       "mask: expected bool [N, M]");
     loss.mask = static_cast<const uint8_t*>(mask.const_data_ptr());

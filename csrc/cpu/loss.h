@@ -10,23 +10,26 @@
 
 namespace arl::cpu {
 
-constexpr int kMaxBranches = 64;         // M+1; more modalities than this are served by the reference
-constexpr int kChunkRows = 64;           // most rows of one unit of work
-constexpr int64_t kChunkPairs = 4096;    // pairs of a row and a label of one unit of work
-constexpr int64_t kNarrowClasses = 112;  // most of which any instruction set gives each row a vector lane
-constexpr int64_t kSingleClasses = 4;    // up to here logits are read and written one by one
+constexpr int kMaxBranches = 64;          // M+1; more modalities than this are served by the reference
+constexpr int kChunkRows = 64;            // most rows of one unit of work
+constexpr int64_t kChunkPairs = 4096;     // pairs of a row and a label of one unit of work
+constexpr int64_t kNarrowClasses = 112;   // most of which any instruction set gives each row a vector lane
+constexpr int64_t kColumnClasses = 1024;  // most that are read where the positions lie side by side
+constexpr int64_t kSingleClasses = 4;     // up to here logits are read and written one by one
 constexpr int kMostLanes = 16;
 
-// One call of the loss: M+1 branches of [rows, classes]; the classes are labels if the task says so. T below
-// is the compute type, double for float64 and float for all others. Gradients are contiguous, of the logits'
-// type, but float for float16 logits. A gradient may lie exactly where its logits do: no logit is read again
-// once its gradient is written.
+// One call of the loss: M+1 branches of [rows, classes], row after row in memory; the classes are labels if the
+// task says so. Or of [batch, classes, positions], as logits [B, C, d1, ...] lie in memory, of which each
+// position of each image is a row. T below is the compute type, double for float64 and float for all others.
+// Gradients are contiguous, of the logits' type, but float for float16 logits. A gradient may lie exactly where
+// its logits do: no logit is read again once its gradient is written.
 struct Loss {
   int branches;
   int64_t rows, classes;
   Dtype dtype;
-  const void* logits[kMaxBranches];  // class stride 1
-  int64_t row_stride[kMaxBranches];  // in elements
+  int64_t positions;                 // d1 ..., or 0: row after row
+  const void* logits[kMaxBranches];  // class stride 1, or `positions`
+  int64_t row_stride[kMaxBranches];  // in elements; of the batch where there are positions
   void* grad[kMaxBranches];          // null: not wanted
   double grad_scale[kMaxBranches];   // of the branch's term in the loss: gamma and the divisor of the mean
 
@@ -34,7 +37,7 @@ struct Loss {
   bool target_is_int64;
   const void* soft_target;  // T [rows, classes], contiguous, or null; a label that is NaN is not known
   bool all_known;           // no label is NaN
-  const uint8_t* mask;      // [rows, modalities], or null
+  const uint8_t* mask;      // [rows, modalities], or [batch, modalities] with positions, or null
   int64_t mask_row_stride, mask_stride;
   const void* weight;   // T [classes], or null
   double weight_total;  // their sum; the number of classes without
@@ -54,7 +57,9 @@ struct Loss {
                            : static_cast<const int32_t*>(target)[row];
   }
   ARL_ALWAYS bool present(int branch, int64_t row) const {
-    return branch == 0 || mask == nullptr || mask[row * mask_row_stride + (branch - 1) * mask_stride] != 0;
+    if (branch == 0 || mask == nullptr) return true;
+    if (positions > 0) row /= positions;
+    return mask[row * mask_row_stride + (branch - 1) * mask_stride] != 0;
   }
   ARL_ALWAYS bool valid(int branch, int64_t row) const {
     return present(branch, row) && (soft_target != nullptr || class_index(row) != ignore_index);
@@ -72,8 +77,8 @@ struct ChunkSums {
 using RowsFn = void (*)(const Loss& loss, int branch, int64_t begin, int64_t end, void* scratch,
                         ChunkSums* sums);
 
-constexpr int64_t scratch_elements(int64_t classes) {
-  return classes <= kNarrowClasses ? (classes + 1) * kMostLanes : 2 * ((classes + 15) / 16 * 16);
+constexpr int64_t scratch_elements(int64_t classes, bool columns) {
+  return columns || classes <= kNarrowClasses ? (classes + 1) * kMostLanes : 2 * ((classes + 15) / 16 * 16);
 }
 
 // How many labels T of [begin, end), row by row, are known, or -1 if one lies outside of [0, 1].

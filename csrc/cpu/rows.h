@@ -6,6 +6,8 @@
 // write to reach the cache.
 #pragma once
 
+#include <type_traits>
+
 #include "loss.h"
 #include "vec.h"
 
@@ -107,18 +109,30 @@ ARL_INLINE void each_class(int64_t classes, const Do& do_class) {
   }
 }
 
-// Class indices and few classes: lane l of every vector belongs to row begin + l.
-template <class T, class S, class G, bool Fewer>
-ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int rows, T* scratch, Chunk<T>& chunk, int first) {
+// How the classes of L rows lie in memory.
+enum class Layout {
+  kFew,      // row after row, fewer than L classes
+  kRows,     // row after row
+  kColumns,  // class after class, the rows of a class side by side (loss.positions)
+};
+
+// Class indices and few classes, or columns: lane l of every vector belongs to row begin + l.
+template <class T, class S, class G, Layout layout>
+ARL_INLINE void lane_rows(const Loss& loss, int branch, int64_t begin, int rows, T* scratch, Chunk<T>& chunk,
+                          int first) {
   constexpr int L = Vector<T>::lanes;
+  constexpr bool kFew = layout == Layout::kFew, kColumns = layout == Layout::kColumns;
   const int64_t classes = loss.classes;
   const int64_t last = classes > L ? classes - L : 0;  // where the last L classes begin
+  const int64_t stride = kColumns ? loss.positions : 1;  // of classes
   const S* logits = static_cast<const S*>(loss.logits[branch]);
+  logits += kColumns ? begin / stride * loss.row_stride[branch] + begin % stride : begin * loss.row_stride[branch];
   const S* x[L];
   alignas(64) Lane<T> ys[L], valids[L];
   for (int l = 0; l < L; ++l) {  // lanes past the last row repeat it, and are dropped
-    const int64_t row = begin + (l < rows ? l : rows - 1);
-    x[l] = logits + row * loss.row_stride[branch];
+    const int own = l < rows ? l : rows - 1;
+    const int64_t row = begin + own;
+    x[l] = logits + own * (kColumns ? 1 : loss.row_stride[branch]);
     const bool used = l < rows && loss.valid(branch, row);
     valids[l] = used ? -1 : 0;
     ys[l] = Lane<T>(used ? loss.class_index(row) : 0);
@@ -127,25 +141,31 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
   // The first largest logit. A NaN is seen at the end.
   V<T> top = splat<T>(-T(__builtin_inf()));
   Bits<T> where{};
-  for (int64_t from = 0; from < classes; from += L) {
-    const int64_t c = from < last ? from : last;
-    V<T> v[L];
-    if (Fewer && classes <= kSingleClasses) {
-      for (int64_t j = 0; j < classes; ++j) {
-        V<T> one;
-        for (int l = 0; l < L; ++l) one[l] = to_float(x[l][j]);
-        v[j] = one;
-      }
-    } else {
-      load_classes<T, S, Fewer>(x, c, classes, v);
+  const auto take = [&](int64_t c, V<T> v) ARL_LAMBDA {
+    const Bits<T> above = v > top;
+    top = larger<T>(v, top);
+    where = above ? Bits<T>{} + Lane<T>(c) : where;
+    store<T>(scratch + c * L, v);
+  };
+  const auto load_class = [&](int64_t c) ARL_LAMBDA {
+    V<T> v;
+    for (int l = 0; l < L; ++l) v[l] = to_float(x[l][c * stride]);
+    return v;
+  };
+  if (kColumns && rows == L) {
+    for (int64_t c = 0; c < classes; ++c) {
+      prefetch<L>(x[0] + c * stride + L);
+      take(c, load<T>(x[0] + c * stride));
     }
-    const auto take = [&](int j) ARL_LAMBDA {
-      const Bits<T> above = v[j] > top;
-      top = larger<T>(v[j], top);
-      where = above ? Bits<T>{} + Lane<T>(c + j) : where;
-      store<T>(scratch + (c + j) * L, v[j]);
-    };
-    each_class<T, Fewer>(classes, take);
+  } else if (kColumns || (kFew && classes <= kSingleClasses)) {
+    for (int64_t c = 0; c < classes; ++c) take(c, load_class(c));
+  } else {
+    for (int64_t from = 0; from < classes; from += L) {
+      const int64_t c = from < last ? from : last;
+      V<T> v[L];
+      load_classes<T, S, kFew>(x, c, classes, v);
+      each_class<T, kFew>(classes, [&](int j) ARL_LAMBDA { take(c + j, v[j]); });
+    }
   }
   V<T> l1{};
   if (loss.logit_l1) {
@@ -180,7 +200,7 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
     for (int l = 0; l < rows; ++l) {
       if (partition[l] == partition[l]) continue;
       int64_t c = 0;
-      while (c < classes && !(to_float(x[l][c]) != to_float(x[l][c]))) ++c;
+      while (c < classes && to_float(x[l][c * stride]) == to_float(x[l][c * stride])) ++c;
       if (c < classes) where[l] = Lane<T>(c);
     }
   }
@@ -204,24 +224,32 @@ ARL_INLINE void narrow_rows(const Loss& loss, int branch, int64_t begin, int row
   const T scale = T(loss.grad_scale[branch]);
   const V<T> factor = a * scale / partition;
   const V<T> g_y = ((a - weighted) * p_y - weighted * (others / partition)) * scale;
-  G* grad = static_cast<G*>(loss.grad[branch]) + begin * classes;
+  G* grad = static_cast<G*>(loss.grad[branch]);
+  grad += kColumns ? begin / stride * stride * classes + begin % stride : begin * classes;
   const auto gradient = [&](int64_t c) ARL_LAMBDA {
     V<T> g = y == Lane<T>(c) ? g_y : load<T>(scratch + c * L) * factor;
     if (loss.label_smoothing != 0) g -= smooth * weight_of<T>(loss, c) * scale;
     return valid ? g : zero;
   };
-  if (Fewer && classes <= kSingleClasses) {
+  if (kColumns && rows == L) {
+    for (int64_t c = 0; c < classes; ++c) store(grad + c * stride, gradient(c));
+    return;
+  }
+  if (kColumns || (kFew && classes <= kSingleClasses)) {
+    const int64_t next = kColumns ? 1 : classes;
     for (int64_t c = 0; c < classes; ++c) store<T>(scratch + c * L, gradient(c));
     for (int l = 0; l < rows; ++l) {
-      for (int64_t c = 0; c < classes; ++c) grad[l * classes + c] = from_float<G>(scratch[c * L + l]);
+      for (int64_t c = 0; c < classes; ++c) {
+        grad[l * next + c * stride] = from_float<G>(scratch[c * L + l]);
+      }
     }
     return;
   }
   for (int64_t from = 0; from < classes; from += L) {
     const int64_t c = from < last ? from : last;
     V<T> g[L] = {};
-    each_class<T, Fewer>(classes, [&](int j) ARL_LAMBDA { g[j] = gradient(c + j); });
-    store_classes<T, G, Fewer>(grad, rows, c, classes, g);
+    each_class<T, kFew>(classes, [&](int j) ARL_LAMBDA { g[j] = gradient(c + j); });
+    store_classes<T, G, kFew>(grad, rows, c, classes, g);
   }
 }
 
@@ -416,15 +444,18 @@ static void rows(const Loss& loss, int branch, int64_t begin, int64_t end, void*
   Chunk<T> chunk;
   const int count = int(end - begin);
   const int64_t classes = loss.classes;
-  if (loss.soft_target == nullptr && classes <= kLaneVectors * L) {
+  const auto by_lane = [&](auto layout) ARL_LAMBDA {
     for (int i = 0; i < count; i += L) {
       const int rows = count - i < L ? count - i : L;
-      if (classes < L) {
-        narrow_rows<T, S, G, true>(loss, branch, begin + i, rows, scratch, chunk, i);
-      } else {
-        narrow_rows<T, S, G, false>(loss, branch, begin + i, rows, scratch, chunk, i);
-      }
+      lane_rows<T, S, G, decltype(layout)::value>(loss, branch, begin + i, rows, scratch, chunk, i);
     }
+  };
+  if (loss.positions > 0) {
+    by_lane(std::integral_constant<Layout, Layout::kColumns>());
+  } else if (loss.soft_target == nullptr && classes < L) {
+    by_lane(std::integral_constant<Layout, Layout::kFew>());
+  } else if (loss.soft_target == nullptr && classes <= kLaneVectors * L) {
+    by_lane(std::integral_constant<Layout, Layout::kRows>());
   } else if (loss.soft_target == nullptr && loss.label_smoothing == 0) {
     for (int i = 0; i < count; ++i) wide_row<T, S, G, false>(loss, branch, begin + i, scratch, nullptr, chunk, i);
   } else {
