@@ -171,6 +171,8 @@ def test_machine_code(architecture):
         if k.family == BLOCK:
             # from global to shared memory without a register between: several copies are in flight at a time
             assert k.count("LDGSTS.E.BYPASS.128") >= 4, k
+            assert k.count("CCTL.E.PF2"), k  # the next row, into L2
+            assert bool(k.count("UCGABAR_WAIT")) == (architecture != "sm_80"), k  # clusters share a row
         if k.family == WARP:
             elements = vectors * (8 if half_precision else 4)
             assert elements <= k.count("MUFU.EX2") <= elements + 12, k  # and a few per row

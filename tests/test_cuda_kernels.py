@@ -165,6 +165,31 @@ def test_rows_beyond_the_registers(dtype, classes, shared, vectors):
     compare(*make(1, classes, dtype, branches=2, kind="soft"))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "classes", "blocks"),
+    [
+        (torch.float32, 72003, 2),
+        (torch.bfloat16, 150001, 2),
+        (torch.float64, 80001, 4),
+        (torch.float16, 300005, 4),
+    ],
+)
+def test_a_cluster_holds_what_no_block_can(dtype, classes, blocks):
+    """Rows too long for one multiprocessor lie in the shared memory of several, and are read once."""
+    chosen = plan(dtype, 3, classes, branches=2, device=(6, SHARED, True))
+    assert chosen.cluster == blocks
+    vectors = classes // (16 // dtype.itemsize)
+    assert vectors <= chosen.cluster * chosen.threads * (8 + chosen.shared_vectors)
+    assert plan(dtype, 3, classes, branches=2, device=(6, SHARED, False)).cluster == 1
+    module.library().set_device_with_clusters(6, SHARED)
+    logits, target = make(3, classes, dtype, branches=2)
+    target[0], target[2] = classes - 1, 0
+    compare(logits, target)
+    compare(logits, target, options(dependence="logit_l1", label_smoothing=0.05, reduction="none"))
+    if dtype == torch.float32:
+        compare(*make(1, classes, dtype, branches=2, kind="soft"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [5, 261, 1100, 2100])
 def test_no_access_out_of_range(dtype, classes, monkeypatch):

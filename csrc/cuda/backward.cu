@@ -7,6 +7,23 @@
 namespace arl {
 namespace cuda {
 
+namespace {
+
+__global__ void empty_kernel() {}
+
+// Whether blocks can share rows: the device has clusters, and it runs code that was made for such devices. Code
+// for sm_80 alone runs there too, compiled by the driver, and knows nothing of them.
+cudaError_t has_clusters(int ordinal, bool* clusters) {
+  int can = 0;
+  cudaFuncAttributes code = {};
+  cudaError_t error = cudaDeviceGetAttribute(&can, cudaDevAttrClusterLaunch, ordinal);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(&empty_kernel));
+  *clusters = can != 0 && code.ptxVersion >= 90;
+  return error;
+}
+
+}  // namespace
+
 int current_device(Device& device) {
   constexpr int kDevices = 64;
   static Device known[kDevices];
@@ -17,12 +34,13 @@ int current_device(Device& device) {
   if (!asked[ordinal].load(std::memory_order_acquire)) {
     static std::mutex mutex;
     const std::lock_guard<std::mutex> lock(mutex);
-    Device found;
+    Device found = {};
     cudaError_t error =
         cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
     if (error == cudaSuccess) {
       error = cudaDeviceGetAttribute(&found.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
     }
+    if (error == cudaSuccess) error = has_clusters(ordinal, &found.clusters);
     if (error != cudaSuccess) return without_trace(error);  // the next call asks again
     known[ordinal] = found;
     asked[ordinal].store(true, std::memory_order_release);

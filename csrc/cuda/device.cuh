@@ -29,11 +29,26 @@ __device__ inline uint4* dynamic_shared() {
 }
 
 template <typename Params>
-cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void* stream,
-                          Params& params) {
+cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, int cluster,
+                          void* stream, Params& params) {
   void* arguments[] = {&params};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), arguments, shared_bytes,
-                          static_cast<cudaStream_t>(stream));
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  if (cluster == 1) {
+    return cudaLaunchKernel(function, grid, dim3(threads), arguments, shared_bytes, on);
+  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = on;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelExC(&config, function, arguments);
 }
 #endif
 
@@ -44,13 +59,16 @@ inline int without_trace(cudaError_t error) {
 }
 
 template <typename Params>
-int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void* stream, Params params) {
+int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void* stream, Params params,
+           int cluster = 1) {
   cudaError_t error = cudaSuccess;
   if (needs_opt_in(shared_bytes)) {
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
-  if (error == cudaSuccess) error = launch_kernel(kernel, grid, threads, shared_bytes, stream, params);
+  if (error == cudaSuccess) {
+    error = launch_kernel(kernel, grid, threads, shared_bytes, cluster, stream, params);
+  }
   return without_trace(error);
 }
 
@@ -296,6 +314,15 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
+// The 128 bytes around an address will be wanted from L2.
+__device__ inline void prefetch_line(const char* address) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#elif !defined(__CUDACC__)
+  emulation::touch(address);
+#endif
+}
+
 // n results to adjacent addresses: 16 bytes at a time where the address allows it.
 template <typename G, typename C, int n>
 __device__ inline void store(G* out, const C (&v)[n], bool aligned) {
@@ -365,6 +392,70 @@ __device__ inline void reduce_block(V (&v)[n], V* buffer, V identity, Op op) {
 #pragma unroll
   for (int i = 0; i < n; ++i) v[i] = lane < warps ? buffer[i * 32 + lane] : identity;
   reduce_warp(v, op);
+}
+
+// ---- clusters: blocks that share a row -------------------------------------------------------------------
+
+// Which block of its cluster this is; 0 without a cluster.
+__device__ inline int cluster_rank() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#elif !defined(__CUDACC__)
+  return emulation::cluster_rank();
+#else
+  return 0;
+#endif
+}
+
+// Waits for all threads of the cluster; what they have written is visible then.
+__device__ inline void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#elif !defined(__CUDACC__)
+  emulation::cluster_barrier();
+#endif
+}
+
+// Writes to a variable in the shared memory of a block of the cluster; `own` is this block's.
+template <typename V>
+__device__ inline void store_in_block(V* own, int rank, V value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(unsigned(__cvta_generic_to_shared(own))), "r"(rank));
+  if constexpr (sizeof(V) == 8) {
+    unsigned long long bits;
+    memcpy(&bits, &value, 8);
+    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(bits) : "memory");
+  } else {
+    unsigned bits;
+    memcpy(&bits, &value, 4);
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
+  }
+#elif !defined(__CUDACC__)
+  *emulation::in_block(own, rank) = value;
+#endif
+}
+
+// Over the blocks of a cluster, of values that all threads of a block have. Each block sends its own to all, so
+// that one barrier suffices. The buffer [n, kMostCluster] may be used again after the cluster's next barrier.
+template <int n, typename V, typename Op>
+__device__ inline void reduce_cluster(V (&v)[n], int cluster, V* buffer, Op op) {
+  if (int(threadIdx.x) < cluster) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      store_in_block(buffer + i * kMostCluster + cluster_rank(), int(threadIdx.x), v[i]);
+    }
+  }
+  cluster_barrier();
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    v[i] = buffer[i * kMostCluster];
+    for (int rank = 1; rank < cluster; ++rank) v[i] = op(v[i], buffer[i * kMostCluster + rank]);
+  }
 }
 
 // The threads of a warp as the team of arl::finish.

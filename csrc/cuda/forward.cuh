@@ -1,8 +1,8 @@
 // Loss, statistics, coefficients and gradients of all branches in one launch.
 //
-// A block walks over rows of one branch (of all, for a per-row loss). It reads a row once, keeps it on chip,
-// reduces it (top; then Z = sum e^v and sum v e^v with v = x - top; entropy, cross-entropy and p_y follow),
-// writes the row's gradient and adds the row to six sums. The block that finishes last adds up the sums of
+// A block, or a cluster of blocks, walks over rows of one branch (of all, for a per-row loss). It reads a row
+// once, keeps it on chip, reduces it (top; then Z = sum e^v and sum v e^v with v = x - top; entropy,
+// cross-entropy and p_y follow), writes the row's gradient and adds the row to six sums. The block that finishes last adds up the sums of
 // all blocks, in the same order whoever is last, and turns them into the loss and the packed statistics with
 // arl::finish.
 #pragma once
@@ -26,6 +26,8 @@ struct ForwardParams {
   int count_blocks;
   int threads_per_row;
   int shared_vectors;
+  int cluster;  // blocks that share a row
+  int teams;    // grid_x / cluster
   bool grad;
 };
 
@@ -177,8 +179,8 @@ struct VectorRow {
 
   __device__ VectorRow(const ForwardParams<C>& p)
       : classes(int(p.args.classes)),
-        thread(kFamily == kWarp ? threadIdx.x % 32 : threadIdx.x),
-        threads(kFamily == kWarp ? 32 : blockDim.x),
+        thread(kFamily == kWarp ? threadIdx.x % 32 : cluster_rank() * blockDim.x + threadIdx.x),
+        threads(kFamily == kWarp ? 32 : blockDim.x * p.cluster),
         shared_vectors(p.shared_vectors) {}
 
   __device__ int place() const { return thread; }
@@ -186,7 +188,7 @@ struct VectorRow {
   // The class of this thread's `edge`, if it is one: first the elements before the vectors, then those after.
   __device__ int edge_class() const { return thread < head ? thread : vectors * kN + thread; }
 
-  __device__ uint4* slot(int k) const { return dynamic_shared() + (k * threads + thread); }
+  __device__ uint4* slot(int k) const { return dynamic_shared() + (k * blockDim.x + threadIdx.x); }
 
   __device__ void load(const T* row, bool) {
     const int misaligned = int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kN);
@@ -219,6 +221,15 @@ struct VectorRow {
 
   __device__ void finish_load() const {
     if constexpr (kFamily == kBlock) wait_for_copies();
+  }
+
+  // Begins to bring the beginning of a later row into L2.
+  __device__ void prefetch(const T* row) const {
+    constexpr int kLine = 128;
+    const char* bytes = reinterpret_cast<const char*>(row);
+    const int64_t size = classes * int64_t(sizeof(T));
+    const int end = size < kPrefetchBytes ? int(size) : kPrefetchBytes;
+    for (int at = thread * kLine; at < end; at += threads * kLine) prefetch_line(bytes + at);
   }
 
   __device__ void unpack(int k, C (&v)[kN]) {
@@ -333,21 +344,23 @@ struct VectorRow {
 // ---- one row ---------------------------------------------------------------------------------------------
 
 // Buffers of the block-wide reductions of a row. Two in turn, so that each reduction needs one barrier only.
+// A block's part of each is followed by the cluster's.
 template <typename C>
 struct RowBuffers {
-  C top[2 * 32];
-  C sums[8 * 32];
-  int first[2 * 32];
+  C top[2 * (32 + kMostCluster)];
+  C sums[8 * (32 + kMostCluster)];
+  int first[2 * (32 + kMostCluster)];
 };
 
-template <int kFamily, int n, typename V, typename Op>
-__device__ inline void reduce_row(V (&v)[n], int lanes, V* buffer, V identity, Op op) {
+template <int kFamily, int n, typename V, typename Params, typename Op>
+__device__ inline void reduce_row(V (&v)[n], const Params& p, V* buffer, V identity, Op op) {
   if constexpr (kFamily == kSmall) {
-    reduce_lanes(v, lanes, op);
+    reduce_lanes(v, p.threads_per_row, op);
   } else if constexpr (kFamily == kWarp) {
     reduce_warp(v, op);
   } else {
     reduce_block(v, buffer, identity, op);
+    if (p.cluster > 1) reduce_cluster(v, p.cluster, buffer + n * 32, op);
   }
 }
 
@@ -444,10 +457,10 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
   if (soft) {
     if (target.valid)
       held.template visit_real<false>([&](C&, int c) { top[1] = maximum(top[1], probabilities[c]); });
-    reduce_row<kFamily>(top, p.threads_per_row, buffers.top, C(-INFINITY), Maximum());
+    reduce_row<kFamily>(top, p, buffers.top, C(-INFINITY), Maximum());
   } else {
     C only[1] = {top[0]};
-    reduce_row<kFamily>(only, p.threads_per_row, buffers.top, C(-INFINITY), Maximum());
+    reduce_row<kFamily>(only, p, buffers.top, C(-INFINITY), Maximum());
     top[0] = only[0];
   }
 
@@ -489,15 +502,15 @@ __device__ inline C process_row(const ForwardParams<C>& p, int branch, int64_t r
   });
 
   if constexpr (kDense) {
-    reduce_row<kFamily>(s, p.threads_per_row, buffers.sums, C(0), Add());
-    if (soft) reduce_row<kFamily>(first, p.threads_per_row, buffers.first, held.classes, Minimum());
+    reduce_row<kFamily>(s, p, buffers.sums, C(0), Add());
+    if (soft) reduce_row<kFamily>(first, p, buffers.first, held.classes, Minimum());
   } else if (extra) {
     C some[5] = {s[kZ], s[kEnergy], s[kEarlier], s[kBelow], s[kAbsolute]};
-    reduce_row<kFamily>(some, p.threads_per_row, buffers.sums, C(0), Add());
+    reduce_row<kFamily>(some, p, buffers.sums, C(0), Add());
     for (int i = 0; i < 5; ++i) s[i] = some[i];
   } else {
     C some[3] = {s[kZ], s[kEnergy], s[kEarlier]};
-    reduce_row<kFamily>(some, p.threads_per_row, buffers.sums, C(0), Add());
+    reduce_row<kFamily>(some, p, buffers.sums, C(0), Add());
     for (int i = 0; i < 3; ++i) s[i] = some[i];
   }
 
@@ -608,18 +621,25 @@ __global__ void __launch_bounds__(
   const ForwardArgs& a = p.args;
   const int rows_per_block = kFamily == kBlock ? 1 : blockDim.x / p.threads_per_row;
   const int own = kFamily == kBlock ? 0 : threadIdx.x / p.threads_per_row;
-  const bool leads = kFamily == kBlock ? threadIdx.x == 0 : threadIdx.x % p.threads_per_row == 0;
+  const bool leads = kFamily == kBlock ? threadIdx.x == 0 && cluster_rank() == 0
+                                       : threadIdx.x % p.threads_per_row == 0;
+  const int team = kFamily == kBlock ? blockIdx.x / p.cluster : blockIdx.x;
+  if (kFamily == kBlock && p.cluster > 1) cluster_barrier();  // nobody writes to a block that has not begun
 
   for (int branch = blockIdx.y; branch < a.branches; branch += gridDim.y) {
     C scale = C(0);
     BranchSums<C, kFamily> sums;
-    for (int64_t base = int64_t(blockIdx.x) * rows_per_block; base < a.rows;
-         base += int64_t(gridDim.x) * rows_per_block) {
+    for (int64_t base = int64_t(team) * rows_per_block; base < a.rows;
+         base += int64_t(p.teams) * rows_per_block) {
       const int64_t row = base + own;
       const bool inside = row < a.rows;
       RowOf<T, kFamily> held(p);
       const RowTarget target = load_row<T, kFamily>(a, branch, row, inside, held);
-      if (base == int64_t(blockIdx.x) * rows_per_block) {  // while the first row is on its way
+      if constexpr (kFamily == kBlock) {
+        const int64_t next = row + p.teams;
+        if (next < a.rows && read_target(a, branch, next).valid) held.prefetch(row_of<T>(a, branch, next));
+      }
+      if (base == int64_t(team) * rows_per_block) {  // while the first row is on its way
         const C gamma = branch == 0 ? C(1) : gamma_of<C>(a.schedule, branch - 1);
         scale = gamma / gradient_divisor(p, branch, block_sums);
       }
@@ -663,6 +683,8 @@ int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* 
   params.count_blocks = plan.count_blocks;
   params.threads_per_row = plan.threads_per_row;
   params.shared_vectors = plan.shared_vectors;
+  params.cluster = plan.cluster;
+  params.teams = plan.grid_x / plan.cluster;
   params.grad = args.grads[0] != nullptr;
   if (const int error = take_ticket(stream, &params.ticket)) return error;
   if (params.ticket == nullptr) {
@@ -684,7 +706,8 @@ int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* 
     if (plan.family == kWarp) kernel = forward_kernel<T, kWarp, false>;
   }
   const int shared_bytes = plan.shared_vectors * plan.threads * kVectorBytes;
-  return launch(kernel, dim3(plan.grid_x, plan.grid_y), plan.threads, shared_bytes, stream, params);
+  return launch(kernel, dim3(plan.grid_x, plan.grid_y), plan.threads, shared_bytes, stream, params,
+                plan.cluster);
 }
 
 extern template int launch_forward<double>(const ForwardArgs&, const Plan&, bool, void*);

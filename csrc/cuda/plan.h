@@ -19,13 +19,15 @@ constexpr int grad_dtype(int dtype) { return dtype == kFloat16 ? int(kFloat32) :
 struct Device {
   int multiprocessors;
   int shared_memory;  // bytes that one block may have at most (opt-in)
+  bool clusters;      // blocks can be launched in clusters, which reach each other's shared memory (sm_90)
 };
 
 enum Family : int {
   kSmall = 0,  // 1 to 32 threads per row, up to kHeld elements each: many rows per block
   kWarp =
       1,  // one warp per row, up to held_vectors() 16-byte vectors per thread; not for heavy rows (see below)
-  kBlock = 2,  // one block per row: registers, then shared memory, then what is left is read twice
+  // One block per row, or a cluster of blocks: registers, then shared memory, then what is left is read again.
+  kBlock = 2,
 };
 
 constexpr int kHeld = 8;  // elements (kSmall) or vectors (kBlock) that a thread holds in registers
@@ -33,6 +35,10 @@ constexpr int kVectorBytes = 16;
 constexpr int kRowsThreads = 256;      // block size of kSmall and kWarp
 constexpr int kElementwiseBlocks = 8;  // of kRowsThreads, resident per multiprocessor
 constexpr int kTicketBytes = 16;
+constexpr int kMostCluster = 8;  // blocks of a cluster on any device that has clusters
+// Of the next row of a block, so much is asked for ahead: what arrives while this row is worked on. All of the
+// rows of all blocks would drive the gradients out of L2.
+constexpr int kPrefetchBytes = 64 * 1024;
 constexpr int kStaticShared = 8192;  // bound on the static shared memory of a kernel
 constexpr int64_t kCountInlineRows = 8192;
 constexpr int kCountBlocks = 64;
@@ -54,10 +60,11 @@ struct Plan {
   int threads;  // per block
   int threads_per_row;
   int rows_per_block;
-  int grid_x;  // blocks over the rows, which loop ...
+  int grid_x;  // blocks over the rows, those of a cluster side by side, which loop ...
   int grid_y;  // ... over the branches; one for a per-row loss: a thread then adds up the branches of its
                // rows
   int shared_vectors;  // kBlock: vectors per thread kept in dynamic shared memory
+  int cluster;         // kBlock: blocks that share a row, on neighbouring multiprocessors
   int count_blocks;    // 0: no counting launch
   int64_t workspace_bytes;
 };
@@ -85,6 +92,7 @@ inline Plan plan(const Shape& shape, const Device& device) {
   const int64_t vectors = shape.classes / per_vector;
   const bool heavy = shape.dense || shape.dtype == kFloat64;
   p.grid_y = shape.per_row_loss ? 1 : shape.branches;
+  p.cluster = 1;
   if (shape.classes <= 32 * kHeld) {
     p.family = kSmall;
     p.threads = kRowsThreads;
@@ -108,17 +116,22 @@ inline Plan plan(const Shape& shape, const Device& device) {
       if (int64_t(threads) * kHeld >= vectors && !larger_helps) break;
     }
     p.threads_per_row = p.threads;
-    const int64_t beyond = ceil_div(vectors, p.threads) - kHeld;
     const int64_t room = (device.shared_memory - kStaticShared) / (int64_t(kVectorBytes) * p.threads);
+    // A row that one multiprocessor cannot hold would be read three times: several hold it together.
+    while (device.clusters && p.cluster < kMostCluster &&
+           vectors > p.cluster * int64_t(p.threads) * (kHeld + room)) {
+      p.cluster *= 2;
+    }
+    const int64_t beyond = ceil_div(vectors, int64_t(p.threads) * p.cluster) - kHeld;
     p.shared_vectors = int(beyond < 0 ? 0 : beyond < room ? beyond : room);
   }
   p.rows_per_block = p.threads / p.threads_per_row;
   // A persistent grid: no more blocks than are resident at once, so that partial sums and counting stay few.
   int64_t resident =
-      int64_t(device.multiprocessors) * (resident_threads(p.family, heavy) / p.threads) / p.grid_y;
+      int64_t(device.multiprocessors) * (resident_threads(p.family, heavy) / p.threads) / p.grid_y / p.cluster;
   const int64_t needed = ceil_div(shape.rows, p.rows_per_block);
   if (resident > needed) resident = needed;
-  p.grid_x = int(resident < 1 ? 1 : resident);
+  p.grid_x = int(resident < 1 ? 1 : resident) * p.cluster;
   // Every block can count the targets itself, out of L2, as long as they are few; else one small launch does
   // it.
   if (shape.counts && shape.rows > kCountInlineRows) {

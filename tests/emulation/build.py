@@ -28,6 +28,7 @@ FLAGS = [
     "-g",
     "-fPIC",
     "-shared",
+    "-pthread",
     "-U_FORTIFY_SOURCE",
     "-Wall",
     "-Wextra",

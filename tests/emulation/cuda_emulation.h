@@ -5,7 +5,8 @@
 // CUDA threads wait for one another: at a barrier (all threads of the block) and at a shuffle (all lanes of
 // the warp). Between two of those they run in random order, so a missing barrier shows as a wrong result.
 // Static shared memory keeps what the block before left in it, and dynamic shared memory is filled with NaN
-// before each block.
+// before each block. The blocks of a cluster run at the same time, each in a thread of the host, whose
+// thread-local variables are its shared memory.
 #pragma once
 
 #include <setjmp.h>
@@ -13,7 +14,9 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -23,6 +26,7 @@
 #include <map>
 #include <mutex>
 #include <numeric>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -32,7 +36,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
+#define __shared__ static thread_local
 #define __noinline__  // after every standard header, where it is an attribute
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -118,7 +122,7 @@ struct Fiber {
   ucontext_t start;
   jmp_buf resume;
   bool started, done;
-  int waits_for;                                        // 0: nothing, 1: the warp, 2: the block
+  int waits_for;  // 0: nothing, 1: the warp, 2: the block, 3: the cluster
   unsigned parity;                                      // of the warp's exchange slots
   std::vector<std::pair<uint4*, const uint4*>> copies;  // begun and not waited for
   char* stack = nullptr;
@@ -132,13 +136,50 @@ struct Block {
   int threads = 0, current = 0;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
+  Random random;
+  struct Cluster* cluster = nullptr;
+  int rank = 0;
+  ~Block() {
+    for (const Fiber& f : fibers) {
+      if (f.stack) munmap(f.stack, kStackBytes);
+    }
+  }
+};
+
+// The blocks of a cluster: where each keeps its thread-local variables, and their barrier.
+struct Cluster {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<char*> anchors;
+  int size, waiting = 0, round = 0;
+  explicit Cluster(int size) : anchors(size), size(size) {}
+
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex);
+    const int own = round;
+    if (++waiting == size) {
+      waiting = 0;
+      ++round;
+      changed.notify_all();
+    } else if (!changed.wait_for(lock, std::chrono::seconds(60), [&] { return round != own; })) {
+      fprintf(stderr, "emulation: deadlock, a block of the cluster does not come to the barrier\n");
+      abort();
+    }
+  }
+};
+
+struct Properties {
+  int multiprocessors, shared_memory;
+  bool clusters;
+  bool operator==(const Properties& other) const {
+    return multiprocessors == other.multiprocessors && shared_memory == other.shared_memory &&
+           clusters == other.clusters;
+  }
 };
 
 struct State {
-  Block block;
   Random random;
-  std::vector<std::pair<int, int>> devices = {
-      {3, 232448}};  // multiprocessors, shared memory: callers may ask once per device
+  std::vector<Properties> devices = {{3, 232448, false}};  // callers may ask once per device
   int device = 0;
   int64_t launches = 0, memsets = 0;
   std::map<const void*, int> opted_in;  // kernels, and how much dynamic shared memory they asked for
@@ -152,11 +193,17 @@ inline State& state() {
   return s;
 }
 
-inline dim3 thread_index, block_index, block_dim, grid_dim;
+inline Block& block() {
+  static thread_local Block b;
+  return b;
+}
+
+inline thread_local dim3 thread_index, block_index;
+inline dim3 block_dim, grid_dim;
 
 // A fiber gives way and comes back when all it waits for have arrived.
 inline void wait(int what) {
-  Block& b = state().block;
+  Block& b = block();
   Fiber& self = b.fibers[b.current];
   self.waits_for = what;
   if (!_setjmp(self.resume)) _longjmp(b.scheduler, 1);
@@ -164,7 +211,7 @@ inline void wait(int what) {
 }
 
 inline void entry() {
-  Block& b = state().block;
+  Block& b = block();
   thread_index = dim3(b.current);
   b.body(b.argument);
   b.fibers[b.current].done = true;
@@ -172,7 +219,7 @@ inline void entry() {
 }
 
 inline void run_fiber(int i) {
-  Block& b = state().block;
+  Block& b = block();
   Fiber& f = b.fibers[i];
   b.current = i;
   f.waits_for = 0;
@@ -184,16 +231,15 @@ inline void run_fiber(int i) {
 
 // Whether everybody from first to last waits for the same thing (or, at the block's barrier, has ended).
 inline bool all_wait(int first, int last, int what) {
-  Block& b = state().block;
+  Block& b = block();
   for (int i = first; i < last; ++i) {
-    if (!(b.fibers[i].waits_for == what || (what == 2 && b.fibers[i].done))) return false;
+    if (!(b.fibers[i].waits_for == what || (what >= 2 && b.fibers[i].done))) return false;
   }
   return true;
 }
 
 inline void run_block() {
-  State& s = state();
-  Block& b = s.block;
+  Block& b = block();
   if (int(b.fibers.size()) < b.threads) b.fibers.resize(b.threads);
   b.slots.assign(2 * b.threads, 0);
   std::fill(b.dynamic.begin(), b.dynamic.end(), make_uint4(~0u, ~0u, ~0u, ~0u));
@@ -216,8 +262,8 @@ inline void run_block() {
   const int warps = b.threads / kWarpSize;
   for (;;) {
     bool ran = false;
-    const int shift = int(s.random() % b.threads),
-              stride = 2 * int(s.random() % 16) + 1;  // odd: visits every lane of a warp
+    const int shift = int(b.random() % b.threads),
+              stride = 2 * int(b.random() % 16) + 1;  // odd: visits every lane of a warp
     for (int n = 0; n < warps; ++n) {
       const int warp = (n + shift) % warps;
       const int first = warp * kWarpSize, last = first + kWarpSize;
@@ -243,10 +289,12 @@ inline void run_block() {
       bool done = true;
       for (int i = 0; i < b.threads; ++i) done &= b.fibers[i].done;
       if (done) return;
-      if (!all_wait(0, b.threads, 2)) {
+      const bool together = b.cluster != nullptr && all_wait(0, b.threads, 3);
+      if (!together && !all_wait(0, b.threads, 2)) {
         fprintf(stderr, "emulation: deadlock, threads wait for different things\n");
         abort();
       }
+      if (together) b.cluster->wait();
       for (int i = 0; i < b.threads; ++i) b.fibers[i].waits_for = 0;
     }
   }
@@ -255,14 +303,30 @@ inline void run_block() {
 // An asynchronous copy arrives when its thread waits for it, not before.
 inline void copy_later(uint4* to, const uint4* from) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) abort();
-  Block& b = state().block;
+  Block& b = block();
   b.fibers[b.current].copies.emplace_back(to, from);
 }
 inline void finish_copies() {
-  Block& b = state().block;
+  Block& b = block();
   auto& copies = b.fibers[b.current].copies;
   for (const auto& [to, from] : copies) *to = *from;
   copies.clear();
+}
+
+inline int cluster_rank() { return block().rank; }
+inline void cluster_barrier() { wait(3); }
+
+// A block's variable, in the shared memory of another block of its cluster.
+template <typename V>
+V* in_block(V* own, int rank) {
+  Block& b = block();
+  const auto& anchors = b.cluster->anchors;
+  return reinterpret_cast<V*>(anchors[rank] + (reinterpret_cast<char*>(own) - anchors[b.rank]));
+}
+
+inline void touch(const char* address) {
+  const volatile char* read = address;
+  (void)*read;
 }
 
 template <typename Params>
@@ -286,15 +350,13 @@ inline void __syncthreads() { emulation::wait(2); }
 inline void __syncwarp() { emulation::wait(1); }
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  const unsigned before = *address;
-  *address += value;
-  return before;
+  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
 }
 
 template <typename V>
 V __shfl_xor_sync(unsigned mask, V value, int lane_mask) {
   static_assert(sizeof(V) <= 8, "");
-  emulation::Block& b = emulation::state().block;
+  emulation::Block& b = emulation::block();
   if (mask != 0xffffffffu) abort();
   const int i = b.current;
   const unsigned parity = b.fibers[i].parity++ & 1;
@@ -319,7 +381,14 @@ V __ldcg(const V* p) {
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrClusterLaunch
+};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
@@ -339,13 +408,19 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     --s.failing_queries;
     return failed(cudaErrorInvalidDevice);
   }
-  const std::pair<int, int>& properties = s.devices[s.device];
-  *value = attribute == cudaDevAttrMultiProcessorCount ? properties.first : properties.second;
+  const emulation::Properties& own = s.devices[s.device];
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? own.multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? own.shared_memory
+                                                                  : own.clusters;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = 90;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
   emulation::State& s = emulation::state();
-  if (bytes > s.devices[s.device].second) return failed(cudaErrorInvalidValue);
+  if (bytes > s.devices[s.device].shared_memory) return failed(cudaErrorInvalidValue);
   s.opted_in[kernel] = bytes;
   return cudaSuccess;
 }
@@ -372,11 +447,11 @@ inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaS
 namespace arl {
 namespace cuda {
 
-inline uint4* dynamic_shared() { return emulation::state().block.dynamic.data(); }
+inline uint4* dynamic_shared() { return emulation::block().dynamic.data(); }
 
 template <typename Params>
-cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void*,
-                          Params& params) {
+cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, int cluster,
+                          void*, Params& params) {
   constexpr int kStatic = 8192;  // as much static shared memory as any kernel may have
   emulation::State& s = emulation::state();
   if (s.failing_launches > 0) {
@@ -385,24 +460,44 @@ cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int sh
   }
   const auto opted_in = s.opted_in.find(reinterpret_cast<const void*>(kernel));
   const int most = opted_in == s.opted_in.end() ? 48 * 1024 - kStatic : opted_in->second;
-  if (threads % emulation::kWarpSize || shared_bytes > most || shared_bytes > s.devices[s.device].second ||
-      !grid.x || !grid.y || grid.y > 65535) {
+  if (threads % emulation::kWarpSize || shared_bytes > most || shared_bytes > s.devices[s.device].shared_memory ||
+      !grid.x || !grid.y || grid.y > 65535 || cluster > 8 || grid.x % cluster) {
     return failed(cudaErrorInvalidValue);
   }
   ++s.launches;
   emulation::Launch<Params> launch{kernel, &params};
-  s.block.threads = threads;
-  s.block.body = emulation::Launch<Params>::body;
-  s.block.argument = &launch;
-  s.block.dynamic.resize(shared_bytes / sizeof(uint4));
   emulation::block_dim = dim3(threads);
   emulation::grid_dim = grid;
-  std::vector<unsigned> order(grid.x * grid.y);
+  const auto run = [&](unsigned index, int rank, emulation::Cluster* together, uint64_t seed) {
+    emulation::Block& b = emulation::block();
+    b.threads = threads;
+    b.body = emulation::Launch<Params>::body;
+    b.argument = &launch;
+    b.dynamic.resize(shared_bytes / sizeof(uint4));
+    b.random.state = seed;
+    b.cluster = together;
+    b.rank = rank;
+    if (together != nullptr) {
+      together->anchors[rank] = reinterpret_cast<char*>(&b);
+      together->wait();
+    }
+    emulation::block_index = dim3(index % grid.x, index / grid.x);
+    emulation::run_block();
+  };
+  std::vector<unsigned> order(grid.x * grid.y / cluster);
   std::iota(order.begin(), order.end(), 0u);
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[s.random() % i]);
   for (const unsigned i : order) {
-    emulation::block_index = dim3(i % grid.x, i / grid.x);
-    emulation::run_block();
+    if (cluster == 1) {
+      run(i, 0, nullptr, s.random());
+      continue;
+    }
+    emulation::Cluster together(cluster);
+    std::vector<std::thread> blocks;
+    for (int rank = 0; rank < cluster; ++rank) {
+      blocks.emplace_back(run, i * cluster + rank, rank, &together, s.random());
+    }
+    for (std::thread& block : blocks) block.join();
   }
   return cudaSuccess;
 }

@@ -30,12 +30,17 @@ int size_of(int which) {
 void set_seed(uint64_t seed) {
   emulation::state().random.state = seed * 2862933555777941757ull + 3037000493ull;
 }
-void set_device(int multiprocessors, int shared_memory) {
+static void set_properties(const emulation::Properties& properties) {
   auto& s = emulation::state();
-  const auto properties = std::make_pair(multiprocessors, shared_memory);
   const auto found = std::find(s.devices.begin(), s.devices.end(), properties);
   s.device = int(found - s.devices.begin());
   if (found == s.devices.end()) s.devices.push_back(properties);
+}
+void set_device(int multiprocessors, int shared_memory) {
+  set_properties({multiprocessors, shared_memory, false});
+}
+void set_device_with_clusters(int multiprocessors, int shared_memory) {
+  set_properties({multiprocessors, shared_memory, true});
 }
 // What tests turn: captures, failing queries, kernels that have not asked for shared memory; and the last
 // error.

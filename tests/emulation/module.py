@@ -126,7 +126,7 @@ class Shape(Structure):
 
 
 class Device(Structure):
-    _fields_ = [("multiprocessors", c_int), ("shared_memory", c_int)]
+    _fields_ = [("multiprocessors", c_int), ("shared_memory", c_int), ("clusters", c_bool)]
 
 
 class Plan(Structure):
@@ -138,6 +138,7 @@ class Plan(Structure):
         ("grid_x", c_int),
         ("grid_y", c_int),
         ("shared_vectors", c_int),
+        ("cluster", c_int),
         ("count_blocks", c_int),
         ("workspace_bytes", c_int64),
     ]
