@@ -238,7 +238,8 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
     if (!target.is_floating_point() || target.sizes() != shape || target.requires_grad()) return false;
   } else {
     const bool indices = target.scalar_type() == at::kLong || target.scalar_type() == at::kInt;
-    if (!indices || target.sizes() != shape.slice(0, 1) || !target.is_contiguous()) return false;
+    if (!indices || !target.is_contiguous()) return false;
+    if (target.size(0) != shape[0] || target.sizes().slice(1) != shape.slice(2)) return false;
   }
   if (targets.mask != nullptr) {
     const at::Tensor& mask = *targets.mask;

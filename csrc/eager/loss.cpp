@@ -104,21 +104,26 @@ at::Tensor torch_cross_entropy(const at::Tensor& fused, const cpu::Inputs& input
   return at::cross_entropy_loss(x, target, weight, reduction, options.ignore_index, options.label_smoothing);
 }
 
-// Labels [B, C, d1, ...] without gaps as [B, C d1 ...]: a pair counts by itself, wherever it lies, and the
-// weights of a label are repeated for its positions. The inputs borrow what is held here.
+// Logits [B, C, d1, ...] without gaps as [B, C, d1 ...], with a row for each position. Labels as
+// [B, C d1 ...]: a pair counts by itself, wherever it lies, and the weights of a label are repeated for its
+// positions. The inputs borrow what is held here.
 struct Flat {
   variable_list logits;
   at::Tensor target, weight, pos_weight;
 
-  explicit Flat(cpu::Inputs* inputs) {
+  Flat(cpu::Inputs* inputs, bool labels) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const at::Tensor& fused = inputs->logits[0];
     const int64_t rows = fused.size(0), positions = c10::multiply_integers(fused.sizes().slice(2));
     const int64_t columns = fused.size(1) * positions;
-    for (const at::Tensor& x : inputs->logits) logits.push_back(x.view({rows, columns}));
+    for (const at::Tensor& x : inputs->logits) {
+      logits.push_back(labels ? x.view({rows, columns}) : x.view({rows, fused.size(1), positions}));
+    }
     inputs->logits = logits;
-    target = inputs->targets.target->reshape({rows, columns});
+    const at::Tensor& given = *inputs->targets.target;
+    target = labels ? given.reshape({rows, columns}) : given.view({rows * positions});
     inputs->targets.target = &target;
+    if (!labels) return;
     const auto repeat = [positions](const at::Tensor** given, at::Tensor* own) {
       if (*given == nullptr) return;
       *own = (*given)->repeat_interleave(positions);
@@ -162,8 +167,9 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Options* options = options_of(args[0]);
   const at::Tensor* fused = plain(PyTuple_GET_ITEM(args[1], 0));
   if (options == nullptr || fused == nullptr) Py_RETURN_NONE;
-  const bool dense = options->task == kMultilabel && fused->dim() > 2;
-  if (fused->dim() != 2 && !dense) Py_RETURN_NONE;
+  const bool dense = fused->dim() > 2, labels = options->task == kMultilabel;
+  if (fused->dim() < 2 || (dense && (!fused->is_cpu() || fused->numel() == 0))) Py_RETURN_NONE;
+  if (dense && !labels && fused->size(1) > cpu::kColumnClasses) Py_RETURN_NONE;
   if (!fused->is_cpu() && !cuda::serves(*fused)) Py_RETURN_NONE;
   const auto values = values_of(unimodal);
   const int64_t modalities = int64_t(values.size());
@@ -175,7 +181,7 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
       !is_usual(inputs.targets, schedule, *options, fused->sizes(), modalities, *fused)) {
     Py_RETURN_NONE;
   }
-  if (cuda::serves(*fused) && is_plain_loss(schedule, *options)) Py_RETURN_NONE;
+  if ((cuda::serves(*fused) || dense) && is_plain_loss(schedule, *options)) Py_RETURN_NONE;
 
   c10::SmallVector<at::Tensor, 4> logits;
   const bool record = at::GradMode::is_enabled();
@@ -218,7 +224,7 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
         if (is_plain_loss(schedule, *options)) inputs.wanted = 0;
         inputs.numbers = cpu::read(schedule);
         std::optional<Flat> flat;
-        if (dense) flat.emplace(&inputs);
+        if (dense) flat.emplace(&inputs, labels);
         cpu::Outputs outputs = cpu::forward(inputs, *options);
         loss = std::move(outputs.loss);
         packed = std::move(outputs.packed);
