@@ -287,6 +287,44 @@ def test_fast_step_equals_the_general_one(options, dtype, extras, fast_calls, mo
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 4, 7), (2, 21, 50), (2, 1000, 17), (1, 2, 3), (4, 37, 2, 2, 8)])
+def test_dense_logits_are_read_where_they_lie(isa, dtype, shape, fast_calls, monkeypatch):
+    """[B, C, d1, ...] in one call, without a copy, against float64 rows [B d1 ..., C]."""
+    native._C.set_isa(isa)
+    logits, _ = inputs(int(torch.Size(shape).numel() / shape[1]), shape[1], dtype=dtype)
+    logits = [x.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous() for x in logits]
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    target.view(-1)[1] = -100
+    logits[1].flatten(2)[0, :, 1] = torch.nan  # an ignored row
+    compute = dtypes.compute_dtype(dtype)
+    for options in (
+        {},
+        dict(
+            mask=torch.rand(shape[0], 2) > 0.3,
+            weight=torch.rand(shape[1], dtype=compute),
+            label_smoothing=0.1,
+            dependence="logit_l1",
+            reduction="sum",
+        ),
+    ):
+        loss, stats, grads, link = step(logits, target, **options)
+        assert fast_calls.pop()
+        assert [g.is_contiguous() for g in grads] == [True] * 3
+        wide = {name: x.double() if name == "weight" else x for name, x in options.items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "override", "reference")
+            want = step([x.double() for x in logits], target, **wide)
+        fast_calls.clear()
+        exact = 1e-12 if dtype == torch.float64 else 3e-5
+        for got, truth in zip((loss, stats, link), (want[0], want[1], want[3]), strict=True):
+            torch.testing.assert_close(got.double(), truth, rtol=exact, atol=exact)
+        tolerance = {torch.float64: 1e-12, torch.bfloat16: 4e-3, torch.float16: 1e-3}.get(dtype, 3e-6)
+        for got, truth in zip(grads, want[2], strict=True):
+            assert (got.double() - truth).norm() <= tolerance * truth.norm()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("extras", [False, True])
 def test_the_joint_baseline_is_torch_and_the_statistics_are_the_kernels(reduction, extras, fast_calls):
@@ -317,10 +355,10 @@ def test_the_joint_baseline_is_torch_and_the_statistics_are_the_kernels(reductio
             [t.to(torch.float32).requires_grad_() for t in x],
             y.float().softmax(0).expand(37, 33).t(),
         ),
-        lambda x, y: ([t.reshape(33, 37, 1) for t in x], y.reshape(33, 1)),
         lambda x, y: ([t.t().contiguous().t() for t in x], y),
+        lambda x, y: ([t.view(3, 11, 37).transpose(1, 2) for t in x], y.view(3, 11)),
     ],
-    ids=["soft target", "three dimensions", "class stride"],
+    ids=["soft target", "class stride", "channels last"],
 )
 def test_unusual_steps_take_the_general_way(unusual, fast_calls):
     logits, target = inputs()

@@ -103,7 +103,7 @@ int check(const Case& c) {
   loss.ignore_index = -100;
   loss.logit_l1 = c.classes % 2 == 0;
 
-  const size_t scratch_bytes = size_t(arl::cpu::scratch_elements(c.classes)) * sizeof(T);
+  const size_t scratch_bytes = size_t(arl::cpu::scratch_elements(c.classes, !c.soft)) * sizeof(T);
   std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64),
                                                       &std::free);
   double total = 0, entropy_total = 0, correct_total = 0, dependence_total = 0;
@@ -132,6 +132,36 @@ int check(const Case& c) {
   }
 
   double expected = 0, entropy = 0, correct = 0, dependence = 0, worst = 0;
+  // The same class after class, the rows side by side, as the positions of two images or of one.
+  if (!c.soft) {
+    const int64_t images = c.rows % 2 == 0 && !c.masked ? 2 : 1, positions = c.rows / images;
+    std::unique_ptr<S[]> columns(new S[c.rows * c.classes]);
+    std::unique_ptr<G[]> column_grad(new G[c.rows * c.classes]);
+    const auto at = [&](int64_t row, int64_t k) {
+      return (row / positions * c.classes + k) * positions + row % positions;
+    };
+    for (int64_t i = 0; i < c.rows; ++i) {
+      for (int64_t k = 0; k < c.classes; ++k) columns[at(i, k)] = x[i * c.stride + k];
+    }
+    uint8_t present = 1;
+    loss.positions = positions;
+    loss.logits[1] = columns.get();
+    loss.grad[1] = column_grad.get();
+    loss.row_stride[1] = positions * c.classes;
+    if (c.masked) loss.mask = &present;
+    for (int64_t begin = 0, end; begin < c.rows; begin = end) {
+      end = std::min(begin + arl::cpu::kChunkRows, (begin / positions + 1) * positions);
+      arl::cpu::ChunkSums sums;
+      arl::cpu::isa_sanitized.rows[c.dtype](loss, 1, begin, end, scratch.get(), &sums);
+    }
+    for (int64_t i = 0; i < c.rows; ++i) {
+      for (int64_t k = 0; k < c.classes && (!c.masked || mask[i]); ++k) {
+        const double off = read(column_grad[at(i, k)]) - read(grad[i * c.classes + k]);
+        worst = std::fmax(worst, std::fabs(off));
+      }
+    }
+  }
+
   for (int64_t i = 0; i < c.rows; ++i) {
     const S* row = x.get() + i * c.stride;
     double top = -INFINITY, z = 0;
@@ -296,7 +326,7 @@ void extremes() {
     loss.target = y.get();
     loss.target_is_int64 = true;
     loss.weight_total = double(classes);
-    const size_t scratch_bytes = size_t(arl::cpu::scratch_elements(classes) * 4 + 63) / 64 * 64;
+    const size_t scratch_bytes = size_t(arl::cpu::scratch_elements(classes, false) * 4 + 63) / 64 * 64;
     std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, scratch_bytes), &std::free);
     arl::cpu::ChunkSums sums;
     arl::cpu::isa_sanitized.rows[arl::kFloat32](loss, 0, 0, 6, scratch.get(), &sums);
