@@ -18,11 +18,11 @@ constexpr int64_t kColumnClasses = 1024;  // most that are read where the positi
 constexpr int64_t kSingleClasses = 4;     // up to here logits are read and written one by one
 constexpr int kMostLanes = 16;
 
-// One call of the loss: M+1 branches of [rows, classes], row after row in memory; the classes are labels if the
-// task says so. Or of [batch, classes, positions], as logits [B, C, d1, ...] lie in memory, of which each
+// One call of the loss: M+1 branches of [rows, classes], row after row in memory; the classes are labels if
+// the task says so. Or of [batch, classes, positions], as logits [B, C, d1, ...] lie in memory, of which each
 // position of each image is a row. T below is the compute type, double for float64 and float for all others.
-// Gradients are contiguous, of the logits' type, but float for float16 logits. A gradient may lie exactly where
-// its logits do: no logit is read again once its gradient is written.
+// Gradients are contiguous, of the logits' type, but float for float16 logits. A gradient may lie exactly
+// where its logits do: no logit is read again once its gradient is written.
 struct Loss {
   int branches;
   int64_t rows, classes;

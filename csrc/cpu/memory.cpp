@@ -17,9 +17,9 @@
 namespace arl::cpu {
 namespace {
 
-constexpr size_t kLarge = size_t(1) << 20;     // smaller blocks are malloc's business
-constexpr size_t kPage = size_t(2) << 20;      // a huge page
-constexpr size_t kKeep = size_t(2) << 30;      // most bytes kept for later
+constexpr size_t kLarge = size_t(1) << 20;          // smaller blocks are malloc's business
+constexpr size_t kPage = size_t(2) << 20;           // a huge page
+constexpr size_t kKeep = size_t(2) << 30;           // most bytes kept for later
 constexpr auto kUnused = std::chrono::seconds(60);  // longest time that a block is kept
 std::atomic<size_t> kept_bytes{0};
 
@@ -43,7 +43,8 @@ std::vector<Block>& kept() {
 
 // As torch's own allocators do: what is kept for later is not in use.
 void tell_profiler(const Block& block, int64_t change) {
-  if (c10::memoryProfilingEnabled()) c10::reportMemoryUsageToProfiler(block.memory, change, 0, 0, c10::Device(c10::kCPU));
+  if (c10::memoryProfilingEnabled())
+    c10::reportMemoryUsageToProfiler(block.memory, change, 0, 0, c10::Device(c10::kCPU));
 }
 
 void give_back(void* context) {
@@ -71,7 +72,8 @@ int64_t release(const Which& which) {
   {
     std::lock_guard<std::mutex> guard(lock());
     auto& blocks = kept();
-    const auto end = std::stable_partition(blocks.begin(), blocks.end(), [&](const Block& block) { return !which(block); });
+    const auto end = std::stable_partition(blocks.begin(), blocks.end(),
+                                           [&](const Block& block) { return !which(block); });
     chosen.assign(end, blocks.end());
     blocks.erase(end, blocks.end());
     for (const Block& block : chosen) bytes += int64_t(block.bytes);
@@ -81,7 +83,8 @@ int64_t release(const Which& which) {
   return bytes;
 }
 
-// A kept block of the size or, as for the last batch of an epoch, of up to twice the size, the smallest; or a new one.
+// A kept block of the size or, as for the last batch of an epoch, of up to twice the size, the smallest; or a
+// new one.
 Block take(size_t bytes) {
   {
     std::lock_guard<std::mutex> guard(lock());
@@ -115,7 +118,9 @@ struct LargeBlocks final : c10::Allocator {
     tell_profiler(block, int64_t(block.bytes));
     return {block.memory, new Block(block), &give_back, c10::Device(c10::kCPU)};
   }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
 };
 
 at::Tensor& fill_if_asked(at::Tensor& tensor) {

@@ -1,9 +1,9 @@
 // The row kernel: statistics and gradient of a chunk of rows, each read from memory once.
 //
-// Few classes: one row per vector lane. Many: one row at a time, in passes (the largest logit; the exponentials, kept in
-// scratch, and their sums; the gradient). Both leave what the statistics need per row in a Chunk, whose rows are then
-// finished as vectors. No single element is written where a vector is read soon after: that read would have to wait for the
-// write to reach the cache.
+// Few classes: one row per vector lane. Many: one row at a time, in passes (the largest logit; the
+// exponentials, kept in scratch, and their sums; the gradient). Both leave what the statistics need per row
+// in a Chunk, whose rows are then finished as vectors. No single element is written where a vector is read
+// soon after: that read would have to wait for the write to reach the cache.
 #pragma once
 
 #include <type_traits>
@@ -23,8 +23,8 @@ using cpu::Loss;
 constexpr int kLaneVectors = ARL_VECTOR_BYTES == 16 ? 4 : 7;
 static_assert(kLaneVectors * Vector<float>::lanes <= kNarrowClasses);
 
-// Per row: the row loss is A log Z - B with A = sum_c t_c and B = sum_c t_c (x_c - top), where t is the target
-// distribution after smoothing and class weights. A row that is not valid has A = B = E = 0 and Z = 1.
+// Per row: the row loss is A log Z - B with A = sum_c t_c and B = sum_c t_c (x_c - top), where t is the
+// target distribution after smoothing and class weights. A row that is not valid has A = B = E = 0 and Z = 1.
 template <class T>
 struct alignas(64) Chunk {
   T a[kChunkRows], b[kChunkRows];
@@ -41,7 +41,8 @@ ARL_INLINE void skip_row(Chunk<T>& chunk, int i) {
 
 // Cross-entropy A log Z - B and entropy H = log Z - E / Z of all rows of the chunk, and their sums.
 template <class T>
-ARL_INLINE void finish_rows(const Loss& loss, int branch, int64_t begin, int rows, Chunk<T>& chunk, ChunkSums* sums) {
+ARL_INLINE void finish_rows(const Loss& loss, int branch, int64_t begin, int rows, Chunk<T>& chunk,
+                            ChunkSums* sums) {
   constexpr int L = Vector<T>::lanes;
   for (int i = rows; i % L != 0; ++i) skip_row(chunk, i);
   const T* dependences = loss.logit_l1 ? chunk.l1 : chunk.confidence;
@@ -72,8 +73,8 @@ ARL_INLINE T weight_of(const Loss& loss, int64_t c) {
   return loss.weight == nullptr ? T(1) : static_cast<const T*>(loss.weight)[c];
 }
 
-// L classes of L rows from class c on, as a vector per class. If there are `Fewer` than L classes, what follows them in
-// memory takes the place of the others, as far as there are rows.
+// L classes of L rows from class c on, as a vector per class. If there are `Fewer` than L classes, what
+// follows them in memory takes the place of the others, as far as there are rows.
 template <class T, class S, bool Fewer>
 ARL_INLINE void load_classes(const S* const* x, int64_t c, int64_t classes, V<T>* v) {
   constexpr int L = Vector<T>::lanes;
@@ -84,7 +85,8 @@ ARL_INLINE void load_classes(const S* const* x, int64_t c, int64_t classes, V<T>
   transpose<T>(v);
 }
 
-// The reverse, into rows without gaps. A row of fewer classes runs over into the next, which is written after it.
+// The reverse, into rows without gaps. A row of fewer classes runs over into the next, which is written after
+// it.
 template <class T, class G, bool Fewer>
 ARL_INLINE void store_classes(G* to, int rows, int64_t c, int64_t classes, V<T>* v) {
   constexpr int L = Vector<T>::lanes;
@@ -123,10 +125,11 @@ ARL_INLINE void lane_rows(const Loss& loss, int branch, int64_t begin, int rows,
   constexpr int L = Vector<T>::lanes;
   constexpr bool kFew = layout == Layout::kFew, kColumns = layout == Layout::kColumns;
   const int64_t classes = loss.classes;
-  const int64_t last = classes > L ? classes - L : 0;  // where the last L classes begin
+  const int64_t last = classes > L ? classes - L : 0;    // where the last L classes begin
   const int64_t stride = kColumns ? loss.positions : 1;  // of classes
   const S* logits = static_cast<const S*>(loss.logits[branch]);
-  logits += kColumns ? begin / stride * loss.row_stride[branch] + begin % stride : begin * loss.row_stride[branch];
+  logits +=
+      kColumns ? begin / stride * loss.row_stride[branch] + begin % stride : begin * loss.row_stride[branch];
   const S* x[L];
   alignas(64) Lane<T> ys[L], valids[L];
   for (int l = 0; l < L; ++l) {  // lanes past the last row repeat it, and are dropped
@@ -174,7 +177,8 @@ ARL_INLINE void lane_rows(const Loss& loss, int branch, int64_t begin, int rows,
   const T smooth = T(loss.label_smoothing / double(classes));
   V<T> smooth_b{};
   if (loss.label_smoothing != 0) {
-    for (int64_t c = 0; c < classes; ++c) smooth_b += smooth * weight_of<T>(loss, c) * (load<T>(scratch + c * L) - top);
+    for (int64_t c = 0; c < classes; ++c)
+      smooth_b += smooth * weight_of<T>(loss, c) * (load<T>(scratch + c * L) - top);
   }
   // The true class is left out of the sum at first: p_y - 1 = -others / Z keeps its digits as p_y goes to 1.
   const Bits<T> y = bit_cast<Bits<T>>(ys), valid = bit_cast<Bits<T>>(valids);
@@ -253,7 +257,8 @@ ARL_INLINE void lane_rows(const Loss& loss, int branch, int64_t begin, int rows,
   }
 }
 
-// Whether the first largest logit of a row has the index `y`; a NaN, which `top` may have missed, counts as the largest.
+// Whether the first largest logit of a row has the index `y`; a NaN, which `top` may have missed, counts as
+// the largest.
 template <class T, class S>
 ARL_INLINE bool first_largest_is(const S* x, int64_t classes, int64_t y, T top, bool maybe_nan) {
   if (maybe_nan) {
@@ -283,7 +288,8 @@ ARL_INLINE T row_top(const S* x, int64_t classes, T* l1) {
   V<T> top0 = splat<T>(lowest), top1 = top0, top2 = top0, top3 = top0, l1_sum{};
   int64_t c = 0;
   for (; c + 4 * L <= classes; c += 4 * L) {
-    const V<T> v0 = load<T>(x + c), v1 = load<T>(x + c + L), v2 = load<T>(x + c + 2 * L), v3 = load<T>(x + c + 3 * L);
+    const V<T> v0 = load<T>(x + c), v1 = load<T>(x + c + L), v2 = load<T>(x + c + 2 * L),
+               v3 = load<T>(x + c + 3 * L);
     top0 = larger<T>(v0, top0);
     top1 = larger<T>(v1, top1);
     top2 = larger<T>(v2, top2);
@@ -297,7 +303,8 @@ ARL_INLINE T row_top(const S* x, int64_t classes, T* l1) {
   }
   if (c < classes) {
     top1 = larger<T>(load_last<T>(x, classes, lowest), top1);
-    if (L1) l1_sum += last_numbers<T>(classes) < Lane<T>(c) ? V<T>{} : absolute<T>(load_last<T>(x, classes, T(0)));
+    if (L1)
+      l1_sum += last_numbers<T>(classes) < Lane<T>(c) ? V<T>{} : absolute<T>(load_last<T>(x, classes, T(0)));
   }
   if (L1) *l1 = sum<T>(l1_sum);
   return largest<T>(larger<T>(larger<T>(top0, top1), larger<T>(top2, top3)));
@@ -318,9 +325,11 @@ ARL_INLINE int64_t first_largest(const T* x, int64_t classes) {
   return c;
 }
 
-// One row at a time. `General`: soft targets or label smoothing, whose target distribution is kept in scratch as well.
+// One row at a time. `General`: soft targets or label smoothing, whose target distribution is kept in scratch
+// as well.
 template <class T, class S, class G, bool General>
-ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, T* target_row, Chunk<T>& chunk, int i) {
+ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, T* target_row,
+                         Chunk<T>& chunk, int i) {
   constexpr int L = Vector<T>::lanes;
   const int64_t classes = loss.classes;
   const int64_t rest = classes % L;
@@ -339,7 +348,8 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
 
   T l1 = 0;
   const T top = loss.logit_l1 ? row_top<T, S, true>(x, classes, &l1) : row_top<T, S, false>(x, classes, &l1);
-  const T* soft = loss.soft_target == nullptr ? nullptr : static_cast<const T*>(loss.soft_target) + row * classes;
+  const T* soft =
+      loss.soft_target == nullptr ? nullptr : static_cast<const T*>(loss.soft_target) + row * classes;
   const int64_t y = soft == nullptr ? loss.class_index(row) : first_largest(soft, classes);
 
   // A = sum_c t_c, B = sum_c t_c (x_c - top); the class index is added to the smooth part of t by hand
@@ -369,8 +379,8 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
     b += sum<T>(b_sum);
   }
 
-  // The exponentials, kept in scratch; meanwhile the next row is fetched, and where its gradient goes. The class index is left
-  // out of the sum at first: p_y - 1 = -others / Z keeps its digits as p_y goes to 1.
+  // The exponentials, kept in scratch; meanwhile the next row is fetched, and where its gradient goes. The
+  // class index is left out of the sum at first: p_y - 1 = -others / Z keeps its digits as p_y goes to 1.
   V<T> d_y = splat<T>(to_float(x[y]) - top);
   const T e_y = exp_nonpositive<T>(d_y)[0];
   V<T> z0{}, z1{}, e0{}, e1{};
@@ -438,7 +448,8 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
 }
 
 template <class T, class S, class G>
-static void rows(const Loss& loss, int branch, int64_t begin, int64_t end, void* scratch_memory, ChunkSums* sums) {
+static void rows(const Loss& loss, int branch, int64_t begin, int64_t end, void* scratch_memory,
+                 ChunkSums* sums) {
   constexpr int L = Vector<T>::lanes;
   T* scratch = static_cast<T*>(scratch_memory);
   Chunk<T> chunk;
@@ -457,14 +468,16 @@ static void rows(const Loss& loss, int branch, int64_t begin, int64_t end, void*
   } else if (loss.soft_target == nullptr && classes <= kLaneVectors * L) {
     by_lane(std::integral_constant<Layout, Layout::kRows>());
   } else if (loss.soft_target == nullptr && loss.label_smoothing == 0) {
-    for (int i = 0; i < count; ++i) wide_row<T, S, G, false>(loss, branch, begin + i, scratch, nullptr, chunk, i);
+    for (int i = 0; i < count; ++i)
+      wide_row<T, S, G, false>(loss, branch, begin + i, scratch, nullptr, chunk, i);
   } else {
     T* target_row = scratch + (classes + 15) / 16 * 16;
     if (loss.soft_target == nullptr) {
       const T smooth = T(loss.label_smoothing / double(classes));
       for (int64_t c = 0; c < classes; ++c) target_row[c] = smooth * weight_of<T>(loss, c);
     }
-    for (int i = 0; i < count; ++i) wide_row<T, S, G, true>(loss, branch, begin + i, scratch, target_row, chunk, i);
+    for (int i = 0; i < count; ++i)
+      wide_row<T, S, G, true>(loss, branch, begin + i, scratch, target_row, chunk, i);
   }
   finish_rows<T>(loss, branch, begin, count, chunk, sums);
 }

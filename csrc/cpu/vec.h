@@ -1,8 +1,9 @@
 // Vectors of the instruction set this file is compiled for, their loads and stores, and exp and log.
 //
-// Written with the compiler's vector types, so that one source serves every instruction set: define ARL_ISA (a
-// namespace) and ARL_VECTOR_BYTES (16, 32 or 64) before. Everything lies in that namespace and uses nothing from the
-// standard library, so that the linker can never pick code made for another instruction set. No torch headers here.
+// Written with the compiler's vector types, so that one source serves every instruction set: define ARL_ISA
+// (a namespace) and ARL_VECTOR_BYTES (16, 32 or 64) before. Everything lies in that namespace and uses
+// nothing from the standard library, so that the linker can never pick code made for another instruction set.
+// No torch headers here.
 #pragma once
 
 #include <cstdint>
@@ -146,8 +147,8 @@ ARL_INLINE void store(Bf16* to, V<float> value) {
   __builtin_memcpy(to, &half, sizeof(half));
 }
 
-// The last L of `count` elements: a row whose length is no multiple of L ends with a vector that has some elements for a second
-// time. Where there are fewer than L: all of them, and `fill` in the lanes behind.
+// The last L of `count` elements: a row whose length is no multiple of L ends with a vector that has some
+// elements for a second time. Where there are fewer than L: all of them, and `fill` in the lanes behind.
 template <class T, class S>
 ARL_INLINE V<T> load_last(const S* from, int64_t count, T fill) {
   constexpr int L = Vector<T>::lanes;
@@ -174,7 +175,8 @@ ARL_INLINE void store_last(G* to, int64_t count, V<T> value) {
   }
 }
 
-// Two vectors' lanes by a table: lane i of the result is number index(i) of the lanes of a and, behind them, of b.
+// Two vectors' lanes by a table: lane i of the result is number index(i) of the lanes of a and, behind them,
+// of b.
 template <class T, class Index>
 ARL_INLINE V<T> shuffle(V<T> a, V<T> b, Index index) {
   constexpr int L = Vector<T>::lanes;
@@ -189,8 +191,8 @@ ARL_INLINE V<T> shuffle(V<T> a, V<T> b, Index index) {
 #endif
 }
 
-// Lane j of vector i becomes lane i of vector j. Every step is an instruction that all x86 vectors have: first within
-// pieces of 16 bytes, then whole pieces.
+// Lane j of vector i becomes lane i of vector j. Every step is an instruction that all x86 vectors have:
+// first within pieces of 16 bytes, then whole pieces.
 template <class T>
 ARL_INLINE void transpose(V<T>* v) {
   constexpr int L = Vector<T>::lanes, piece = 16 / sizeof(T), pieces = L / piece;
@@ -208,12 +210,14 @@ ARL_INLINE void transpose(V<T>* v) {
       for (int j = 0; j < 2; ++j) v[i + j] = w[i + j];
     } else {
       for (int j = 0; j < 4; ++j) {  // [a0 a1 b0 b1], [a2 a3 b2 b3]
-        const auto index = [j](int lane) ARL_LAMBDA { return lane / 4 * 4 + j % 2 * 2 + lane % 2 + lane % 4 / 2 * L; };
+        const auto index = [j](int lane)
+                               ARL_LAMBDA { return lane / 4 * 4 + j % 2 * 2 + lane % 2 + lane % 4 / 2 * L; };
         v[i + j] = shuffle<T>(w[i + j / 2], w[i + 2 + j / 2], index);
       }
     }
   }
-  for (int j = 0; j < piece && pieces > 1; ++j) {  // vectors j, j + piece, ... now hold pieces of the same classes
+  for (int j = 0; j < piece && pieces > 1;
+       ++j) {  // vectors j, j + piece, ... now hold pieces of the same classes
     V<T> u[pieces];
     const auto lower = [](int lane) ARL_LAMBDA { return lane < L / 2 ? lane : lane + L / 2; };
     const auto upper = [](int lane) ARL_LAMBDA { return lane < L / 2 ? lane + L / 2 : lane + L; };
@@ -223,7 +227,8 @@ ARL_INLINE void transpose(V<T>* v) {
     }
     if constexpr (pieces == 4) {
       for (int k = 0; k < 4; ++k) {  // of [a0 a1 b0 b1] and [c0 c1 d0 d1]: [a0 b0 c0 d0], [a1 b1 c1 d1]
-        const auto index = [k](int lane) ARL_LAMBDA { return lane / piece * 2 * piece + k % 2 * piece + lane % piece; };
+        const auto index = [k](int lane)
+                               ARL_LAMBDA { return lane / piece * 2 * piece + k % 2 * piece + lane % piece; };
         v[j + k * piece] = shuffle<T>(u[k / 2], u[2 + k / 2], index);
       }
     } else {
@@ -243,8 +248,10 @@ ARL_INLINE void prefetch(const S* from) {
 #if ARL_VECTOR_BYTES == 64  // compilers make two instructions of a comparison and a choice
 template <class T>
 ARL_INLINE V<T> larger(V<T> a, V<T> b) {
-  if constexpr (sizeof(T) == 4) return _mm512_max_ps(a, b);
-  else return _mm512_max_pd(a, b);
+  if constexpr (sizeof(T) == 4)
+    return _mm512_max_ps(a, b);
+  else
+    return _mm512_max_pd(a, b);
 }
 #else
 template <class T>
@@ -259,7 +266,8 @@ ARL_INLINE V<T> absolute(V<T> x) {
   return bit_cast<V<T>>(bit_cast<Bits<T>>(x) & Lane<T>(magnitude));
 }
 
-// The lanes of x brought together in halves: a chain of as many steps as lanes would take longer than the rest of a short row.
+// The lanes of x brought together in halves: a chain of as many steps as lanes would take longer than the
+// rest of a short row.
 template <class T, int N, class X, class Join>
 ARL_INLINE T fold(X x, Join join) {
   if constexpr (N == 2) {
@@ -301,11 +309,13 @@ struct Exp;
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; ln 2 in two pieces so that r is exact.
 template <>
 struct Exp<float> {
-  static constexpr float lowest = kAnyPower ? -110.0f : -87.0f;  // exp of it is 0, or taken for 0, since it is below 2e-38
+  static constexpr float lowest =
+      kAnyPower ? -110.0f : -87.0f;  // exp of it is 0, or taken for 0, since it is below 2e-38
   static constexpr float per_ln2 = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the low bits
   static constexpr int mantissa = 23, one = 0x3f800000;
-  // Minimax on |r| <= ln 2 / 2, relative error 3e-9; the first two coefficients are 1, so that exp(0) = 1 exactly.
+  // Minimax on |r| <= ln 2 / 2, relative error 3e-9; the first two coefficients are 1, so that exp(0) = 1
+  // exactly.
   ARL_INLINE V<float> polynomial(V<float> r) {
     V<float> p = 0.0013814594f * r + 0.0083687175f;
     p = p * r + 0.04166839f;
@@ -318,7 +328,8 @@ struct Exp<float> {
 template <>
 struct Exp<double> {
   static constexpr double lowest = kAnyPower ? -750.0 : -708.0;
-  static constexpr double per_ln2 = 1.4426950408889634, ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
+  static constexpr double per_ln2 = 1.4426950408889634, ln2_high = 0x1.62e42fee00000p-1,
+                          ln2_low = 0x1.a39ef35793c76p-33;
   static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int mantissa = 52;
   static constexpr int64_t one = 0x3ff0000000000000;
@@ -338,8 +349,8 @@ struct Exp<double> {
   }
 };
 
-// exp of a value that is not above 0. `x` is raised to the lowest argument, so that exp(x) * x is 0 where x was -inf
-// (0 log 0 = 0). NaN stays NaN.
+// exp of a value that is not above 0. `x` is raised to the lowest argument, so that exp(x) * x is 0 where x
+// was -inf (0 log 0 = 0). NaN stays NaN.
 template <class T>
 ARL_INLINE V<T> exp_nonpositive(V<T>& x) {
   typedef Exp<T> E;
@@ -348,8 +359,10 @@ ARL_INLINE V<T> exp_nonpositive(V<T>& x) {
   const V<T> n = shifted - E::round;
   const V<T> p = E::polynomial((x - n * E::ln2_high) - n * E::ln2_low);
 #if ARL_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return _mm512_scalef_ps(p, n);
-  else return _mm512_scalef_pd(p, n);
+  if constexpr (sizeof(T) == 4)
+    return _mm512_scalef_ps(p, n);
+  else
+    return _mm512_scalef_pd(p, n);
 #else
   const V<T> power = bit_cast<V<T>>((bit_cast<Bits<T>>(shifted) << E::mantissa) + E::one);
   return x == E::lowest ? V<T>{} : p * power;

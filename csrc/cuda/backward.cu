@@ -11,13 +11,14 @@ namespace {
 
 __global__ void empty_kernel() {}
 
-// Whether blocks can share rows: the device has clusters, and it runs code that was made for such devices. Code
-// for sm_80 alone runs there too, compiled by the driver, and knows nothing of them.
+// Whether blocks can share rows: the device has clusters, and it runs code that was made for such devices.
+// Code for sm_80 alone runs there too, compiled by the driver, and knows nothing of them.
 cudaError_t has_clusters(int ordinal, bool* clusters) {
   int can = 0;
   cudaFuncAttributes code = {};
   cudaError_t error = cudaDeviceGetAttribute(&can, cudaDevAttrClusterLaunch, ordinal);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(&empty_kernel));
+  if (error == cudaSuccess)
+    error = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(&empty_kernel));
   *clusters = can != 0 && code.ptxVersion >= 90;
   return error;
 }

@@ -440,8 +440,9 @@ __device__ inline void store_in_block(V* own, int rank, V value) {
 #endif
 }
 
-// Over the blocks of a cluster, of values that all threads of a block have. Each block sends its own to all, so
-// that one barrier suffices. The buffer [n, kMostCluster] may be used again after the cluster's next barrier.
+// Over the blocks of a cluster, of values that all threads of a block have. Each block sends its own to all,
+// so that one barrier suffices. The buffer [n, kMostCluster] may be used again after the cluster's next
+// barrier.
 template <int n, typename V, typename Op>
 __device__ inline void reduce_cluster(V (&v)[n], int cluster, V* buffer, Op op) {
   if (int(threadIdx.x) < cluster) {

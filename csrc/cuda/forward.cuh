@@ -2,9 +2,9 @@
 //
 // A block, or a cluster of blocks, walks over rows of one branch (of all, for a per-row loss). It reads a row
 // once, keeps it on chip, reduces it (top; then Z = sum e^v and sum v e^v with v = x - top; entropy,
-// cross-entropy and p_y follow), writes the row's gradient and adds the row to six sums. The block that finishes last adds up the sums of
-// all blocks, in the same order whoever is last, and turns them into the loss and the packed statistics with
-// arl::finish.
+// cross-entropy and p_y follow), writes the row's gradient and adds the row to six sums. The block that
+// finishes last adds up the sums of all blocks, in the same order whoever is last, and turns them into the
+// loss and the packed statistics with arl::finish.
 #pragma once
 
 #include <type_traits>
@@ -621,8 +621,8 @@ __global__ void __launch_bounds__(
   const ForwardArgs& a = p.args;
   const int rows_per_block = kFamily == kBlock ? 1 : blockDim.x / p.threads_per_row;
   const int own = kFamily == kBlock ? 0 : threadIdx.x / p.threads_per_row;
-  const bool leads = kFamily == kBlock ? threadIdx.x == 0 && cluster_rank() == 0
-                                       : threadIdx.x % p.threads_per_row == 0;
+  const bool leads =
+      kFamily == kBlock ? threadIdx.x == 0 && cluster_rank() == 0 : threadIdx.x % p.threads_per_row == 0;
   const int team = kFamily == kBlock ? blockIdx.x / p.cluster : blockIdx.x;
   if (kFamily == kBlock && p.cluster > 1) cluster_barrier();  // nobody writes to a block that has not begun
 

@@ -26,7 +26,8 @@ enum Family : int {
   kSmall = 0,  // 1 to 32 threads per row, up to kHeld elements each: many rows per block
   kWarp =
       1,  // one warp per row, up to held_vectors() 16-byte vectors per thread; not for heavy rows (see below)
-  // One block per row, or a cluster of blocks: registers, then shared memory, then what is left is read again.
+  // One block per row, or a cluster of blocks: registers, then shared memory, then what is left is read
+  // again.
   kBlock = 2,
 };
 
@@ -36,8 +37,8 @@ constexpr int kRowsThreads = 256;      // block size of kSmall and kWarp
 constexpr int kElementwiseBlocks = 8;  // of kRowsThreads, resident per multiprocessor
 constexpr int kTicketBytes = 16;
 constexpr int kMostCluster = 8;  // blocks of a cluster on any device that has clusters
-// Of the next row of a block, so much is asked for ahead: what arrives while this row is worked on. All of the
-// rows of all blocks would drive the gradients out of L2.
+// Of the next row of a block, so much is asked for ahead: what arrives while this row is worked on. All of
+// the rows of all blocks would drive the gradients out of L2.
 constexpr int kPrefetchBytes = 64 * 1024;
 constexpr int kStaticShared = 8192;  // bound on the static shared memory of a kernel
 constexpr int64_t kCountInlineRows = 8192;
@@ -127,8 +128,8 @@ inline Plan plan(const Shape& shape, const Device& device) {
   }
   p.rows_per_block = p.threads / p.threads_per_row;
   // A persistent grid: no more blocks than are resident at once, so that partial sums and counting stay few.
-  int64_t resident =
-      int64_t(device.multiprocessors) * (resident_threads(p.family, heavy) / p.threads) / p.grid_y / p.cluster;
+  int64_t resident = int64_t(device.multiprocessors) * (resident_threads(p.family, heavy) / p.threads) /
+                     p.grid_y / p.cluster;
   const int64_t needed = ceil_div(shape.rows, p.rows_per_block);
   if (resident > needed) resident = needed;
   p.grid_x = int(resident < 1 ? 1 : resident) * p.cluster;

@@ -122,8 +122,8 @@ struct Fiber {
   ucontext_t start;
   jmp_buf resume;
   bool started, done;
-  int waits_for;  // 0: nothing, 1: the warp, 2: the block, 3: the cluster
-  unsigned parity;                                      // of the warp's exchange slots
+  int waits_for;    // 0: nothing, 1: the warp, 2: the block, 3: the cluster
+  unsigned parity;  // of the warp's exchange slots
   std::vector<std::pair<uint4*, const uint4*>> copies;  // begun and not waited for
   char* stack = nullptr;
 };
@@ -460,8 +460,9 @@ cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int sh
   }
   const auto opted_in = s.opted_in.find(reinterpret_cast<const void*>(kernel));
   const int most = opted_in == s.opted_in.end() ? 48 * 1024 - kStatic : opted_in->second;
-  if (threads % emulation::kWarpSize || shared_bytes > most || shared_bytes > s.devices[s.device].shared_memory ||
-      !grid.x || !grid.y || grid.y > 65535 || cluster > 8 || grid.x % cluster) {
+  if (threads % emulation::kWarpSize || shared_bytes > most ||
+      shared_bytes > s.devices[s.device].shared_memory || !grid.x || !grid.y || grid.y > 65535 ||
+      cluster > 8 || grid.x % cluster) {
     return failed(cudaErrorInvalidValue);
   }
   ++s.launches;
