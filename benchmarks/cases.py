@@ -12,8 +12,14 @@ from torch import Tensor
 GAMMA, TEMPERATURE = 1.0, 8.0
 
 
+IMAGES = 32  # of the suite "dense"
+
+
 class Case(NamedTuple):
-    """One shape: M+1 logits tensors [batch, classes] of a dtype; in the suite "labels" classes are labels."""
+    """One shape: M+1 logits tensors [batch, classes] of a dtype.
+
+    In the suite "labels" classes are labels. In the suite "dense" the rows are the positions of images.
+    """
 
     suite: str
     batch: int
@@ -59,8 +65,10 @@ SUITES: dict[str, list[Case]] = {
     "huge": _suite(
         "huge", [(1024, 32000, 2, BF16), (8192, 32000, 2, BF16), (2048, 32000, 6, F32)]
     ),  # on a GPU only
-    # dense prediction: many rows of few classes, bound by memory where a kernel is good
+    # many rows of few classes, bound by memory where a kernel is good
     "narrow": _suite("narrow", [(65536, 28, 2, F32), (131072, 21, 2, F32)]),
+    # dense prediction as a network returns it, [32, 21, 4096]: the positions of a class side by side
+    "dense": _suite("dense", [(32 * 64 * 64, 21, 2, F32)]),
     "vocabulary": _suite("vocabulary", [(8192, 128256, 2, BF16)]),  # on a GPU only
     "scaling-batch": _suite("scaling-batch", [(b, 101, 2, F32) for b in (4, 16, 64, 256, 1024, 4096)]),
     "scaling-classes": _suite(
@@ -91,4 +99,7 @@ def make(case: Case, device: str, seed: int = 0) -> tuple[list[Tensor], Tensor]:
         margin = 8 * torch.rand(case.batch, 1, **kind) / (1 + branch)
         x = x + margin * (target - 0.5) if labels else x.scatter_add_(1, target.unsqueeze(1), margin)
         logits.append(x.to(getattr(torch, case.dtype)))
+    if case.suite == "dense":
+        logits = [x.view(IMAGES, -1, case.classes).transpose(1, 2).contiguous() for x in logits]
+        target = target.view(IMAGES, -1)
     return logits, target

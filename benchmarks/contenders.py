@@ -110,7 +110,7 @@ def eager_split(logits: Sequence[Tensor], target: Tensor, link: Tensor) -> tuple
         for logp in logps[1:]:
             p = logp.exp()
             dependences.append(p.gather(1, target.unsqueeze(1)).mean())
-            entropies.append(p.mul_(logp).sum() / -len(target))
+            entropies.append(p.mul_(logp).sum() / -target.numel())
         entropy, dependence = torch.stack(entropies), torch.stack(dependences)
         a = _shares(entropy, dependence)
     return loss, {"entropy": entropy, "dependence": dependence, "coefficients": a}

@@ -108,6 +108,9 @@ def check(
         coarse: intermediate values in the logits' dtype are forgiven.
     """
     covered = len(logits) if branches is None else branches
+    if logits[0].dim() == 3:  # the positions of images are rows
+        logits, grads = ([x.movedim(1, -1).flatten(0, 1) for x in tensors] for tensors in (logits, grads))
+        target = target.flatten()
     batch, classes = logits[0].shape
     if len(grads) != covered:
         raise Rejected(f"{len(grads)} gradients for {covered} branches")
