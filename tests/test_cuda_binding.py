@@ -163,7 +163,10 @@ def fast_calls(binding, implementation, monkeypatch):
         return result
 
     steps = SimpleNamespace(
-        fast_loss=fast_loss, fast_modulate=binding.fast_modulate, fast_linear_loss=lambda *_: None
+        fast_loss=fast_loss,
+        fast_modulate=binding.fast_modulate,
+        fast_linear_loss=lambda *_: None,
+        fast_unpack=lambda _: None,
     )
     monkeypatch.setattr(dispatch, "native_steps", lambda: steps)
     return calls
