@@ -79,9 +79,7 @@ def test_int32_targets(implementation):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("batch", "classes"), [(64, 6), (700, 309), (64, 32000), (9, 128256), (50_000, 6)]
-)
+@pytest.mark.parametrize(("batch", "classes"), [(64, 6), (700, 309), (64, 32000), (9, 128256), (50_000, 6)])
 def test_bitwise_the_same_in_a_hundred_runs(kernels, batch, classes):
     logits, target = branches(batch, classes)
     first = run(logits, target, upstream=torch.tensor(0.3))
