@@ -1,8 +1,8 @@
 """Heads that share all their parameters between the fused and the unimodal predictions.
 
 Each takes the encoders' features, marks them with ``modulate`` and returns BranchLogits. Where the head is
-linear, the
-unimodal predictions are pieces of the fused one: M matrix products instead of M+1 zero-padded ones.
+linear, the unimodal predictions are pieces of the fused one: M matrix products instead of M+1 zero-padded
+ones.
 """
 
 from __future__ import annotations
@@ -117,9 +117,8 @@ class _Head(nn.Module):
             if mask is not None:
                 link.mask = mask  # type: ignore[attr-defined]
         fused, unimodal = self.branches(tensors)
-        if (
-            fused.dim() > 2
-        ):  # layers leave the classes in the last dimension, the loss takes them in dimension 1
+        # layers leave the classes in the last dimension, the loss takes them in dimension 1
+        if fused.dim() > 2:
             fused, unimodal = fused.movedim(-1, 1), [x.movedim(-1, 1) for x in unimodal]
         if mask is not None:
             unimodal = no_prediction(unimodal, mask)

@@ -39,8 +39,7 @@ def sharded_arl_loss(
 
     All processes give the same batch and get the same loss and statistics, those of the unsharded loss. Each
     gets the exact gradient of its shard, to be averaged with nobody. There is one all-gather of about 9 (M+1)
-    B numbers and no
-    other traffic: the logits never leave their process. Plain torch on any device.
+    B numbers and no other traffic: the logits never leave their process. Plain torch on any device.
 
     Everything with a dimension of classes is sharded in the same way, everything else is as in ``arl_loss``.
 

@@ -20,9 +20,8 @@ from benchmarks.cases import SUITES, Case, make
 from benchmarks.contenders import Contender, contenders
 
 LARGE = 1 << 22  # elements from which a single call is a sample
-HUGE = (
-    1 << 26
-)  # elements from which a CPU takes one sample per rotation: no cache holds them, so none is warm either
+# elements from which a CPU takes one sample per rotation: no cache holds them, so none is warm either
+HUGE = 1 << 26
 
 
 class Session:

@@ -62,9 +62,8 @@ SUITES: dict[str, list[Case]] = {
     # a yes or no for every label: a movie's genres, facial action units, and wide tagging
     "labels": _suite("labels", [(64, c, 2, F32) for c in (1, 6, 28, 309)] + [(2048, 1000, 2, F32)])
     + _suite("labels", [(64, 28, 2, BF16), (2048, 1000, 2, BF16)]),
-    "huge": _suite(
-        "huge", [(1024, 32000, 2, BF16), (8192, 32000, 2, BF16), (2048, 32000, 6, F32)]
-    ),  # on a GPU only
+    # on a GPU only
+    "huge": _suite("huge", [(1024, 32000, 2, BF16), (8192, 32000, 2, BF16), (2048, 32000, 6, F32)]),
     # many rows of few classes, bound by memory where a kernel is good
     "narrow": _suite("narrow", [(65536, 28, 2, F32), (131072, 21, 2, F32)]),
     # dense prediction as a network returns it, [32, 21, 4096]: the positions of a class side by side

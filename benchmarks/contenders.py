@@ -251,13 +251,14 @@ def packages() -> tuple[list[Contender], list[str]]:
     return found, missing
 
 
+# half a minute of compiling each
 COMPILED_SHAPES = {
     (64, 6),
     (64, 309),
     (2048, 1000),
     (1024, 32000),
     (8192, 32000),
-}  # half a minute of compiling each
+}
 
 
 def contenders(case: Case, device: str, compile: bool = True, only_compiled: bool = False) -> list[Contender]:

@@ -27,9 +27,8 @@ class Step:
     def __init__(self, contender: Contender, case: Case, logits: list[Tensor], target: Tensor) -> None:
         self.contender, self.case, self.target = contender, case, target
         self.given = logits
-        if (
-            contender.in_place
-        ):  # a repetition then runs on the last one's gradients; memory traffic stays the same
+        # a repetition then runs on the last one's gradients; memory traffic stays the same
+        if contender.in_place:
             logits = [x.clone() for x in logits]
         self.inputs = [x.detach() for x in logits]
         self.leaves = [x.detach().requires_grad_() for x in logits]

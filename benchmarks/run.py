@@ -147,9 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"SLOWER than the last run {change.factor:.2f}x {change.measure} {change.name}")
             if set(phases) == set(PHASES) and not options.tiny and not failed:
                 out.replace(final)
-                final.with_name(f"linear-{final.name}").unlink(
-                    missing_ok=True
-                )  # of a run of benchmarks.linear alone
+                # of a run of benchmarks.linear alone
+                final.with_name(f"linear-{final.name}").unlink(missing_ok=True)
                 print(f"rows: {final.relative_to(ROOT)}")
             else:
                 print(f"rows of this partial run: {out.relative_to(ROOT)}")

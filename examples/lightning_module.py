@@ -24,9 +24,8 @@ class ARLModule(lightning.LightningModule):
         audio, visual, target = batch
         loss = self.criterion(self.model(audio, visual), target)
         stats = self.criterion.stats
-        self.log_dict(
-            {"loss": loss, "gain/audio": stats.gains[0], "gain/visual": stats.gains[1]}
-        )  # device tensors: no sync
+        # device tensors: no sync
+        self.log_dict({"loss": loss, "gain/audio": stats.gains[0], "gain/visual": stats.gains[1]})
         return loss
 
     def validation_step(self, batch, index):

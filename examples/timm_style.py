@@ -47,9 +47,8 @@ def validate(model, loader, loss_fn, amp_autocast=contextlib.suppress) -> float:
             with amp_autocast():
                 output = model(*inputs)
                 loss_fn(output, target)
-            if isinstance(
-                output, (tuple, list)
-            ):  # as timm does; BranchLogits are a tuple with the fused logits first
+            # as timm does; BranchLogits are a tuple with the fused logits first
+            if isinstance(output, (tuple, list)):
                 output = output[0]
             correct += int((output.argmax(1) == target).sum())
             rows += len(target)

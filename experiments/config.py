@@ -45,9 +45,8 @@ class Config:
     rates: tuple[float, ...] = (1e-3,)  # learning rates; of several, the best on validation data counts
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    decay_epochs: tuple[int, ...] = (
-        70,
-    )  # learning rate x 0.1 there; the release means 70 and 150, and is an epoch early
+    # learning rate x 0.1 there; the release means 70 and 150, and is an epoch early
+    decay_epochs: tuple[int, ...] = (70,)
     clip: float = 40.0  # global gradient norm, as in the release; 0: none
     gamma: float = 4.0  # the release's scripts: CREMA-D 4, AVE 5, Kinetics-Sounds 3
     temperature: float = 4.0

@@ -64,9 +64,8 @@ def batches(
         collate_fn=(lambda batch: batch) if isinstance(items, Memory) else default_collate,
         pin_memory=machine.device.type == "cuda",
         drop_last=drop_last and len(order) >= size,
-        generator=torch.Generator().manual_seed(
-            0
-        ),  # the loader's own draw must not move the global generator
+        # the loader's own draw must not move the global generator
+        generator=torch.Generator().manual_seed(0),
     )
     for x, y in loader:
         yield (

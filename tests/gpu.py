@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # read when cuBLAS starts; deterministic matrix products
+# read when cuBLAS starts; deterministic matrix products
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import oracle
 import pytest

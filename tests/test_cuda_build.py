@@ -139,9 +139,8 @@ def forward_kernels(architecture: str) -> list[Kernel]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_registers_and_shared_memory(architecture):
     found = kernels(architecture)
-    assert (
-        len(forward_kernels(architecture)) == 4 * 4 + 3
-    )  # small and block, plain and dense; warp for all but float64
+    # small and block, plain and dense; warp for all but float64
+    assert len(forward_kernels(architecture)) == 4 * 4 + 3
     for k in found:
         assert k.spills == 0, k
         assert k.shared <= STATIC_SHARED, k

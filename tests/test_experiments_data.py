@@ -108,10 +108,11 @@ def test_no_speaker_drawer_group_or_clip_is_on_two_sides(folders):
         side: {clip.name for clip, _ in items}
         for side, items in reader("ks")._splits(folders["ks"], ["playing drums", "tap dancing"]).items()
     }
+    # labels from the table; other classes passed over
     assert names["test"] == {
         "v-pla_000003_000013",
         "v-tap_000003_000013",
-    }  # labels from the table; other classes passed over
+    }
     assert not names["train"] & names["validation"]
     assert all(held_out(name) for name in names["validation"])
 
@@ -196,9 +197,8 @@ def test_flow_is_read_in_the_place_of_differences(folders):
     assert motion.shape == (3, 2, 32, 32)
     assert torch.allclose(motion, torch.tensor((103 / 255 - 0.5) / 0.25), atol=0.1)
     static = reader("ucf101").load(folders["ucf101"], config("ucf101"), seed=0).test[0][0]["motion"]
-    assert torch.allclose(
-        static.mean(), torch.tensor(8 / 255 / 0.1), atol=0.1
-    )  # every frame is 8 levels brighter than the last
+    # every frame is 8 levels brighter than the last
+    assert torch.allclose(static.mean(), torch.tensor(8 / 255 / 0.1), atol=0.1)
 
 
 def test_pictures_and_flow_are_cropped_alike(folders, monkeypatch):

@@ -65,9 +65,8 @@ def test_every_model_trains_two_steps(encoder, fusion, shapes):
 
 def test_resnet18_has_torchvisions_parameters():
     names = dict(ResNet18(3).named_parameters())
-    assert (
-        sum(p.numel() for p in names.values()) == 11_689_512 - 513_000
-    )  # torchvision's without the last layer
+    # torchvision's without the last layer
+    assert sum(p.numel() for p in names.values()) == 11_689_512 - 513_000
     assert {
         "conv1.weight",
         "layer1.0.bn2.bias",
@@ -103,9 +102,8 @@ def test_the_gain_scales_what_flows_back_through_each_encoders_end(fusion):
     ) in none.items():  # what flows back through the audio end and through the visual end is everything
         assert torch.allclose((audio[name] - g) + (visual[name] - g), g, atol=1e-10), name
     own, other = "encoders.audio.layer4.1.conv2.weight", "encoders.visual.layer4.1.conv2.weight"
-    assert torch.allclose(audio[own], 2 * none[own]) == (
-        fusion != "mmtm"
-    )  # an exchange brings the other end's gradient as well
+    # an exchange brings the other end's gradient as well
+    assert torch.allclose(audio[own], 2 * none[own]) == (fusion != "mmtm")
     assert torch.allclose(audio[other], none[other]) == (fusion != "mmtm")
 
 
@@ -173,9 +171,8 @@ def test_the_third_variants_coefficients_and_gains():
         gain = 1 + a[0 if "image" in name else 1]
         assert torch.allclose(g, gain * plain[name], rtol=1e-5), name
     sure = [torch.tensor([[200.0, 0.0], [0.1, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])]
-    assert torch.equal(
-        criterion.coefficients(sure), torch.tensor([1.0, 0.0])
-    )  # one certain row decides alone
+    # one certain row decides alone
+    assert torch.equal(criterion.coefficients(sure), torch.tensor([1.0, 0.0]))
 
 
 def test_the_auxiliary_head_is_apart_from_the_fused_one():

@@ -63,9 +63,8 @@ def test_parity_with_float64(kernels, poisoned, batch, classes, modalities, dtyp
         [x.double() for x in logits], target, upstream=upstream.double(), **options, implementation=reference
     )
     assert relative(loss, want_loss) < 2e-5
-    limit = {torch.float32: 5e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[
-        dtype
-    ]  # rounded twice, before and after the upstream gradient
+    # rounded twice, before and after the upstream gradient
+    limit = {torch.float32: 5e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
     assert all(relative(g, w) < limit for g, w in zip(grads, want, strict=True))
     for name, got, expected in zip(stats._fields, stats, want_stats, strict=True):
         torch.testing.assert_close(

@@ -216,11 +216,12 @@ def test_hf_trainer(example, tmp_path):
         made, _ = module.main(steps=8, rows=256, **options)  # 2 epochs of 4 steps of 2 micro-batches
         history = histories[0]
         assert (history.step, history.epoch) == (16, 2)
+        # each epoch, and at the end by hand
         assert history.rows("held_out")["count/fused"].tolist() == [
             128,
             128,
             128,
-        ]  # each epoch, and at the end by hand
+        ]
         records = made.state.log_history
         trained = [r for r in records if "loss" in r]
         assert [r["step"] for r in trained] == [2, 4, 6, 8]

@@ -148,9 +148,8 @@ def test_export_of_a_model_with_a_head(strict):
         program = torch.export.export(model, (a, v), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
     a, v, _ = batch(12)
     torch.testing.assert_close(program.module()(a, v), model(a, v))
-    assert not any(
-        "arl_fast" in str(node.target) for node in program.graph.nodes
-    )  # what it runs in needs no arl_fast
+    # what it runs in needs no arl_fast
+    assert not any("arl_fast" in str(node.target) for node in program.graph.nodes)
 
 
 def test_export_of_a_model_with_its_loss():
@@ -179,9 +178,8 @@ def test_torch_func_transforms_say_why_not(implementation):
         return criterion(torch.func.functional_call(model, parameters, (a, v)), target)
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    torch.testing.assert_close(
-        loss(parameters), criterion(model(a, v), target)
-    )  # functional_call alone works
+    # functional_call alone works
+    torch.testing.assert_close(loss(parameters), criterion(model(a, v), target))
     logits = [torch.randn(4, 5) for _ in range(3)]
     for what, call in (
         ("modulate", lambda: torch.func.grad(loss)(parameters)),

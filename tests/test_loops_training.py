@@ -104,9 +104,8 @@ def test_checkpointed_encoders(implementation, reentrant):
     expected = grads(model, ARLLoss()(model(x), target))
 
     def forward(x):
-        leaf = {
-            name: z.clone().requires_grad_() for name, z in x.items()
-        }  # reentrant checkpointing asks for such an input
+        # reentrant checkpointing asks for such an input
+        leaf = {name: z.clone().requires_grad_() for name, z in x.items()}
         return model.head(
             {
                 name: checkpoint(encoder, leaf[name], use_reentrant=reentrant)

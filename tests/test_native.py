@@ -495,9 +495,8 @@ def test_saved_tensor_hooks_and_checkpoint():
     assert len(held) == 3
     before = [t.clone() for t in held]
     loss.backward(torch.tensor(3.0))
-    assert all(
-        torch.equal(a, b) for a, b in zip(held, before, strict=True)
-    )  # what the hook holds stays as it was
+    # what the hook holds stays as it was
+    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
     torch.testing.assert_close([x.grad for x in leaves], [3 * g for g in full])
     from torch.utils.checkpoint import checkpoint
 

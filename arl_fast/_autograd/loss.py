@@ -35,9 +35,8 @@ def compute(
     """The loss in its final shape, the packed statistics, the gradients' factor, the rows' gradients."""
     implementation, options, schedule, targets, group = step
     local_options = options
-    if (
-        group is not None
-    ):  # `synchronise` divides by the divisor of all processes, and runs a callable rule, once
+    # `synchronise` divides by the divisor of all processes, and runs a callable rule, once
+    if group is not None:
         divisor = torch.ones(len(logits), dtype=compute_dtype(logits[0].dtype), device=logits[0].device)
         targets, local_options = targets._replace(divisor=divisor), options.for_kernels
     rows = [to_rows(x) for x in logits]

@@ -19,9 +19,8 @@ DEFAULT_BUDGET = 1 << 30
 
 def chunk_rows(rows: int, classes: int, modalities: int, dtype: torch.dtype, device: str) -> int:
     """Rows of logits that are held at once: as many as the budget allows, in chunks of about equal size."""
-    size = dtype.itemsize + max(
-        dtype.itemsize, 4 if dtype == torch.float16 else 0
-    )  # a logit and its gradient
+    # a logit and its gradient
+    size = dtype.itemsize + max(dtype.itemsize, 4 if dtype == torch.float16 else 0)
     most = max(1, BUDGET.get(device, DEFAULT_BUDGET) // ((modalities + 1) * classes * size))
     if rows <= most:
         return most

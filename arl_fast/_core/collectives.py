@@ -98,8 +98,5 @@ def synchronise(
         return loss, packed, None
     _, joined_divisor, count = sums[:3]
     factor = (local[1] if divisor is None else divisor) * group.size / joined_divisor
-    return (
-        total,
-        packed,
-        torch.where(count > 0, factor, 0),
-    )  # a branch without a valid row has no gradient, not 0/0
+    # a branch without a valid row has no gradient, not 0/0
+    return total, packed, torch.where(count > 0, factor, 0)

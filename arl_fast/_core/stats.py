@@ -13,9 +13,8 @@ def _sizes_of(modalities: int) -> tuple[int, ...]:
     return tuple(own.get(field, modalities) for field in PACKED)
 
 
-_TABLE = tuple(
-    _sizes_of(modalities) for modalities in range(65)
-)  # every step asks; a table is faster than the loop
+# every step asks; a table is faster than the loop
+_TABLE = tuple(_sizes_of(modalities) for modalities in range(65))
 _FIXED = sum(_TABLE[0])  # the length is linear in M
 _PER_MODALITY = sum(_TABLE[1]) - _FIXED
 

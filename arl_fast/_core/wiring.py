@@ -127,9 +127,8 @@ def _watch(encoders: Sequence[Sequence[Any]]) -> None:
     parameters = [weakref.ref(p) for p in found if p is not None]
     if parameters:
         _watched.append(parameters)
-        if (
-            _hook is None
-        ):  # it stays: a hook cannot be removed while hooks run, and costs nothing while none is watched
+        # it stays: a hook cannot be removed while hooks run, and costs nothing while none is watched
+        if _hook is None:
             _hook = register_optimizer_step_pre_hook(_look_at_optimizer)
 
 

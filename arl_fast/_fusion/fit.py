@@ -207,9 +207,8 @@ def fit_weights(rows: Rows, method: str, plain: Tensor, guard: float, pool: bool
 
     # theta is a common part, which changes no decision, and a difference: how much of that is noise?
     pulled = metric @ common  # [Q, K]
-    away = (
-        identity - common[:, None] * pulled[:, None, :] / (pulled @ common)[:, None, None]
-    )  # the projection on differences
+    # the projection on differences
+    away = identity - common[:, None] * pulled[:, None, :] / (pulled @ common)[:, None, None]
     difference = (away @ theta[:, :, None])[..., 0]
     spread = torch.einsum("qk,qkl,ql->q", difference, metric, difference)
     noise = (metric @ away @ covariance @ away.mT).diagonal(dim1=1, dim2=2).sum(1)

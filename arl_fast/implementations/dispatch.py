@@ -1,7 +1,7 @@
 """Which implementation serves a tensor, and why.
 
 Chosen per tensor: the first available of the device's list. ``ARL_FAST_IMPL=reference|native|triton``
-    overrides.
+overrides.
 """
 
 from __future__ import annotations

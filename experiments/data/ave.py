@@ -29,9 +29,8 @@ def _splits(folder: Path) -> tuple[dict[str, list[tuple[clips.Clip, int]]], list
     classes = sorted({row[0] for split in rows.values() for row in split})
     splits: dict[str, list[tuple[clips.Clip, int]]] = {}
     for split, lines in rows.items():
-        unique = {
-            row[1]: row[0] for row in reversed(lines)
-        }  # a video listed twice counts once, with its first event
+        # a video listed twice counts once, with its first event
+        unique = {row[1]: row[0] for row in reversed(lines)}
         splits[split] = [
             (_clip(folder, video), classes.index(label)) for video, label in sorted(unique.items())
         ]

@@ -68,9 +68,8 @@ def _path(text: str) -> Tensor:
     low, high = place.amin(0), place.amax(0)
     place = 2 * (place - (low + high) / 2) / (high - low).amax().clamp(min=1)
     path = torch.cat([place, path[:, 2:] / 4], 1)
-    steps = (path[1:, :2] - path[:-1, :2]).norm(dim=1) * (
-        path[1:, 2] == path[:-1, 2]
-    )  # the pen's way in the air is no ink
+    # the pen's way in the air is no ink
+    steps = (path[1:, :2] - path[:-1, :2]).norm(dim=1) * (path[1:, 2] == path[:-1, 2])
     length = torch.cat([torch.zeros(1), steps.cumsum(0)])
     at = torch.linspace(0, float(length[-1]), POINTS)
     after = (
