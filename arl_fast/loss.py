@@ -55,7 +55,8 @@ def arl_loss(
         fused: [B, C] or [B, C, d1, ...] logits of the whole model, float16 to float64. Read only.
         unimodal: logits of the same shape, dtype and device from the same head, one per modality; dict or
             sequence.
-        target: class indices [B, d1, ...] (int64, int32) or class probabilities of the logits' shape.
+        target: class indices [B, d1, ...] (int64, int32) or class probabilities of the logits' shape; for
+            task "multilabel" labels of the logits' shape in [0, 1], NaN where one is not known.
         link: the second result of ``modulate``; while gradients are recorded required by every rule but
             "none".
         gamma: weight of the unimodal losses: a number >= 0, one per modality, or a tensor [] or [M].
@@ -63,12 +64,14 @@ def arl_loss(
             the rule.
         rule: "share", "paper" (two modalities), "constant", "none", or a callable from BranchStats to
             coefficients [M].
-        weight: [C] class weights, as in ``torch.nn.functional.cross_entropy``.
+        weight: [C] class weights, as in ``torch.nn.functional.cross_entropy``, or weights of the labels.
+        pos_weight: [C] for task "multilabel": what multiplies the loss of a "yes".
         mask: [B, M] bool, False where a modality is absent: those rows leave its loss and its statistics.
         warming: True, or a 0-d bool tensor, while the warm-up lasts: gamma = 1 and all gains 1.
         sync_stats: True, or a process group: statistics and mean over all processes (torch.distributed).
         implementation: one that fulfils docs/architecture.md; None: the one that ``python -m arl_fast``
             names.
+        task: "multiclass", one class per row, or "multilabel", a yes or no for every label (C = 1: binary).
         dependence: "confidence", the mean true-class probability, or "logit_l1", the mean sum of absolute
             logits.
         entropy_floor: smallest entropy share before the inversion, in [0, 1]; None: 0.6 / number of
@@ -78,11 +81,14 @@ def arl_loss(
             branch.
 
     Returns:
-        loss: 0-d, or [B, d1, ...] for reduction "none"; float32 (float64 for float64 logits).
+        loss: 0-d, or for reduction "none" [B, d1, ...] (task "multilabel": [B, C, d1, ...]); float32 (float64
+            for float64 logits).
         stats: BranchStats, detached, on the logits' device; nothing is read back to the host.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, dtype, shape, device or range, or a missing link.
+        TypeError, ValueError: an argument of wrong type, dtype, shape, device or range, or a missing link; on
+            a CPU, and not when compiled, probabilities whose sum differs from 1 by more than 0.01. Elsewhere
+            these count as they are, as in torch.
         IndexError: a class index out of range, on a CPU. On a GPU, and when compiled, that row's loss is NaN.
     """
     loss, packed = loss_and_packed(
@@ -137,21 +143,21 @@ class ARLLoss(nn.Module):
         rule: "share", "paper", "constant", "none", or a callable from BranchStats to coefficients [M].
         warmup: number of calls in training mode, with gradients, before gamma and the gains take effect
             (until then gamma = 1 and gain = 1). The counter, the buffer ``steps``, is in the state_dict.
-        weight: [C] class weights; moves with the module and is in the state_dict.
+        weight, pos_weight: [C] weights of the classes or labels, as for ``arl_loss``; they move with the
+            module and are in the state_dict.
         sync_stats: True, or a process group, for statistics and means over all processes.
-        dependence, entropy_floor, gain, ignore_index, label_smoothing, reduction: as for ``arl_loss``.
+        task, dependence, entropy_floor, gain, ignore_index, label_smoothing, reduction: as for ``arl_loss``.
 
     Shape:
         output: BranchLogits, a tuple (fused, unimodal[, link]) or a dict {"fused": ..., name: ..., "link":
             ...}, with logits [B, C] or [B, C, d1, ...]. In evaluation mode also the fused logits alone, for
             models that then return nothing else.
-        target: class indices [B, d1, ...] or probabilities of the logits' shape.
+        target: class indices [B, d1, ...], or probabilities or labels of the logits' shape.
         mask: [B, M] bool, False where a modality is absent; optional. In a dict it may be the entry "mask".
 
     ``stats`` holds the BranchStats of the last call (None before the first), ``modalities`` the names in its
     unimodal logits (None for a sequence). Errors are those of ``arl_loss``. The first training step also
-    looks
-    at how the model is wired: a link that leads past the logits, or a gain that would act twice, is an error;
+    looks at how the model is wired: a link that leads past the logits, or a gain that would act twice, is an error;
     a gain without effect, of a detached link or under an optimiser of Adam's kind, is a warning.
     ``arl_fast.check`` measures the rest.
 

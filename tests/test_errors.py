@@ -59,6 +59,26 @@ CASES = {
         ValueError,
         r"target: got probabilities of shape \[4, 2\], expected \[4, 3\]",
     ),
+    "several labels": (
+        dict(target=torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 1], [1, 0, 0]])),
+        ValueError,
+        r"target: got probabilities that sum to 2 \(row 2\), expected .* 1 .*task='multilabel'",
+    ),
+    "no label": (
+        dict(target=torch.zeros(4, 3)),
+        ValueError,
+        r"target: got probabilities that sum to 0 \(row 0\)",
+    ),
+    "NaN among probabilities": (
+        dict(target=torch.tensor([[1.0, 0, 0]] * 3 + [[torch.nan, 0, 1]])),
+        ValueError,
+        r"target: got probabilities that sum to nan \(row 3\)",
+    ),
+    "several labels as integers": (
+        dict(target=torch.ones(4, 3).long()),
+        ValueError,
+        r"target: got class indices of shape \[4, 3\], .*target.float\(\) and task='multilabel'",
+    ),
     "target grad": (dict(target=torch.rand(4, 3, requires_grad=True)), ValueError, r"target: .*require grad"),
     "target device": (dict(target=Y.to("meta")), ValueError, r"target: got device meta"),
     "target range": (
@@ -233,3 +253,51 @@ def test_heads():
         arl_fast.BilinearHead([3], 4)
     with pytest.raises(TypeError, match=r"fusion: got int"):
         arl_fast.ZeroedHead(3)
+
+
+# ---- class probabilities --------------------------------------------------------------------------------
+
+
+def smoothed(y, classes, smoothing=0.1, dtype=torch.float32):
+    """Label smoothing as image trainers write it out."""
+    off = smoothing / classes
+    return torch.full((len(y), classes), off, dtype=dtype).scatter_(1, y[:, None], 1 - smoothing + off)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [2, 7, 309, 20000])
+def test_rounded_probabilities_pass(dtype, classes):
+    """What smoothing, mixup, CutMix and a teacher's softmax give sums to 1 but for rounding."""
+    y = torch.randint(classes, (32,))
+    soft, one_hot = smoothed(y, classes, dtype=dtype), torch.nn.functional.one_hot(y, classes).to(dtype)
+    share = torch.rand(32, 1).to(dtype)
+    targets = [
+        soft,
+        0.3 * soft + 0.7 * soft.flip(0),  # mixup: one share for the batch
+        share * one_hot + (1 - share) * one_hot.flip(0),  # or one for each row, as CutMix
+        torch.softmax(3 * torch.randn(32, classes, dtype=torch.float32), 1).to(dtype),
+        torch.softmax(torch.randn(32, classes).to(dtype), 1),
+        smoothed(y, classes, -0.2, dtype),  # smoothing below 0
+    ]
+    x = torch.randn(32, classes)
+    for target in targets:
+        loss, _ = arl_loss(x, [x], target, rule="none")
+        want = 2 * torch.nn.functional.cross_entropy(x, target.float())
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_run_over_the_classes_of_dense_targets():
+    x = torch.randn(2, 3, 5)
+    target = torch.softmax(torch.randn(2, 3, 5), 1)
+    arl_loss(x, [x], target, rule="none")
+    target[1, :, 4] *= 1.5
+    with pytest.raises(ValueError, match=r"sum to 1.5 \(row 1\)"):
+        arl_loss(x, [x], target, rule="none")
+    arl_loss(x[:0], [x[:0]], target[:0], rule="none")
+
+
+def test_linear_loss_looks_at_the_sums_too():
+    head = arl_fast.ConcatHead([4, 4], 3)
+    features = [torch.randn(5, 4), torch.randn(5, 4)]
+    with pytest.raises(ValueError, match="sum to 3 .*multilabel"):
+        head.loss(features, torch.ones(5, 3))

@@ -135,7 +135,9 @@ def check_loss(
     logits = _check_branches(branches)
     if options.task == "multiclass" and not shard:
         _check_classes(logits[0])
-    targets, schedule = _check_targets_and_schedule(logits[0], len(logits) - 1, targets, schedule, options)
+    targets, schedule = _check_targets_and_schedule(
+        logits[0], len(logits) - 1, targets, schedule, options, shard
+    )
     needs_link = options.scales and torch.is_grad_enabled() and any(x.requires_grad for x in logits)
     if branches.link is None and needs_link:  # doing nothing in silence is the classic failure
         raise ValueError(
@@ -215,13 +217,20 @@ def _check_link(link: Tensor, names: Sequence, fused: Tensor) -> None:
 
 
 def _check_targets_and_schedule(
-    logits: Tensor, modalities: int, targets: Targets, schedule: Schedule, options: Options
+    logits: Tensor,
+    modalities: int,
+    targets: Targets,
+    schedule: Schedule,
+    options: Options,
+    shard: bool = False,
 ) -> tuple[Targets, Schedule]:
     """What comes with ``modalities`` + 1 tensors like ``logits``; class weights in the compute dtype."""
     if options.task == "multilabel":
         _check_labels(targets.target, logits)
     else:
         _check_target(targets.target, logits)
+        if targets.target.is_floating_point() and not shard:
+            _check_sums(targets.target)
     check_gamma(schedule.gamma, modalities)
     check_scalar("temperature", schedule.temperature)
     if options.rule == "paper" and modalities != 2:
@@ -288,13 +297,41 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
             )
     elif target.dtype in (torch.int64, torch.int32):
         if target.shape != indices:
+            several = "; for several labels per row pass target.float() and task='multilabel'"
             raise ValueError(
                 f"target: got class indices of shape {list(target.shape)}, expected {list(indices)}"
+                f"{several if target.shape == logits.shape else ''}"
             )
     else:
         raise TypeError(
             f"target: got dtype {target.dtype}, expected int64 or int32 class indices, or floating-point "
             "probabilities"
+        )
+
+
+# How far the sum of a row's class probabilities may be from 1: bfloat16 rounds each of them by up to 0.4 %,
+# and the sum once more.
+_SUM_TOLERANCE = 0.01
+
+
+def _check_sums(target: Tensor) -> None:
+    """Class probabilities sum to 1, on a CPU. Labels of 0 and 1 for several classes would train something else.
+
+    A negative one may be meant (label smoothing below 0). On a GPU looking would stall, and torch does not look.
+    """
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    sums = target.sum(1)
+    if sums.numel() == 0:
+        return
+    low, high = sums.aminmax()  # NaN if one of them is
+    if not (low.item() >= 1 - _SUM_TOLERANCE and high.item() <= 1 + _SUM_TOLERANCE):
+        wrong = ~((sums - 1).abs() <= _SUM_TOLERANCE)
+        index = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"target: got probabilities that sum to {float(sums[tuple(index)]):.4g} (row {index[0]}), expected "
+            "a sum of 1 over the classes; for several labels per row pass task='multilabel', for weights of "
+            "rows reduction='none'"
         )
 
 
