@@ -21,6 +21,7 @@ from ._fusion.formula import Formula
 from ._fusion.report import FusionReport, make_report
 from ._fusion.rows import Rows, as_batches
 from .heads import ConcatHead, SharedHead, SumHead, ZeroedHead
+from .loss import ARLLoss
 
 
 class FusionWeights(nn.Module):
@@ -67,6 +68,8 @@ class FusionWeights(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         guard: float | None = 1.25,
+        task: str = "multiclass",
+        pos_weight: Tensor | None = None,
     ) -> FusionWeights:
         """Weights from held-out rows: rows that neither the encoders nor the head were trained on.
 
@@ -88,12 +91,17 @@ class FusionWeights(nn.Module):
                 iterable of (BranchLogits, target) or (BranchLogits, target, mask), which may be larger than
                 memory. It yields the same rows in the same order each time (no shuffling). A generator, which
                 can do so only once, is kept in memory.
-            target: class indices [B, d1, ...] or probabilities of the shape of the logits.
+            target: class indices [B, d1, ...] or probabilities of the shape of the logits; for task
+                "multilabel" labels of that shape in [0, 1], NaN where one is not known.
             method: "branch" or "joint".
             mask: [B, M] of bool, False where a modality is absent.
-            weight: [C] class weights of the cross-entropy.
-            ignore_index: a target that is left out.
+            weight: [C] class weights of the cross-entropy, or weights of the labels.
+            ignore_index: a class that is left out.
             guard: how many times the noise is taken off; None or 0: the fitted weights as they are.
+            task: that of the loss. For "multilabel" the binary cross-entropy over all pairs of a row and a
+                label takes the place of the cross-entropy, and in the report the pairs that of the rows.
+                Standard errors take rows for independent, not the labels of a row.
+            pos_weight: [C] for task "multilabel": what multiplies the loss of a "yes".
 
         Raises:
             TypeError, ValueError: what the loss refuses, no row with a target, logits that are not finite, an
@@ -114,7 +122,10 @@ class FusionWeights(nn.Module):
         modalities = list(unimodal) if isinstance(unimodal, Mapping) else len(unimodal)
         self = cls(head, modalities if head is None or isinstance(head, ZeroedHead) else None)
         formula = self._formula
-        rows = Rows(formula, batches, weight, ignore_index)
+        criterion = ARLLoss(
+            rule="none", weight=weight, ignore_index=ignore_index, task=task, pos_weight=pos_weight
+        )
+        rows = Rows(formula, batches, criterion)
         method = "joint" if formula.pool else method
         fit = fit_weights(rows, method, formula.plain.double(), float(guard or 0), formula.pool)
         fused = first[0].fused

@@ -157,8 +157,8 @@ class ARLLoss(nn.Module):
 
     ``stats`` holds the BranchStats of the last call (None before the first), ``modalities`` the names in its
     unimodal logits (None for a sequence). Errors are those of ``arl_loss``. The first training step also
-    looks at how the model is wired: a link that leads past the logits, or a gain that would act twice, is an error;
-    a gain without effect, of a detached link or under an optimiser of Adam's kind, is a warning.
+    looks at how the model is wired: a link that leads past the logits, or a gain that would act twice, is an
+    error; a gain without effect, of a detached link or under an optimiser of Adam's kind, is a warning.
     ``arl_fast.check`` measures the rest.
 
     A checkpoint from before the criterion became a submodule loads strictly: the criterion then keeps its own

@@ -299,5 +299,5 @@ def test_sums_run_over_the_classes_of_dense_targets():
 def test_linear_loss_looks_at_the_sums_too():
     head = arl_fast.ConcatHead([4, 4], 3)
     features = [torch.randn(5, 4), torch.randn(5, 4)]
-    with pytest.raises(ValueError, match="sum to 3 .*multilabel"):
+    with pytest.raises(ValueError, match=r"sum to 3 .*multilabel"):
         head.loss(features, torch.ones(5, 3))

@@ -290,6 +290,125 @@ def test_errors_take_samples_not_positions_for_independent():
     assert often.report.errors == pytest.approx(once.report.errors)
 
 
+# ---- several labels per row --------------------------------------------------------------------------
+
+
+def labelled(n=150, loudness=(1.0, 4.0), labels=4, seed=0):
+    """Labels [n, C], and as evidence the log-odds of Gaussian observations around -s and s, times a loudness."""
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 2, (n, labels), generator=g).double()
+    s = torch.linspace(1.0, 0.4, labels, dtype=torch.float64)
+    xs = [
+        loud * 2 * s * ((2 * y - 1) * s + torch.randn(n, labels, generator=g, dtype=torch.float64))
+        for loud in loudness
+    ]
+    head = arl_fast.ConcatHead([1] * len(xs), labels, bias=False).double()
+    return head, BranchLogits(sum(xs), xs), y
+
+
+def bce(x, y, **options):
+    known = ~y.isnan()
+    loss = F.binary_cross_entropy_with_logits(x, y.nan_to_num(), reduction="none", **options)
+    return torch.where(known, loss, 0).sum() / known.sum()
+
+
+@pytest.mark.parametrize("case", ["plain", "binary", "weights", "unknown", "soft", "masked"])
+def test_labels_branch_is_scipys_optimum(case):
+    head, out, y = labelled(labels=1 if case == "binary" else 4)
+    options, mask = {}, None
+    if case == "weights":
+        options = dict(weight=torch.rand(4).double() + 0.1, pos_weight=torch.rand(4).double() + 0.5)
+    if case == "unknown":
+        y[torch.rand(y.shape) < 0.3] = math.nan
+        for x in (out.fused, *out.unimodal):
+            x[0] = math.nan
+        y[0] = math.nan
+    if case == "soft":
+        y = 0.8 * y + 0.1
+    if case == "masked":
+        mask = torch.rand(150, 2) < 0.7
+    fitted = FusionWeights.fit(head, out, y, guard=None, task="multilabel", mask=mask, **options).weights
+    for m, (x, w) in enumerate(zip(out.unimodal, fitted, strict=True)):
+        there = ~y.isnan().all(1) if mask is None else mask[:, m]
+        objective = lambda t, x=x[there], y=y[there]: (  # noqa: E731
+            float(bce(math.exp(t) * x, y, **options)) + 0.01 * t * t
+        )
+        best = minimize_scalar(objective, bounds=(-9, 9), method="bounded", options={"xatol": 1e-12})
+        assert objective(math.log(w)) <= best.fun + 1e-12
+        assert math.log(w) == pytest.approx(best.x, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["split", "sum", "own"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_labels_jointly_is_scipys_optimum(name, dense):
+    """Of the head's formula with its bias, and of a pool."""
+    torch.manual_seed(3)
+    shape = (60, 2, 4) if dense else (120, 4)
+    features = [torch.randn(shape, dtype=torch.float64) * (1 + m) for m in range(2)]
+    head = None if name == "own" else LINEAR[name]([4, 4]).double()
+    with torch.no_grad():
+        own = arl_fast.SumHead([4, 4], 5).double() if head is None else head
+        out = own(features)
+        y = (out.fused + 2 * torch.randn_like(out.fused) > 0).double()
+    y[::7, 1] = math.nan
+    fusion = FusionWeights.fit(head, out, y, method="joint", guard=None, task="multilabel")
+    plain = torch.tensor([1.0, 0, 0] if head is None else [1.0, 1], dtype=torch.float64)
+
+    def objective(w):
+        w = torch.tensor(w, requires_grad=True)
+        if head is None:
+            x = sum(v * x for v, x in zip(w, (out.fused, *out.unimodal), strict=True))
+        else:
+            x = plain_formula(head, features, w)
+            x = x.movedim(-1, 1) if dense else x
+        loss = bce(x, y) + 0.001 * (w - plain).square().sum()
+        loss.backward()
+        return loss.item(), w.grad.numpy()
+
+    bounds = [(0, None)] * len(plain)
+    best = minimize(objective, plain.numpy(), jac=True, bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-11})
+    np.testing.assert_allclose(fusion.weights, best.x, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["branch", "joint"])
+def test_known_weights_of_labels_are_recovered(method):
+    """And two logits 0 and x of classes are one label x: the same weights, errors and report."""
+    head, out, y = labelled(8000, labels=1)
+    fusion = FusionWeights.fit(head, out, y, method=method, task="multilabel")
+    torch.testing.assert_close(fusion.weights, torch.tensor([1.0, 0.25]).double(), rtol=0.06, atol=0)
+    two = BranchLogits(
+        *(torch.cat([0 * x, x], 1) for x in (out.fused,)), [torch.cat([0 * x, x], 1) for x in out.unimodal]
+    )
+    classes = FusionWeights.fit(
+        arl_fast.ConcatHead([1, 1], 2, bias=False), two, y[:, 0].long(), method=method
+    )
+    torch.testing.assert_close(classes.weights, fusion.weights)
+    assert classes.report.before["fused"] == pytest.approx(fusion.report.before["fused"])
+    assert classes.report.over_best == pytest.approx(fusion.report.over_best)
+
+
+def test_the_report_of_labels():
+    head, out, y = labelled()
+    y[:3, 0] = math.nan
+    report = FusionWeights.fit(head, out, y, task="multilabel").report
+    assert report.rows == 150 * 4 - 3
+    assert report.before["fused"].nll == pytest.approx(float(bce(out.fused, y)))
+    known = ~y.isnan()
+    right = ((out.unimodal[1] > 0) == (y > 0.5))[known].double().mean()
+    assert report.before["1"].accuracy == pytest.approx(float(right))
+    repeated = BranchLogits(out.fused.repeat(1, 3), [x.repeat(1, 3) for x in out.unimodal])
+    wide = arl_fast.ConcatHead([1, 1], 12, bias=False)
+    often = FusionWeights.fit(wide, repeated, y.repeat(1, 3), task="multilabel").report
+    assert often.over_best == pytest.approx(report.over_best)  # labels of one row tell nothing new here
+    assert often.errors == pytest.approx(report.errors)
+    with pytest.raises(ValueError, match=r"target: got 2\.0, expected labels in \[0, 1\]"):
+        FusionWeights.fit(head, out, y + 1, task="multilabel")
+    with pytest.raises(ValueError, match="target: got no row with a target, all are ignore_index or NaN"):
+        FusionWeights.fit(head, out, y * math.nan, task="multilabel")
+    with pytest.raises(ValueError, match="pos_weight: got one with task='multiclass'"):
+        FusionWeights.fit(head, out, y.argmax(1), pos_weight=torch.ones(4))
+
+
 # ---- the rows ------------------------------------------------------------------------------------
 
 

@@ -315,9 +315,9 @@ _SUM_TOLERANCE = 0.01
 
 
 def _check_sums(target: Tensor) -> None:
-    """Class probabilities sum to 1, on a CPU. Labels of 0 and 1 for several classes would train something else.
+    """Class probabilities sum to 1; zeros and ones for several labels per row would train something else.
 
-    A negative one may be meant (label smoothing below 0). On a GPU looking would stall, and torch does not look.
+    Checked on a CPU only, since looking stalls a GPU. A negative one may be meant: label smoothing below 0.
     """
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -327,11 +327,11 @@ def _check_sums(target: Tensor) -> None:
     low, high = sums.aminmax()  # NaN if one of them is
     if not (low.item() >= 1 - _SUM_TOLERANCE and high.item() <= 1 + _SUM_TOLERANCE):
         wrong = ~((sums - 1).abs() <= _SUM_TOLERANCE)
-        index = wrong.nonzero()[0].tolist()
+        row = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"target: got probabilities that sum to {float(sums[tuple(index)]):.4g} (row {index[0]}), expected "
-            "a sum of 1 over the classes; for several labels per row pass task='multilabel', for weights of "
-            "rows reduction='none'"
+            f"target: got probabilities that sum to {float(sums[wrong][0]):.4g} (row {row}), expected a sum "
+            "of 1 over the classes; for several labels per row pass task='multilabel', for weights of rows "
+            "reduction='none'"
         )
 
 

@@ -44,7 +44,8 @@ class FusionReport:
     Attributes:
         method: "branch" or "joint".
         names: of the modalities.
-        rows: number of rows (positions, for dense logits) that have a target.
+        rows: number of rows (positions, for dense logits; pairs of a row and a label, for task "multilabel")
+            that have a target. Scores are means over these.
         fitted: [M] weights before the guard. A pool has M+1 of them, the fused prediction's first.
         errors: their standard errors, of log w for "branch", of w for "joint".
         weights: [M] or [M+1] weights after the guard.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,9 +17,13 @@ _CHUNK = 2**20  # logits of one branch that are looked at together
 
 
 class Chunk(NamedTuple):
-    """Rows in float64. n = samples x positions; a sample is the unit of folds and of standard errors."""
+    """Rows in float64. n = samples x positions; a sample is the unit of folds and of standard errors.
 
-    base: Tensor  # [n, C] or [1, C]
+    With several labels per row (task "multilabel") each pair of a position and a label is a row of its own,
+    of the two classes "no" and "yes" with the logits 0 and x: the softmax of these is sigmoid(x).
+    """
+
+    base: Tensor  # [n, C]
     designs: Tensor  # [K, n, C]: what the weights multiply
     branches: Tensor  # [K, n, C]: what has a temperature
     present: Tensor  # [K, n], 1 where the design is there
@@ -65,9 +68,12 @@ class _Named:
 class Rows:
     """The held-out rows, chunk by chunk, as often as asked; checked the first time, compared after that."""
 
-    def __init__(self, formula: Formula, batches: Iterable, weight: Tensor | None, ignore_index: int) -> None:
-        self.formula, self.batches, self.weight, self.ignore_index = formula, batches, weight, ignore_index
-        self.criterion = ARLLoss(rule="none", weight=weight, ignore_index=ignore_index)
+    def __init__(self, formula: Formula, batches: Iterable, criterion: ARLLoss) -> None:
+        """
+        Args:
+            criterion: with rule "none", whose task, weights and ignored targets count.
+        """
+        self.formula, self.batches, self.criterion = formula, batches, criterion
         self.passes, self.signature = 0, 0.0
         # balanced folds in an order of which no pattern of the rows can be a multiple
         generator = torch.Generator().manual_seed(0)
@@ -88,7 +94,7 @@ class Rows:
         if self.passes == 1:
             if signature == 0:
                 raise ValueError(
-                    "target: got no row with a target, all are ignore_index; expected at least one"
+                    "target: got no row with a target, all are ignore_index or NaN; expected at least one"
                 )
             self.signature = signature
         elif signature != self.signature:
@@ -100,30 +106,10 @@ class Rows:
         self, out: BranchLogits, target: Tensor, mask: Tensor | None, rows: slice, start: int
     ) -> Chunk:
         formula, fused = self.formula, out.fused[rows].double()
-        samples, classes = fused.shape[:2]
-        positions = math.prod(fused.shape[2:])
-        target = target[rows]
+        samples = len(fused)
         branches = [x[rows].double() for x in formula.ordered(out)]
         shape = [samples] + [1] * (fused.dim() - 1)
         present = None if mask is None else mask[rows]
-
-        # what a row's target says, and which rows have one
-        if target.is_floating_point():
-            q = _flat(target.double())
-            valid = torch.ones_like(q[:, 0], dtype=torch.bool)
-            label, size = q.argmax(1), torch.ones_like(q[:, 0])
-            if self.weight is not None:
-                q = q * self.weight.to(q)
-        else:
-            flat = target.reshape(-1).long()
-            valid = flat != self.ignore_index
-            label = torch.where(valid, flat, 0)
-            if int(label.amin()) < 0 or int(label.amax()) >= classes:
-                raise ValueError(f"target: got a class outside 0 to {classes - 1}")
-            of_class = label.new_ones(classes).double() if self.weight is None else self.weight.to(fused)
-            size = of_class[label] * valid
-            q = torch.zeros(len(label), classes, dtype=torch.float64, device=fused.device)
-            q.scatter_(1, label[:, None], size[:, None])
 
         flags = None if present is None else [column.view(shape) for column in present.unbind(1)]
         base, evidence = formula.parts(branches, flags)
@@ -131,7 +117,16 @@ class Rows:
             branches = [torch.where(p, x, 0.0) for p, x in zip(flags, branches, strict=True)]
         if formula.pool:
             evidence = branches = [fused, *branches]
+        base = _flat(base.expand(fused.shape))
         designs, tempered = (torch.stack([_flat(x) for x in xs]) for xs in (evidence, branches))
+        if self.criterion.options.task == "multilabel":
+            base, designs, tempered = _no_and_yes(base), _no_and_yes(designs), _no_and_yes(tempered)
+            truth = self._labels(target[rows])
+        else:
+            truth = self._classes(target[rows], fused)
+        q, size, label, valid = truth
+
+        positions = base.shape[0] // max(1, samples)
         there = torch.ones(designs.shape[:2], dtype=torch.float64, device=fused.device)
         if present is not None:
             there[-present.shape[1] :] = present.repeat_interleave(positions, 0).T.double()
@@ -142,8 +137,43 @@ class Rows:
             )
         fold = self.folds[torch.arange(start, start + samples) % len(self.folds)].to(fused.device)
         fold = fold.repeat_interleave(positions)
-        base = base.reshape(1, -1).expand(1, classes)
         return Chunk(base, designs, tempered, there, q, size, label, valid.double(), fold, positions)
+
+    def _classes(self, target: Tensor, fused: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of class indices or probabilities: Chunk's target, size and label, and which rows have a target."""
+        classes, weight = fused.shape[1], self.criterion.weight
+        if target.is_floating_point():
+            q = _flat(target.double())
+            label, size = q.argmax(1), torch.ones_like(q[:, 0])
+            return q if weight is None else q * weight.to(q), size, label, torch.ones_like(size).bool()
+        flat = target.reshape(-1).long()
+        valid = flat != self.criterion.options.ignore_index
+        label = torch.where(valid, flat, 0)
+        if int(label.amin()) < 0 or int(label.amax()) >= classes:
+            raise ValueError(f"target: got a class outside 0 to {classes - 1}")
+        of_class = label.new_ones(classes).double() if weight is None else weight.to(fused)
+        size = of_class[label] * valid
+        q = torch.zeros(len(label), classes, dtype=torch.float64, device=fused.device)
+        return q.scatter_(1, label[:, None], size[:, None]), size, label, valid
+
+    def _labels(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of labels t in [0, 1], whose coefficients are w (1 - t) and w pos_weight t."""
+        flat = _flat(target.double())
+        valid = ~flat.isnan()
+        yes = flat.nan_to_num()
+        coefficients = [(1 - yes) * valid, yes * valid]
+        if self.criterion.pos_weight is not None:
+            coefficients[1] = coefficients[1] * self.criterion.pos_weight.to(yes)
+        if self.criterion.weight is not None:
+            coefficients = [c * self.criterion.weight.to(yes) for c in coefficients]
+        q = torch.stack(coefficients, -1).flatten(0, 1)
+        valid = valid.flatten()
+        return q, valid.double(), (yes > 0.5).long().flatten(), valid
+
+
+def _no_and_yes(x: Tensor) -> Tensor:
+    """Logits [..., n, C] of labels -> [..., n C, 2] of "no" and "yes"."""
+    return torch.stack([torch.zeros_like(x), x], -1).flatten(-3, -2)
 
 
 def _flat(x: Tensor) -> Tensor:
