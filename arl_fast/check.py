@@ -158,7 +158,7 @@ class _Measured:
         self.names: list[Any] = list(unimodal) if by_name else list(range(len(unimodal)))
         logits = [unimodal[name] for name in self.names]  # type: ignore[index]
         schedule = Schedule(criterion.gamma, criterion.temperature)
-        targets = targets._replace(weight=criterion.weight)
+        targets = targets._replace(weight=criterion.weight, pos_weight=criterion.pos_weight)
         loss, packed = loss_and_packed(branches, targets, schedule, criterion.options)
         none, _ = loss_and_packed(branches, targets, schedule, criterion.options._replace(rule="none"))
         self.said = dict(zip(self.names, unpack(packed).gains.tolist(), strict=True))

@@ -288,10 +288,13 @@ class ARLLoss(nn.Module):
         """The cross-entropy of fused logits alone, as a model may return in evaluation. No statistics."""
         self._packed = self.modalities = None
         options = self.options
-        if options.task == "multilabel":
-            return F.binary_cross_entropy_with_logits(
-                fused, target, self.weight, reduction=options.reduction, pos_weight=self.pos_weight
-            )
+        if options.task == "multilabel":  # torch's loss does not know of labels that are not known
+            return loss_and_packed(
+                BranchLogits(fused, [fused.detach()], None),
+                Targets(target, weight=self.weight, pos_weight=self.pos_weight),
+                Schedule(0.0, 1.0),
+                options._replace(rule="none"),
+            )[0]
         return F.cross_entropy(
             fused,
             target,

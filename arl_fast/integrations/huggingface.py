@@ -36,7 +36,8 @@ def compute_loss_func(criterion: ARLLoss) -> Callable[..., Tensor]:
     Returns:
         A function of (outputs, labels, num_items_in_batch=None), with outputs any that ``ARLLoss`` takes, as
         the dict {"fused": ..., name: ..., "link": ...}; a "loss" in it is left out. Without a number of
-        items, as in evaluation, the number of valid rows takes its place.
+        items, as in evaluation, the number of valid rows takes its place (for task "multilabel" that of the
+        known labels; the Trainer's own number counts every label that is not -100, NaN among them).
 
     Raises:
         ValueError: the criterion has another reduction.
