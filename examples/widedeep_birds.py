@@ -143,7 +143,7 @@ def take(rows: dict, index: np.ndarray) -> dict:
 
 
 def best_rate(method: str, rates: Sequence[float], seeds: int, epochs: int, rows: dict, sizes) -> float:
-    """The learning rate with the highest average precision on a quarter of the rows, another for each seed."""
+    """The learning rate of the highest average precision on a quarter of the rows, another for each seed."""
     precision = dict.fromkeys(rates, 0.0)
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(rows["target"]))

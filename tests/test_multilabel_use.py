@@ -144,8 +144,8 @@ def test_lightning_callback(tmp_path):
     trainer = lightning.Trainer(
         max_epochs=2, callbacks=[callback], enable_model_summary=False, accelerator="cpu", **options
     )
-    validation = DataLoader(TensorDataset(*held_out), batch_size=11)
-    trainer.fit(Module(), [batch(), batch()], validation)
+    train, validation = (DataLoader(TensorDataset(*rows), batch_size=20) for rows in (batch(40), held_out))
+    trainer.fit(Module(), train, validation)
     assert callback.history.step == 4
     counts = callback.history.rows("held_out")["count/fused"]
     assert counts.tolist() == [int((~held_out[2].isnan()).sum())] * 2
