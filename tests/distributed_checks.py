@@ -147,6 +147,15 @@ def check_ddp_equals_one_process_on_the_joined_batch(rank, world):
             dispatch.override = None
         soft = torch.softmax(torch.randn(rows, CLASSES, dtype=dtype), 1)
         same(ddp(rank, world, shares(world)[rank], x, soft, dtype), joined(x, soft, dtype), dtype)
+        labels = torch.randint(0, 2, (rows, CLASSES)).to(dtype)
+        labels[torch.rand(rows, CLASSES) < 0.3] = torch.nan  # unequal numbers of known ones
+        for options in ({}, {"mask": mask, "pos_weight": weight}):
+            options = options | {"task": "multilabel"}
+            same(
+                ddp(rank, world, shares(world)[rank], x, labels, dtype, **options),
+                joined(x, labels, dtype, **options),
+                dtype,
+            )
 
 
 def check_a_process_without_a_valid_row(rank, world):

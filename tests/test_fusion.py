@@ -294,7 +294,7 @@ def test_errors_take_samples_not_positions_for_independent():
 
 
 def labelled(n=150, loudness=(1.0, 4.0), labels=4, seed=0):
-    """Labels [n, C], and as evidence the log-odds of Gaussian observations around -s and s, times a loudness."""
+    """Labels [n, C]; as evidence the log-odds of Gaussian observations around -s and s, times a loudness."""
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(0, 2, (n, labels), generator=g).double()
     s = torch.linspace(1.0, 0.4, labels, dtype=torch.float64)
