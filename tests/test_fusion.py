@@ -396,6 +396,8 @@ def test_the_report_of_labels():
     known = ~y.isnan()
     right = ((out.unimodal[1] > 0) == (y > 0.5))[known].double().mean()
     assert report.before["1"].accuracy == pytest.approx(float(right))
+    smooth = FusionWeights.fit(head, out, 0.8 * y + 0.1, task="multilabel").report
+    assert smooth.before["1"].accuracy == report.before["1"].accuracy
     repeated = BranchLogits(out.fused.repeat(1, 3), [x.repeat(1, 3) for x in out.unimodal])
     wide = arl_fast.ConcatHead([1, 1], 12, bias=False)
     often = FusionWeights.fit(wide, repeated, y.repeat(1, 3), task="multilabel").report

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import arl_fast
 from arl_fast import ARLLoss
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,14 @@ def test_monai_trains_as_before(load):
     assert losses[0] == losses[1]
     models[1].head = None  # it refers to the model's own layers
     assert_same_weights(models[1], models[0])
+
+
+def test_monai_gains_reach_the_encoders(load):
+    example = load("monai_image_table", "monai.networks.nets")
+    batch = next(iter(example.DataLoader(example.patients(16), batch_size=16)))
+    found = arl_fast.check(example.Balanced(), tuple(batch.values()), ARLLoss(task="multilabel"))
+    assert found.ok
+    assert None not in found.real.values()
 
 
 # ---- pytorch-widedeep ------------------------------------------------------------------------------------
@@ -139,6 +148,25 @@ def test_widedeep_evaluates(birds):
     assert trainer.history["val_loss"][0] == pytest.approx(float(torch.stack(parts).mean()), rel=1e-5)
 
 
+def test_widedeep_gains_reach_the_components(birds):
+    train, _, sizes = birds.birds()
+    x = {
+        "wide": torch.from_numpy(train["X_wide"]),
+        "deeptabular": [torch.from_numpy(v) for v in train["X_tab"]],
+    }
+    criterion = ARLLoss(task="multilabel")
+    model = birds.Balanced(criterion, **birds.components(sizes))
+    found = arl_fast.check(
+        model,
+        (x, torch.from_numpy(train["target"])),
+        criterion,
+        step=lambda model, batch: (model(batch[0]), batch[1]),
+    )
+    assert found.ok
+    assert set(found.real) == {"place", "spectrum", "segments"}
+    assert None not in found.real.values()
+
+
 # ---- PyKale ----------------------------------------------------------------------------------------------
 
 
@@ -166,3 +194,17 @@ def test_pykale_trains_as_before(kale):
     assert set(metrics[0]) >= {"loss_epoch", "accuracy_epoch"}
     modules[1].objective = None
     assert_same_weights(modules[1], modules[0])
+
+
+def test_pykale_gains_reach_the_encoders(kale):
+    module = kale.Balanced(**kale.model_parts(), objective=ARLLoss())
+    batch = kale.halves()[0][:32]
+
+    def step(module, batch):
+        return module.branches(
+            [encode(x) for encode, x in zip(module.encoders, batch[:2], strict=True)]
+        ), batch[2]
+
+    found = arl_fast.check(module, batch, module.objective, step=step)
+    assert found.ok
+    assert None not in found.real.values()
