@@ -177,9 +177,8 @@ class _Measured:
         signs = torch.sign(torch.randn(fused.shape)).to(fused)
         own = {}
         for m, name in enumerate(self.names):
-            present = torch.where(
-                logits[m].isnan(), 0, logits[m]
-            )  # a head leaves NaN where a modality is absent
+            # a head leaves NaN where a modality is absent
+            present = torch.where(logits[m].isnan(), 0, logits[m])
             own[name] = _gradients((present * signs).sum(), self.parameters)
             if self.link.requires_grad:
                 entry = torch.zeros(len(logits), dtype=self.link.dtype, device=self.link.device)
@@ -203,10 +202,8 @@ class _Measured:
         return [name for name, moved in self.moves.items() if moved == {modality} and self.encodes(name)]
 
     def encodes(self, parameter: str) -> bool:
-        if (
-            not self.modulates or self.foreign
-        ):  # nothing tells an encoder from a part of the head that one modality uses
-            return True
+        if not self.modulates or self.foreign:
+            return True  # nothing tells an encoder from a part of the head that one modality uses
         return (
             parameter in self.bypassing
             or max(map(abs, self.through[parameter])) > 1e-3

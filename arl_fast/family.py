@@ -1,10 +1,11 @@
-"""Other methods of the family, from their published formulas and the statistics that the loss computes
-anyway.
+"""Other methods of the family, from their published formulas and the statistics that the loss computes.
 
-    criterion = ARLLoss(gamma=0.0, rule=OGM(alpha=0.1), gain="plain")             # OGM, without the noise of
-    OGM-GE criterion(dgl(head, features), target).backward()                             # DGL, with
-    ARLLoss(rule="none") weights = gradient_blending(train_0, held_out_0, train_1, held_out_1)         #
-    Gradient-Blending blended_loss(output, target, weights).backward()
+    criterion = ARLLoss(gamma=0.0, rule=OGM(alpha=0.1), gain="plain")  # OGM, without the noise of OGM-GE
+
+    criterion(dgl(head, features), target).backward()  # DGL, with criterion = ARLLoss(rule="none")
+
+    weights = gradient_blending(train_0, held_out_0, train_1, held_out_1)  # Gradient-Blending
+    blended_loss(output, target, weights).backward()
 
 docs/family.md tells what each adds to a step, and where it departs from its paper.
 """
@@ -26,8 +27,7 @@ from .history import History
 
 @dataclass(frozen=True)
 class OGM:
-    """The rule of OGM (Peng et al., CVPR 2022), for ``ARLLoss(gamma=0.0, rule=OGM(alpha),
-    gain="plain")``.
+    """The rule of OGM (Peng et al., CVPR 2022): ``ARLLoss(gamma=0.0, rule=OGM(alpha), gain="plain")``.
 
     With s_m the mean true-class probability of modality m, which is what the dependence "confidence" is:
 

@@ -227,9 +227,8 @@ def check_sum_and_none_stay_local(rank, world):
         for a, b in zip(
             torch.autograd.grad(loss.sum(), head), torch.autograd.grad(alone.sum(), head), strict=True
         ):
-            close(
-                a, b, torch.float32
-            )  # the head's gradient is this share's own; the encoders' has the joined gain
+            # the head's gradient is this share's own; the encoders' has the joined gain
+            close(a, b, torch.float32)
 
 
 def check_sum_with_a_normaliser_is_the_joined_batch(rank, world):

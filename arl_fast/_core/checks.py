@@ -119,9 +119,8 @@ def check_features(features: Any) -> FlatFeatures:
 class CheckedStep(NamedTuple):
     """What is known of a call of the loss after its checks."""
 
-    logits: tuple[
-        Tensor, ...
-    ]  # M+1, the fused ones first; for a linear head one stand-in for their shape and dtype
+    # M+1, the fused ones first; for a linear head one stand-in for their shape and dtype
+    logits: tuple[Tensor, ...]
     targets: Targets  # with class weights in the compute dtype
     schedule: Schedule
 

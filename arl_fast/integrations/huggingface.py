@@ -1,5 +1,4 @@
-"""transformers.Trainer: ``Trainer(compute_loss_func=compute_loss_func(criterion))``, and ``track(trainer,
-criterion)``.
+"""transformers.Trainer: its argument ``compute_loss_func``, and ``track(trainer, criterion)``.
 
 Imports transformers only in ``track``.
 """
