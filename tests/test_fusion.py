@@ -403,7 +403,7 @@ def test_the_report_of_labels():
     often = FusionWeights.fit(wide, repeated, y.repeat(1, 3), task="multilabel").report
     assert often.over_best == pytest.approx(report.over_best)  # labels of one row tell nothing new here
     assert often.errors == pytest.approx(report.errors)
-    with pytest.raises(ValueError, match=r"target: got 2\.0, expected labels in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"target: got 2.*, expected labels in \[0, 1\]"):
         FusionWeights.fit(head, out, y + 1, task="multilabel")
     with pytest.raises(ValueError, match="target: got no row with a target, all are ignore_index or NaN"):
         FusionWeights.fit(head, out, y * math.nan, task="multilabel")

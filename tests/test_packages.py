@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 def load(monkeypatch):
     """The module of an example, or a skip where its package is missing or does not load."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small models: several threads would only wait for each other
 
     def load(name, package):
         try:
@@ -35,7 +36,8 @@ def load(monkeypatch):
             pytest.skip(f"{package} cannot be imported: {error}")
         return importlib.import_module(name)
 
-    return load
+    yield load
+    torch.set_num_threads(threads)
 
 
 def plain(**options):
