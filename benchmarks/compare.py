@@ -3,10 +3,9 @@
 Rows are matched by device, case, contender and what was measured. On a GPU times are compared as they are,
 host and device apart; on a CPU, where the machine's speed varies with its other guests, the ratio to the unit
 (torch's cross-entropy of the fused logits) of the same run. A row got slower if it did by more than the
-tolerance and by more
-than the spread: the new lower quartile lies above the old upper one. The tolerance is 10 % on a GPU and 30 %
-on a CPU: runs of the same code on a CPU with other guests differ by that much. Exit status 1 if anything of
-arl_fast did.
+tolerance and by more than the spread: the new lower quartile lies above the old upper one. The tolerance is
+10 % on a GPU and 30 % on a CPU: runs of the same code on a CPU with other guests differ by that much. Exit
+status 1 if anything of arl_fast did.
 """
 
 from __future__ import annotations
