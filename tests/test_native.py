@@ -195,6 +195,20 @@ def test_threads_do_not_change_a_bit(shape):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 12288), (torch.bfloat16, 24576)])
+def test_gradients_beyond_the_caches_are_the_same(isa, dtype, classes):
+    """From 64 MB on they are stored past the caches; those of one branch alone are not."""
+    native._C.set_isa(isa)
+    logits, target = inputs(512, classes, dtype=dtype)
+    together = step(logits, target)[2]
+    link = torch.zeros(2, requires_grad=True)
+    for b in range(3):
+        leaves = [x.clone().requires_grad_(own == b) for own, x in enumerate(logits)]
+        loss, _ = arl_loss(leaves[0], leaves[1:], target, link)
+        assert torch.equal(torch.autograd.grad(loss, leaves[b])[0], together[b])
+
+
 def test_large_logits_use_more_threads_than_one():
     """Seen in the CPU time of the process's threads: a parallel loop that is compiled without its runtime
     still computes.

@@ -48,7 +48,8 @@ const Isa*& chosen() {
   return isa;
 }
 
-constexpr int64_t kGrain = 16384;  // fewest logits worth another thread
+constexpr int64_t kStreamBytes = 64 << 20;  // gradients of all branches from which on no cache keeps them
+constexpr int64_t kGrain = 16384;           // fewest logits worth another thread
 constexpr int64_t kCountRows = 1 << 15;
 
 struct RowCount {
@@ -341,6 +342,8 @@ Outputs forward(const Inputs& inputs, const Options& options) {
     }
   }
   release_unused_memory();
+  const int64_t written = fused.numel() * int64_t(type == at::kHalf ? sizeof(float) : fused.element_size());
+  loss.streams = __builtin_popcountll(inputs.wanted) * written >= kStreamBytes;
 
   const bool labels = options.task == kMultilabel;
   at::Tensor target = *given.target, weight, pos_weight, label_weight, mask, divisor, row_loss;

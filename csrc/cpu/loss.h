@@ -31,6 +31,7 @@ struct Loss {
   const void* logits[kMaxBranches];  // class stride 1, or `positions`
   int64_t row_stride[kMaxBranches];  // in elements; of the batch where there are positions
   void* grad[kMaxBranches];          // null: not wanted
+  bool streams;                      // the gradients are more than the caches keep
   double grad_scale[kMaxBranches];   // of the branch's term in the loss: gamma and the divisor of the mean
 
   const void* target;  // [rows] int64 or int32, or null

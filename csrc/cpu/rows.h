@@ -337,6 +337,7 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
   const S* next = row + 1 < loss.rows ? x + loss.row_stride[branch] : x;
   G* grad = static_cast<G*>(loss.grad[branch]);
   if (grad != nullptr) grad += row * classes;
+  const bool streams = loss.streams && grad != nullptr && can_stream<T>(grad);
   const G* next_grad = grad != nullptr && row + 1 < loss.rows ? grad + classes : grad;
   if (!loss.valid(branch, row)) {
     skip_row(chunk, i);
@@ -394,7 +395,7 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
   int64_t c = 0;
   for (; c + 2 * L <= classes; c += 2 * L) {
     prefetch<2 * L>(next + c);
-    if (grad != nullptr) prefetch<2 * L>(next_grad + c);
+    if (grad != nullptr && !streams) prefetch<2 * L>(next_grad + c);
     exponentials(load<T>(x + c) - top, number == Lane<T>(y), c, z0, e0);
     exponentials(load<T>(x + c + L) - top, number == Lane<T>(y - L), c + L, z1, e1);
     number += 2 * L;
@@ -440,7 +441,11 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, T* scratch, 
   for (c = 0; c + L <= classes; c += L) {
     V<T> g = load<T>(scratch + c) * factor;
     if (General) g -= load<T>(target_row + c) * scale;
-    store(grad + c, g);
+    if (streams) {
+      stream(grad + c, g);
+    } else {
+      store(grad + c, g);
+    }
   }
   T g_y = -on_class * others * inverse;
   if (General) g_y = (soft == nullptr ? g_y + (a - on_class) * p_y : a * p_y) - target_row[y];
@@ -479,6 +484,7 @@ static void rows(const Loss& loss, int branch, int64_t begin, int64_t end, void*
     for (int i = 0; i < count; ++i)
       wide_row<T, S, G, true>(loss, branch, begin + i, scratch, target_row, chunk, i);
   }
+  if (loss.streams) finish_streams();
   finish_rows<T>(loss, branch, begin, count, chunk, sums);
 }
 

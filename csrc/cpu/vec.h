@@ -12,7 +12,7 @@
 #error "define ARL_ISA and ARL_VECTOR_BYTES"
 #endif
 
-#if ARL_VECTOR_BYTES == 64  // AVX-512, whatever else the compiler is told about the machine
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -138,13 +138,51 @@ ARL_INLINE void store(T* to, V<T> value) {
   __builtin_memcpy(to, &value, sizeof(value));
 }
 
-ARL_INLINE void store(Bf16* to, V<float> value) {
+ARL_INLINE Vector<float>::half to_bf16(V<float> value) {
   typedef Vector<float>::word Word;
   Word bits = bit_cast<Word>(value);
   bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   bits = value != value ? Word{} + 0x7fc0 : bits;
-  const auto half = __builtin_convertvector(bits, Vector<float>::half);
+  return __builtin_convertvector(bits, Vector<float>::half);
+}
+ARL_INLINE void store(Bf16* to, V<float> value) {
+  const auto half = to_bf16(value);
   __builtin_memcpy(to, &half, sizeof(half));
+}
+
+// Stores past the caches, which would not keep what is written anyway: to addresses that are a multiple of
+// what is written at a time. Before another thread reads it, finish_streams().
+template <class T, class G>
+ARL_INLINE bool can_stream(const G* to) {
+#if defined(__SSE2__)
+  constexpr int bytes = Vector<T>::lanes * int(sizeof(G));
+  return bytes >= 16 && reinterpret_cast<uintptr_t>(to) % bytes == 0;
+#else
+  (void)to;
+  return false;
+#endif
+}
+template <class W>
+ARL_INLINE void stream_words(void* to, W words) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(W) == 64) _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(words));
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(W) == 32) _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(words));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(W) == 16) _mm_stream_si128(static_cast<__m128i*>(to), bit_cast<__m128i>(words));
+#endif
+}
+template <class T>
+ARL_INLINE void stream(T* to, V<T> value) {
+  stream_words(to, value);
+}
+ARL_INLINE void stream(Bf16* to, V<float> value) { stream_words(to, to_bf16(value)); }
+ARL_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // The last L of `count` elements: a row whose length is no multiple of L ends with a vector that has some

@@ -168,8 +168,8 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const at::Tensor* fused = plain(PyTuple_GET_ITEM(args[1], 0));
   if (options == nullptr || fused == nullptr) Py_RETURN_NONE;
   const bool dense = fused->dim() > 2, labels = options->task == kMultilabel;
-  if (fused->dim() < 2 || (dense && (!fused->is_cpu() || fused->numel() == 0))) Py_RETURN_NONE;
-  if (dense && !labels && fused->size(1) > cpu::kColumnClasses) Py_RETURN_NONE;
+  if (fused->dim() < 2 || (dense && !fused->is_cpu())) Py_RETURN_NONE;
+  if (dense && !labels && (fused->numel() == 0 || fused->size(1) > cpu::kColumnClasses)) Py_RETURN_NONE;
   if (!fused->is_cpu() && !cuda::serves(*fused)) Py_RETURN_NONE;
   const auto values = values_of(unimodal);
   const int64_t modalities = int64_t(values.size());

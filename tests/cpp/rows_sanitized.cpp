@@ -90,6 +90,7 @@ int check(const Case& c) {
   loss.row_stride[1] = c.stride;
   loss.grad[1] = grad.get();
   loss.grad_scale[1] = 0.25;
+  loss.streams = c.int64_target;
   loss.target = c.int64_target ? static_cast<const void*>(y64.get()) : y32.get();
   loss.target_is_int64 = c.int64_target;
   if (c.soft) loss.soft_target = soft.get();
