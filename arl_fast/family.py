@@ -1,18 +1,25 @@
-"""Other methods of the family, from their published formulas and the statistics that the loss computes.
+"""Other methods of the family, from their published formulas and the statistics that the loss computes anyway.
 
-    criterion = ARLLoss(gamma=0.0, rule=OGM(alpha=0.1), gain="plain")  # OGM, without the noise of OGM-GE
+OGM, without the noise of OGM-GE:
 
-    criterion(dgl(head, features), target).backward()  # DGL, with criterion = ARLLoss(rule="none")
+    criterion = ARLLoss(gamma=0.0, rule="ogm", temperature=0.1)
 
-    weights = gradient_blending(train_0, held_out_0, train_1, held_out_1)  # Gradient-Blending
+DGL:
+
+    head, criterion = DGL(ConcatHead(...)), ARLLoss(rule="none")
+
+Gradient-Blending, after every epoch of a run that is tracked and evaluated:
+
+    weights = gradient_blending_of(history)
     blended_loss(output, target, weights).backward()
 
-docs/family.md tells what each adds to a step, and where it departs from its paper.
+In ``arl_fast.ladder`` they are the methods "ogm", "dgl" and "blending". docs/family.md tells what each adds to a
+step, and where it departs from its paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,42 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._core.branches import BranchLogits, as_branch_logits
+from ._core.branches import as_branch_logits
 from ._core.spec import BranchStats
 from .history import History
-
-
-@dataclass(frozen=True)
-class OGM:
-    """The rule of OGM (Peng et al., CVPR 2022): ``ARLLoss(gamma=0.0, rule=OGM(alpha), gain="plain")``.
-
-    With s_m the mean true-class probability of modality m, which is what the dependence "confidence" is:
-
-        rho_m = s_m / (mean of the other modalities' s),  k_m = 1 - tanh(alpha rho_m) if rho_m > 1, else 1,
-
-    and k_m multiplies the gradient that reaches encoder m. For two modalities this is the paper's ratio; the
-    mean over the others is an extension of ours. OGM's branches have a part of the bias each:
-    ``ConcatHead(..., bias="split")``. OGM-GE's noise is not added.
-
-    Args:
-        alpha: > 0, how strongly the modality that is ahead is held back.
-    """
-
-    alpha: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha: got {self.alpha!r}, expected a number > 0")
-
-    def __call__(self, stats: BranchStats) -> Tensor:
-        """Gains [M]: 1 for the weaker modalities, less for one that is ahead; for a modality alone 1."""
-        s = stats.dependence
-        present = stats.count[1:] > 0  # an absent modality's statistics are 0
-        others = (present.sum() - present.to(s.dtype)).clamp_min(1)
-        mean = (s.sum() - s) / others
-        ratio = s / mean.clamp_min(torch.finfo(s.dtype).tiny)
-        ahead = (ratio > 1) & (mean > 0)
-        return torch.where(ahead, 1 - torch.tanh(self.alpha * ratio), torch.ones_like(s))
 
 
 @dataclass(frozen=True)
@@ -72,31 +46,41 @@ class Fixed:
         return torch.tensor(self.gains, dtype=stats.entropy.dtype).to(stats.entropy.device, non_blocking=True)
 
 
-def dgl(head: nn.Module, features: Mapping[str, Tensor] | list[Tensor]) -> BranchLogits:
-    """The routing of disentangled gradient learning (DGL; Wei, Luo and Luo, ICCV 2025).
+class DGL(nn.Module):
+    """A head with the routing of disentangled gradient learning (DGL; Wei, Luo and Luo, ICCV 2025).
 
-    The fused loss trains the head and no encoder, the unimodal losses train the encoders and not the head:
-        fused logits
-    from detached features, unimodal logits through detached parameters. Use the result with ``ARLLoss(gamma,
-    rule="none")``, whose gamma is the paper's alpha. The head is called twice.
+    The fused loss trains the head and no encoder, the unimodal losses train the encoders and not the head: fused
+    logits come from detached features, unimodal logits through detached parameters. Use it with
+    ``ARLLoss(gamma, rule="none")``, whose gamma is the paper's alpha.
+
+    While gradients are recorded the head is called twice; otherwise once, as if it were not wrapped. The logits are
+    those of ``head(features)``, and the link is the head's own, so that a rule can scale what reaches the encoders.
 
     Args:
-        head: a module from features to BranchLogits, or a tuple or dict of that form: the heads of this
-            package.
-        features: of the encoders, as the head takes them.
-
-    Returns:
-        BranchLogits without a link; the logits are those of ``head(features)``.
+        head: a module from features to BranchLogits, or a tuple or dict of that form: the heads of this package.
     """
-    named = isinstance(features, Mapping)
-    detached = {m: z.detach() for m, z in features.items()} if named else [z.detach() for z in features]  # type: ignore[union-attr]
-    fused = as_branch_logits(head(detached)).fused
-    state = {name: p.detach() for name, p in head.named_parameters()}
-    state |= {
-        name: b.clone() for name, b in head.named_buffers()
-    }  # running statistics are updated once, not twice
-    unimodal = as_branch_logits(torch.func.functional_call(head, state, (features,))).unimodal
-    return BranchLogits(fused, unimodal)
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(
+        self, features: Mapping[str, Tensor | None] | Sequence[Tensor | None], *args: Any, **kwargs: Any
+    ) -> Any:
+        if not torch.is_grad_enabled():
+            return self.head(features, *args, **kwargs)
+        fused = as_branch_logits(self.head(_detached(features), *args, **kwargs)).fused
+        state = {name: p.detach() for name, p in self.head.named_parameters()}
+        # copies, so that running statistics are updated once, not twice
+        state |= {name: b.clone() for name, b in self.head.named_buffers()}
+        output = torch.func.functional_call(self.head, state, (features, *args), kwargs)
+        return as_branch_logits(output)._replace(fused=fused)
+
+
+def _detached(features: Any) -> Any:
+    if isinstance(features, Mapping):
+        return {name: None if z is None else z.detach() for name, z in features.items()}
+    return [None if z is None else z.detach() for z in features]
 
 
 def gradient_blending(
@@ -148,9 +132,8 @@ def gradient_blending(
 def gradient_blending_of(history: History, before: int = 0, after: int = -1, floor: float = 0.01) -> Tensor:
     """``gradient_blending`` between two epochs of a history with evaluations: [M+1], on the host.
 
-    The branches are those of one model, trained together, and a training loss is the mean over its epoch: the
-        online variant,
-    cheaper and rougher than a model for each branch.
+    The branches are those of one model, trained together, and a training loss is the mean over its epoch: an
+    online variant, cheaper and rougher than a model for each branch.
 
     Raises:
         ValueError: fewer than two epochs with an evaluation each.

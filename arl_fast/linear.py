@@ -29,7 +29,7 @@ def linear_arl_loss(
     chunk: int | None = None,
     return_logits: bool = False,
     gamma: float | Sequence[float] | Tensor = 1.0,
-    temperature: float | Tensor = 8.0,
+    temperature: float | Tensor | None = None,
     rule: str | Callable[[BranchStats], Tensor] = "share",
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
@@ -76,7 +76,7 @@ def linear_arl_loss(
     loss, packed, logits = linear_loss_and_packed(
         LinearHead(features, weights, bias, fusion, bias_mode, chunk),
         Targets(target, mask, weight, pos_weight=pos_weight),
-        make_schedule(gamma, temperature, warming),
+        make_schedule(gamma, temperature, warming, rule),
         make_options(rule=rule, **options),
         sync_stats,
         return_logits,

@@ -21,6 +21,7 @@ from ._core.options import (
     check_scalar,
     make_options,
     make_schedule,
+    make_temperature,
     with_options,
 )
 from ._core.spec import BranchStats
@@ -38,7 +39,7 @@ def arl_loss(
     target: Tensor,
     link: Tensor | None = None,
     gamma: float | Sequence[float] | Tensor = 1.0,
-    temperature: float | Tensor = 8.0,
+    temperature: float | Tensor | None = None,
     rule: str | Callable[[BranchStats], Tensor] = "share",
     *,
     weight: Tensor | None = None,
@@ -60,9 +61,9 @@ def arl_loss(
         link: the second result of ``modulate``; while gradients are recorded required by every rule but
             "none".
         gamma: weight of the unimodal losses: a number >= 0, one per modality, or a tensor [] or [M].
-        temperature: T of the rule, a number or a 0-d tensor. 0 gives uniform coefficients, below 0 reverses
-            the rule.
-        rule: "share", "paper" (two modalities), "constant", "none", or a callable from BranchStats to
+        temperature: T of the rule, a number or a 0-d tensor; None: 8. 0 gives uniform coefficients, below 0
+            reverses the rule. For rule "ogm" it is alpha >= 0; None: 0.1.
+        rule: "share", "paper" (two modalities), "constant", "none", "ogm", or a callable from BranchStats to
             coefficients [M].
         weight: [C] class weights, as in ``torch.nn.functional.cross_entropy``, or weights of the labels.
         pos_weight: [C] for task "multilabel": what multiplies the loss of a "yes".
@@ -76,7 +77,8 @@ def arl_loss(
             logits.
         entropy_floor: smallest entropy share before the inversion, in [0, 1]; None: 0.6 / number of
             modalities.
-        gain: "residual" 1 + a_m (Eq. 19), "mean_one" M a_m, or "plain" a_m.
+        gain: "residual" 1 + a_m (Eq. 19), "mean_one" M a_m, or "plain" a_m; rule "ogm" has no other than
+            "plain".
         ignore_index, label_smoothing, reduction: as in ``torch.nn.functional.cross_entropy``, for each
             branch.
 
@@ -94,7 +96,7 @@ def arl_loss(
     loss, packed = loss_and_packed(
         BranchLogits(fused, unimodal, link),
         Targets(target, mask, weight, pos_weight=pos_weight),
-        make_schedule(gamma, temperature, warming),
+        make_schedule(gamma, temperature, warming, rule),
         make_options(rule=rule, **options),
         sync_stats,
         implementation,
@@ -139,8 +141,9 @@ class ARLLoss(nn.Module):
 
     Args:
         gamma: weight of the unimodal losses (Eq. 22): a number >= 0, one per modality, or a tensor [] or [M].
-        temperature: T of the rule, a number or a 0-d tensor.
-        rule: "share", "paper", "constant", "none", or a callable from BranchStats to coefficients [M].
+        temperature: T of the rule, a number or a 0-d tensor; None: 8, and for "ogm", whose alpha it is, 0.1.
+        rule: "share", "paper", "constant", "none", "ogm" (with gamma=0: OGM, docs/family.md), or a callable
+            from BranchStats to coefficients [M].
         warmup: number of calls in training mode, with gradients, before gamma and the gains take effect
             (until then gamma = 1 and gain = 1). The counter, the buffer ``steps``, is in the state_dict.
         weight, pos_weight: [C] weights of the classes or labels, as for ``arl_loss``; they move with the
@@ -149,8 +152,8 @@ class ARLLoss(nn.Module):
         task, dependence, entropy_floor, gain, ignore_index, label_smoothing, reduction: as for ``arl_loss``.
 
     Shape:
-        output: BranchLogits, a tuple (fused, unimodal[, link]) or a dict {"fused": ..., name: ..., "link":
-            ...}, with logits [B, C] or [B, C, d1, ...]. In evaluation mode also the fused logits alone, for
+        output: BranchLogits, a tuple (fused, unimodal[, link]) or a dict
+            {"fused": ..., name: ..., "link": ...}, with logits [B, C] or [B, C, d1, ...]. In evaluation mode also the fused logits alone, for
             models that then return nothing else.
         target: class indices [B, d1, ...], or probabilities or labels of the logits' shape.
         mask: [B, M] bool, False where a modality is absent; optional. In a dict it may be the entry "mask".
@@ -178,7 +181,7 @@ class ARLLoss(nn.Module):
     def __init__(
         self,
         gamma: float | Sequence[float] | Tensor = 1.0,
-        temperature: float | Tensor = 8.0,
+        temperature: float | Tensor | None = None,
         rule: str | Callable[[BranchStats], Tensor] = "share",
         *,
         warmup: int = 0,
@@ -190,6 +193,7 @@ class ARLLoss(nn.Module):
         super().__init__()
         self.options = make_options(rule=rule, **options)
         check_gamma(gamma)
+        temperature = make_temperature(temperature, rule)
         check_scalar("temperature", temperature)
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
             raise ValueError(f"warmup: got {warmup!r}, expected a number of steps >= 0")

@@ -26,7 +26,7 @@ def sharded_arl_loss(
     group: Any = True,
     offset: int | None = None,
     gamma: float | Sequence[float] | Tensor = 1.0,
-    temperature: float | Tensor = 8.0,
+    temperature: float | Tensor | None = None,
     rule: str | Callable[[BranchStats], Tensor] = "share",
     *,
     weight: Tensor | None = None,

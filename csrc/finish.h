@@ -20,8 +20,8 @@ namespace arl {
 
 // ---- names -----------------------------------------------------------------------------------------------
 
-enum Rule : int { kShare, kPaper, kConstant, kNone };
-inline constexpr const char* kRules[] = {"share", "paper", "constant", "none"};
+enum Rule : int { kShare, kPaper, kConstant, kNone, kOgm };
+inline constexpr const char* kRules[] = {"share", "paper", "constant", "none", "ogm"};
 
 enum Dependence : int { kConfidence, kLogitL1 };
 inline constexpr const char* kDependences[] = {"confidence", "logit_l1"};
@@ -166,6 +166,15 @@ ARL_FN T bounded_ratio(T top, T bottom) {
   return ratio > T(kHugeRatio) ? T(kHugeRatio) : ratio;
 }
 
+// OGM's gain for a modality with confidence s, from the sum over the others that are present: with
+// rho = s / mean of the others, 1 - tanh(alpha rho) = 2 / (1 + exp(2 alpha rho)) if rho > 1, else 1.
+template <typename T>
+ARL_FN T held_back(T s, T others, T present, T alpha) {
+  if (present <= T(1)) return T(1);
+  const T rho = bounded_ratio(s, others / (present - T(1)));
+  return rho <= T(1) ? T(1) : T(2) / (T(1) + T(exp(T(2) * alpha * rho)));  // a NaN stays
+}
+
 // One thread computes everything. csrc/cuda has a warp in its place, whose threads take the modalities in
 // turn.
 struct OneThread {
@@ -272,6 +281,9 @@ ARL_FN T finish(const T* sums, int modalities, const Gamma& gamma, T temperature
   for (int m = first; m < modalities; m += step) {
     const bool here = count[m + 1] > T(0);
     if (here) a[m] /= power_total;
+    if (here && options.rule == kOgm) {
+      a[m] = held_back(dependence[m], dependence_total - dependence[m], present, temperature);
+    }
     T gain = a[m];
     if (options.gain == kResidual) gain = T(1) + a[m];  // Eq. 19
     if (options.gain == kMeanOne) gain = present * a[m];

@@ -149,6 +149,11 @@ def arl(
         for m in here:
             a[m] = powers[m] / sum(powers.values())
             gains[m] = {"residual": 1 + a[m], "mean_one": len(here) * a[m], "plain": a[m]}[gain]
+            if rule == "ogm":
+                others = [depend[k] for k in here if k != m]
+                average = sum(others) / len(others) if others else math.inf
+                rho = (1.0 if depend[m] == 0 else math.inf) if average == 0 else depend[m] / average
+                a[m] = gains[m] = 1 - math.tanh(temperature * rho) if rho > 1 else 1.0
     if warming or rule == "none":
         gains = [1.0] * modalities
     stats = dict(

@@ -108,6 +108,35 @@ def test_rules_many_modalities(implementation, rule, modalities):
     check([x * (1 + m) for m, x in enumerate(logits)], target, rule=rule, gain="mean_one", entropy_floor=0.15)
 
 
+@pytest.mark.parametrize("modalities", [1, 2, 3, 5])
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 30.0])
+def test_ogm(implementation, modalities, alpha):
+    """The rule with gains of its own: some modality is ahead of the others' mean, some are not."""
+    logits, target = make(modalities)
+    for m, x in enumerate(logits[1:]):  # of more and more confidence in the true class
+        x[torch.arange(len(target)), target] += m
+    _, _, stats = check(logits, target, rule="ogm", temperature=alpha, gamma=0.5)
+    assert torch.equal(stats.coefficients, stats.gains)
+    assert (stats.gains[0] == 1) and (modalities == 1 or stats.gains[-1] < 1)
+
+
+def test_ogm_where_a_modality_is_absent_or_certain(implementation):
+    logits, target = make(modalities=3, batch=8)
+    mask = torch.ones(8, 3, dtype=torch.bool)
+    mask[:, 1] = False
+    logits[2].fill_(torch.nan)
+    logits[1] *= 0
+    logits[1][torch.arange(8), target] = 1e4  # confidence 1
+    logits[3] *= 0
+    logits[3][torch.arange(8), (target + 1) % 5] = 1e4  # confidence 0
+    loss, grads, stats = run(logits, target, mask=mask, rule="ogm", temperature=0.1)
+    assert stats.gains.tolist() == [0, 1, 1]
+    assert stats.coefficients.tolist() == [0, 0, 1]
+    logits[1][0, 0] = torch.nan  # never a plausible gain beside it
+    _, _, stats = run(logits, target, mask=mask, rule="ogm", temperature=0.1)
+    assert stats.gains.isnan().tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("modalities", [2, 3, 4])
 @pytest.mark.parametrize("floor", [None, 0.0, 0.1])
 def test_entropy_floor(implementation, modalities, floor):

@@ -487,8 +487,13 @@ def test_modulate_backward():
             assert got is None or torch.equal(got, want)
 
 
-@pytest.mark.parametrize("rule", ["share", "paper", "constant", "none"])
-@pytest.mark.parametrize("gain", ["residual", "mean_one", "plain"])
+@pytest.mark.parametrize(
+    ("rule", "gain"),
+    [
+        *itertools.product(["share", "paper", "constant", "none"], ["residual", "mean_one", "plain"]),
+        ("ogm", "plain"),
+    ],
+)
 @pytest.mark.parametrize("floor", [None, 0.0, 0.4])
 def test_finish(rule, gain, floor):
     """Every rule, gain and floor, beside a modality that is absent."""

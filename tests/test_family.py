@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import arl_fast
 from arl_fast import ARLLoss, ConcatHead, History, ZeroedHead
-from arl_fast.family import OGM, Fixed, blended_loss, dgl, gammas, gradient_blending, gradient_blending_of
+from arl_fast.family import DGL, Fixed, blended_loss, gammas, gradient_blending, gradient_blending_of
 
 NAMES = ["audio", "visual"]
 
@@ -35,7 +35,7 @@ def test_ogm_scales_the_encoders_of_a_joint_loss(implementation, names, alpha):
     head's are left.
     """
     encoders, head, x, y = model(names)
-    ARLLoss(gamma=0.0, rule=OGM(alpha), gain="plain")(head(features(encoders, x)), y).backward()
+    ARLLoss(gamma=0.0, rule="ogm", temperature=alpha)(head(features(encoders, x)), y).backward()
     got = {name: p.grad.clone() for name, p in [*encoders.named_parameters(), *head.named_parameters()]}
     for p in [*encoders.parameters(), *head.parameters()]:
         p.grad = None
@@ -60,31 +60,42 @@ def test_ogm_scales_the_encoders_of_a_joint_loss(implementation, names, alpha):
     torch.testing.assert_close(got["linear.weight"], head.linear.weight.grad, rtol=1e-10, atol=1e-14)
 
 
-def test_ogm_with_an_absent_modality_and_alone():
-    _, head, _, y = model()
-    z = {m: torch.randn(8, 4, dtype=torch.float64, requires_grad=True) for m in NAMES}
-    criterion = ARLLoss(gamma=0.0, rule=OGM(0.5), gain="plain")
-    criterion(head(z), y, torch.tensor([[True, False]] * 8))
-    assert criterion.stats.gains.tolist() == [1, 1]
-    logits = torch.randn(8, 3, dtype=torch.float64)
-    assert arl_fast.arl_loss(logits, [logits], y, rule=OGM(), gain="plain")[1].gains.tolist() == [1]
+def test_ogm_has_its_own_alpha_and_no_other_gain():
+    """alpha 0.1 by default, a tensor if it shall change; a wrong one, and a gain that it has not, are errors."""
+    logits, y = [torch.randn(8, 3, dtype=torch.float64) for _ in range(3)], torch.randint(3, (8,))
+
+    def gains(**options):
+        return arl_fast.arl_loss(logits[0], logits[1:], y, rule="ogm", **options)[1].gains
+
+    torch.testing.assert_close(gains(), gains(temperature=0.1))
+    torch.testing.assert_close(gains(gain="plain"), gains(temperature=torch.tensor(0.1, dtype=torch.float64)))
+    assert not torch.equal(gains(), gains(temperature=8.0))
+    assert gains(temperature=0).tolist() == [1, 1]
+    criterion = ARLLoss(gamma=0.0, rule="ogm")
+    assert (criterion.temperature, criterion.options.gain) == (0.1, "plain")
+    assert ARLLoss().temperature == 8.0
+    for make in (gains, lambda **options: ARLLoss(rule="ogm", **options)):
+        with pytest.raises(ValueError, match=r"gain: got 'residual' with rule='ogm'.*leave it out"):
+            make(gain="residual")
+        with pytest.raises(ValueError, match=r"temperature: got -0.1, expected a finite number >= 0"):
+            make(temperature=-0.1)
 
 
 def test_rules_are_values_and_compile():
     """Equal where their numbers are, so that options are cached; picklable with the criterion; one graph."""
-    assert OGM(0.1) == OGM(0.1) != OGM(0.2)
+    assert Fixed((1.0, 2.0)) == Fixed((1.0, 2.0)) != Fixed((1.0, 3.0))
     assert hash(Fixed((1.0, 2.0))) == hash(Fixed((1.0, 2.0)))
-    criterion = pickle.loads(pickle.dumps(ARLLoss(gamma=0.0, rule=OGM(0.1), gain="plain")))
-    encoders, head, x, y = model()
-    loss = criterion(head(features(encoders, x)), y)
-    gains = criterion.stats.gains
-    step = torch.compile(
-        lambda x, y: criterion(head(features(encoders, x)), y), fullgraph=True, backend="eager"
-    )
-    torch.testing.assert_close(step(x, y), loss)
-    torch.testing.assert_close(criterion.stats.gains, gains)
-    with pytest.raises(ValueError, match="alpha: got 0, expected a number > 0"):
-        OGM(0)
+    for rule in (Fixed((0.5, 2.0)), "ogm"):
+        criterion = pickle.loads(pickle.dumps(ARLLoss(gamma=0.0, rule=rule, gain="plain")))
+        encoders, head, x, y = model()
+        loss = criterion(head(features(encoders, x)), y)
+        gains = criterion.stats.gains
+
+        def step(x, y, criterion=criterion, head=head, encoders=encoders):
+            return criterion(head(features(encoders, x)), y)
+
+        torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(x, y), loss)
+        torch.testing.assert_close(criterion.stats.gains, gains)
 
 
 @pytest.mark.parametrize("kind", ["concat", "zeroed"])
@@ -97,7 +108,7 @@ def test_dgl_routes_the_losses(kind):
         network = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
         head = ZeroedHead(lambda z: network(torch.cat(list(z.values()), 1)))
         head.fusion = Concatenate(network)
-    loss = ARLLoss(gamma=2.0, rule="none")(dgl(head, features(encoders, x)), y)
+    loss = ARLLoss(gamma=2.0, rule="none")(DGL(head)(features(encoders, x)), y)
     loss.backward()
     got = {name: p.grad.clone() for name, p in [*encoders.named_parameters(), *head.named_parameters()]}
 
@@ -128,12 +139,24 @@ def test_dgl_takes_sequences_and_updates_running_statistics_once():
     z = {m: torch.randn(8, 4, requires_grad=True) for m in NAMES}
     head(z)
     once = int(network[1].num_batches_tracked)
-    dgl(head, z)
+    DGL(head)(z)
     assert int(network[1].num_batches_tracked) == 2 * once
     listed = ConcatHead([4, 4], 3)
-    out = dgl(listed, list(z.values()))
+    out = DGL(listed)(list(z.values()))
     torch.testing.assert_close(out.fused, listed(list(z.values())).fused)
-    assert out.link is None
+    with torch.no_grad():  # as if it were not there
+        assert torch.equal(DGL(listed)(list(z.values())).fused, listed(list(z.values())).fused)
+
+
+def test_dgl_with_absent_modalities():
+    """A head's mask goes through, and None for a modality stays None."""
+    head, y = ConcatHead(dict.fromkeys(NAMES, 4), 3), torch.randint(3, (8,))
+    z = {m: torch.randn(8, 4) for m in NAMES}
+    mask = torch.rand(8, 2) > 0.4
+    for given in ((z, mask), (z | {"visual": None},)):
+        torch.testing.assert_close(
+            ARLLoss(rule="none")(DGL(head)(*given), y), ARLLoss(rule="none")(head(*given), y)
+        )
 
 
 def losses(branches: int = 3) -> list[torch.Tensor]:

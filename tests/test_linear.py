@@ -111,6 +111,12 @@ def test_rules(implementation, rule, gain, chunk):
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
+def test_ogm(implementation, chunk):
+    stats, _ = check(*make(), chunk, rule="ogm", temperature=0.3, gamma=0.5)
+    assert float(stats.gains.min()) < 1
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize(

@@ -282,6 +282,7 @@ def test_the_launcher_never_takes_a_variant_for_other_arguments(bound):
         lambda: forward(grad=False),
         *[lambda r=r: forward(reduction=r) for r in ("sum", "none")],
         *[lambda r=r: forward(rule=r) for r in ("paper", "constant", "none", lambda stats: stats.entropy)],
+        lambda: forward(rule="ogm", gain="plain"),
         *[lambda g=g: forward(gain=g) for g in ("mean_one", "plain")],
         lambda: forward(label_smoothing=0.1),
         lambda: forward(ignore_index=255),

@@ -18,13 +18,13 @@ class Options(NamedTuple):
     """All options of the loss that are plain values and fixed for a run. Hashable, so that it can be cached.
 
     Attributes:
-        rule: from statistics to coefficients: "share", "paper" (two modalities), "constant", "none", or a
+        rule: from statistics to coefficients: "share", "paper" (two modalities), "constant", "none", "ogm", or a
             callable from BranchStats to coefficients [M].
         dependence: "confidence", the mean true-class probability, or "logit_l1", the mean sum of absolute
             logits.
         entropy_floor: the smallest entropy share before the inversion, in [0, 1]; None: 0.6 / number of
             modalities in the batch.
-        gain: "residual" 1 + a_m (Eq. 19), "mean_one" M a_m, or "plain" a_m.
+        gain: "residual" 1 + a_m (Eq. 19), "mean_one" M a_m, or "plain" a_m; always "plain" for rule "ogm".
         ignore_index, label_smoothing, reduction: as in ``torch.nn.functional.cross_entropy``, for each
             branch.
         task: "multiclass", one class per row, or "multilabel", a yes or no for every label (C = 1: binary),
@@ -95,6 +95,12 @@ def _checked(**given: Any) -> Options:
     if unknown:
         raise TypeError(f"{unknown[0]}: got an unknown option, expected one of {', '.join(Options._fields)}")
     options = Options(**given)
+    if options.rule == "ogm":  # its coefficients are gains
+        if given.get("gain", "plain") != "plain":
+            raise ValueError(
+                f"gain: got {given['gain']!r} with rule='ogm', whose coefficients are the gains: leave it out"
+            )
+        options = options._replace(gain="plain")
     if not callable(options.rule):
         check_choice("rule", options.rule, RULES, " or a callable from BranchStats to coefficients [M]")
     check_choice("dependence", options.dependence, DEPENDENCES)
@@ -134,7 +140,7 @@ class Schedule(NamedTuple):
     Attributes:
         gamma: weight of the unimodal losses, a number, one number per modality, or a tensor [] or [M] on the
             device.
-        temperature: T of the rule, a number or a 0-d tensor on the device.
+        temperature: T of the rule, or alpha of "ogm": a number or a 0-d tensor on the device.
         warmup: the length of the warm-up in steps. While it lasts gamma = 1 and all gains are 1.
         step: the number of steps so far, a 0-d integer tensor on the device; None: 0.
     """
@@ -162,9 +168,19 @@ def is_plain(options: Options, schedule: Schedule) -> bool:
     return zero and options.rule == "none"
 
 
-def make_schedule(gamma: Any, temperature: Any, warming: bool | Tensor) -> Schedule:
+def make_temperature(temperature: Any, rule: Any) -> Any:
+    """T of the rule; None: 8, and for "ogm", whose alpha it is, 0.1. OGM's alpha is not negative."""
+    if temperature is None:
+        return 0.1 if rule == "ogm" else 8.0
+    if rule == "ogm":
+        check_scalar("temperature", temperature, 0.0)
+    return temperature
+
+
+def make_schedule(gamma: Any, temperature: Any, warming: bool | Tensor, rule: Any) -> Schedule:
     """The schedule of a call that says itself whether it belongs to the warm-up."""
     gamma = tuple(gamma) if isinstance(gamma, list) else gamma
+    temperature = make_temperature(temperature, rule)
     if isinstance(warming, Tensor):
         return Schedule(gamma, temperature, 1, warming.logical_not().to(torch.int64))
     return Schedule(gamma, temperature, int(warming))

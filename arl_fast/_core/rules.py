@@ -73,6 +73,18 @@ def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
     return torch.where((top == 0) & (bottom == 0), 1, top / bottom).clamp_max(HUGE_RATIO)
 
 
+def held_back(s: Tensor, alpha: float | Tensor, present: Tensor) -> Tensor:
+    """OGM's gains [M] of the present modalities, from their confidences s; 0 for an absent one.
+
+    rho_m = s_m / mean of the others' s, k_m = 1 - tanh(alpha rho_m) if rho_m > 1, else 1; 1 for a modality alone.
+    1 - tanh x is computed as 2 / (1 + exp 2x), which keeps its digits where x is large.
+    """
+    others = present.sum(dtype=s.dtype) - 1
+    rho = _ratio(s, (s.sum() - s) / others.clamp_min(1))
+    k = torch.where((rho <= 1) | (others <= 0), 1, 2 / (1 + torch.exp(2 * alpha * rho)))  # a NaN stays
+    return k.masked_fill_(~present, 0)
+
+
 def coefficients(
     rule: str,
     temperature: float | Tensor,
@@ -89,6 +101,8 @@ def coefficients(
         inverse_variances = _ratio(entropy[1], entropy[0])
         dependences = _ratio(dependence[0], dependence[1])
         return _softmax(temperature * torch.stack([inverse_variances, dependences]), present)
+    if rule == "ogm":
+        return held_back(dependence, temperature, present)
     return _softmax(torch.zeros_like(q), present)  # "constant", and "none", which leaves it unused
 
 

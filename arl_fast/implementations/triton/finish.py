@@ -178,6 +178,11 @@ def finish(
     top = tl.max(tl.where(present, scores, float("-inf")), 0)
     a = tl.where(present, tl.exp(tl.where(present, scores - top, 0.0)), 0.0)
     a = tl.where(present, a / at_least(tl.sum(a, 0), SMALLEST), 0.0)
+    if OPTIONS.rule == "ogm":  # 1 - tanh x = 2 / (1 + exp 2x) where a modality is ahead of the others' mean
+        others = (tl.sum(dependence, 0) - dependence) / tl.maximum(n_present - 1, 1.0)
+        rho = tl.where(n_present > 1, ratio(dependence, others), 1.0)
+        a = tl.where(rho <= 1, 1.0, 2.0 / (1.0 + tl.exp(2 * temperature * rho)))
+        a = tl.where(present, a, 0.0)
 
     # Gains (Eq. 19): 1 + a, M a or a; 1 for rule "none", an absent modality and during the warm-up.
     if OPTIONS.rule == "none":
