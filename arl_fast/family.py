@@ -1,4 +1,4 @@
-"""Other methods of the family, from their published formulas and the statistics that the loss computes anyway.
+"""Other methods of the family, from their published formulas and the statistics of ARL's loss.
 
 OGM, without the noise of OGM-GE:
 
@@ -13,8 +13,8 @@ Gradient-Blending, after every epoch of a run that is tracked and evaluated:
     weights = gradient_blending_of(history)
     blended_loss(output, target, weights).backward()
 
-In ``arl_fast.ladder`` they are the methods "ogm", "dgl" and "blending". docs/family.md tells what each adds to a
-step, and where it departs from its paper.
+In ``arl_fast.ladder`` they are the methods "ogm", "dgl" and "blending". docs/family.md tells what each adds
+to a step, and where it departs from its paper.
 """
 
 from __future__ import annotations
@@ -49,15 +49,17 @@ class Fixed:
 class DGL(nn.Module):
     """A head with the routing of disentangled gradient learning (DGL; Wei, Luo and Luo, ICCV 2025).
 
-    The fused loss trains the head and no encoder, the unimodal losses train the encoders and not the head: fused
-    logits come from detached features, unimodal logits through detached parameters. Use it with
+    The fused loss trains the head and no encoder, the unimodal losses train the encoders and not the head:
+    fused logits come from detached features, unimodal logits through detached parameters. Use it with
     ``ARLLoss(gamma, rule="none")``, whose gamma is the paper's alpha.
 
-    While gradients are recorded the head is called twice; otherwise once, as if it were not wrapped. The logits are
-    those of ``head(features)``, and the link is the head's own, so that a rule can scale what reaches the encoders.
+    While gradients are recorded the head is called twice; otherwise once, as if it were not wrapped. The
+    logits are those of ``head(features)``, and the link is the head's own, so that a rule can scale what
+    reaches the encoders.
 
     Args:
-        head: a module from features to BranchLogits, or a tuple or dict of that form: the heads of this package.
+        head: a module from features to BranchLogits, or a tuple or dict of that form: the heads of this
+            package.
     """
 
     def __init__(self, head: nn.Module) -> None:

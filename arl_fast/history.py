@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._core.spec import BranchStats
 
-SATURATED = 0.99  # a coefficient above this leaves the other modalities next to nothing
+SATURATED = 0.99  # a coefficient above this share of all leaves the other modalities next to nothing
 
 # BranchStats' fields in the singular, as loggers show them, and whether they have an entry for the fused
 # branch.
@@ -270,7 +270,9 @@ class History:
         present = stats.count[:, 1:] > 0
         floor = self._floor(present.sum(1, keepdim=True))
         floored = ((share < floor) & present).any(1)
-        saturated = (stats.coefficients > SATURATED).any(1) & (present.sum(1) > 1)
+        a = stats.coefficients  # OGM's do not sum to 1, so that the others' sum is looked at too
+        saturated = ((a > SATURATED) & (a.sum(1, keepdim=True) - a < 1 - SATURATED)).any(1)
+        saturated &= present.sum(1) > 1
         return torch.stack([floored, saturated], 1).double()
 
     def _floor(self, modalities: Any) -> Any:

@@ -153,8 +153,8 @@ class ARLLoss(nn.Module):
 
     Shape:
         output: BranchLogits, a tuple (fused, unimodal[, link]) or a dict
-            {"fused": ..., name: ..., "link": ...}, with logits [B, C] or [B, C, d1, ...]. In evaluation mode also the fused logits alone, for
-            models that then return nothing else.
+            {"fused": ..., name: ..., "link": ...}, with logits [B, C] or [B, C, d1, ...]. In evaluation mode
+            also the fused logits alone, for models that then return nothing else.
         target: class indices [B, d1, ...], or probabilities or labels of the logits' shape.
         mask: [B, M] bool, False where a modality is absent; optional. In a dict it may be the entry "mask".
 

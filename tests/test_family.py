@@ -61,7 +61,7 @@ def test_ogm_scales_the_encoders_of_a_joint_loss(implementation, names, alpha):
 
 
 def test_ogm_has_its_own_alpha_and_no_other_gain():
-    """alpha 0.1 by default, a tensor if it shall change; a wrong one, and a gain that it has not, are errors."""
+    """alpha is 0.1, or a tensor if it shall change; a wrong one, or another form of gain, is an error."""
     logits, y = [torch.randn(8, 3, dtype=torch.float64) for _ in range(3)], torch.randint(3, (8,))
 
     def gains(**options):

@@ -56,7 +56,11 @@ def test_every_rung_is_there_and_starts_from_the_same_place():
         *("alone audio", "alone visual", "late", "joint", "unimodal", "weights", "constant", "share"),
         *("share_weights", "paper", "paper_swapped", "reversed", "rates"),
     ]
-    for name in ("unimodal", "constant", "share", "paper", "paper_swapped", "reversed", "rates"):
+    named = ["joint", "ogm", "dgl", "blending"]
+    family = climb(Net, data, Budget(3, (0.0,)), seeds=2, methods=named, **OPTIONS)
+    assert list(family.chosen) == named
+    out.chosen |= {name: family.chosen[name] for name in named}
+    for name in ("unimodal", "constant", "share", "paper", "paper_swapped", "reversed", "rates", *named[1:]):
         assert out.difference(name).mean == 0
         assert out.chosen[name][0]["test"] == out.chosen["joint"][0]["test"]
     assert torch.equal(out.values("alone audio"), out.values("joint", "audio"))
@@ -92,6 +96,141 @@ def test_joint_rung_is_a_plain_loop():
     )
 
 
+def trained(step, epochs=3, seed=5, after=lambda model: None):
+    """The state of a model after a plain loop, where ``step(model, x, y)`` is the loss, by name of parameter."""
+    torch.manual_seed(seed)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    (x, y), order = rows_of(60, seed), torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for rows in torch.randperm(60, generator=order).split(20):
+            optimizer.zero_grad()
+            step(model, {m: v[rows] for m, v in x.items()}, y[rows])
+            optimizer.step()
+        after(model)
+    return model.state_dict()
+
+
+def trained_by_ladder(name, epochs=3, seed=5):
+    setup = training.Setup(Net, training.sgd, training.forward, "cpu", {}, training.head_of)
+    model, history = training.train(setup, methods(NAMES)[name], {}, data(seed), epochs, 0.1, seed)
+    return {key.replace("head.head.", "head."): value for key, value in model.state_dict().items()}, history
+
+
+def assert_same(states, wanted):
+    assert states.keys() == wanted.keys()
+    for name, value in states.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_ogm_rung_is_its_formula():
+    """Each encoder's gradient of the joint loss times 1 - tanh(0.1 rho), in a plain loop."""
+    seen = []
+
+    def step(model, x, y):
+        out = model(x)
+        nn.functional.cross_entropy(out.fused, y).backward()
+        s = [float(u.detach().softmax(1)[torch.arange(len(y)), y].mean()) for u in out.unimodal.values()]
+        for m, name in enumerate(NAMES):
+            rho = s[m] / s[1 - m]
+            seen.append(1 - math.tanh(0.1 * rho) if rho > 1 else 1)
+            for p in model.encoders[name].parameters():
+                p.grad *= seen[-1]
+
+    states, history = trained_by_ladder("ogm")
+    assert_same(states, trained(step))
+    assert min(seen) < 1
+    torch.testing.assert_close(
+        history.series("gains").flatten(), torch.tensor(seen).double(), rtol=1e-4, atol=0
+    )
+    assert not history.rows()["saturated"].any()
+
+
+def test_dgl_rung_routes_the_losses():
+    """Encoders learn from the unimodal losses, the head from the fused one, in a plain loop."""
+
+    def step(model, x, y):
+        out = model(x)
+        unimodal = sum(nn.functional.cross_entropy(u, y) for u in out.unimodal.values())
+        encoders, head = list(model.encoders.parameters()), list(model.head.parameters())
+        grads = torch.autograd.grad(unimodal, encoders, retain_graph=True)
+        grads += torch.autograd.grad(nn.functional.cross_entropy(out.fused, y), head)
+        for p, g in zip([*encoders, *head], grads, strict=True):
+            p.grad = g
+
+    assert_same(trained_by_ladder("dgl")[0], trained(step))
+
+    class Headless(Net):
+        def forward(self, x):
+            out = super().forward(x)
+            return out.fused, out.unimodal
+
+    options = dict(methods=["dgl"], seeds=1, **OPTIONS)
+    with pytest.raises(
+        ValueError, match="head: found none in the model, or several, but the method wraps it"
+    ):
+        climb(Headless, data, Budget(1, (0.1,)), head=lambda model: None, **options)
+
+
+def test_blending_rung_is_its_formula():
+    """From the second epoch on the losses have the weights of Gradient-Blending, times three."""
+    weights, before, sums = [torch.ones(3)], [], []
+    x_val, y_val = rows_of(40, 105)
+
+    def losses(model, x, y):
+        out = model(x)
+        return torch.stack([nn.functional.cross_entropy(u, y) for u in (out.fused, *out.unimodal.values())])
+
+    def step(model, x, y):
+        loss = losses(model, x, y)
+        sums.append(loss.detach())
+        (weights[-1] * loss).sum().backward()
+
+    def after(model):
+        before.append((torch.stack(sums).mean(0), losses(model, x_val, y_val).detach()))
+        sums.clear()
+        if len(before) > 1:
+            (t0, h0), (t1, h1) = before[0], before[-1]
+            gained, overfitted = h0 - h1, (h1 - t1) - (h0 - t0)
+            ratio = gained.clamp_min(0) / overfitted.abs().clamp_min(0.01) ** 2
+            weights.append(3 * ratio / ratio.sum())
+
+    wanted = trained(step, epochs=4, after=after)
+    assert float(weights[-1].std()) > 0.1
+    assert_same(trained_by_ladder("blending", epochs=4)[0], wanted)
+    history = arl_fast.History()
+    assert ladder.methods(NAMES)["blending"].weigh(history) is None
+    with pytest.raises(ValueError, match=r"data: got no validation data, from which \['blending'\] weigh"):
+        climb(
+            Net,
+            lambda seed: data(seed)._replace(validation=None),
+            Budget(2, (0.1,)),
+            seeds=1,
+            methods=["blending"],
+            **OPTIONS,
+        )
+
+
+def test_a_look_at_validation_data_does_not_change_the_training_batches():
+    """Also where loaders draw from torch's global generator: only the weights make a difference."""
+    (x, y), (x_val, y_val) = rows_of(30, 0), rows_of(20, 1)
+
+    class Positional(Net):
+        def forward(self, audio, visual):
+            return super().forward({"audio": audio, "visual": visual})
+
+    loaders = Data(
+        DataLoader(TensorDataset(*x.values(), y), 10, shuffle=True),
+        DataLoader(TensorDataset(*x_val.values(), y_val), 10),
+        DataLoader(TensorDataset(*x_val.values(), y_val), 10),
+    )
+    wanted = {"unimodal": Method(dict(rule="none")), "look": Method(dict(rule="none"), weigh=lambda h: None)}
+    out = climb(Positional, lambda seed: loaders, Budget(3, (0.1,)), seeds=1, methods=wanted, **OPTIONS)
+    assert out.chosen["look"][0]["test"] == out.chosen["unimodal"][0]["test"]
+    held_out = [h.rows("held_out")["step"].tolist() for name in wanted for h in out.history(name)]
+    assert held_out == [[], [3, 6, 9]]
+
+
 @pytest.mark.parametrize("classes", [2, 7])
 def test_macro_f1_is_that_of_scikit_learn(classes):
     sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
@@ -106,7 +245,8 @@ def test_alone_and_late_fusion_are_models_trained_apart():
     setup = training.Setup(Net, training.sgd, training.forward, "cpu", {}, training.head_of)
     d = data(0)
     trained = {
-        m: training.train(setup, dict(gamma=0.0, rule="none"), d.train, 2, 0.1, 0, only=m)[0] for m in NAMES
+        m: training.train(setup, Method(dict(gamma=0.0, rule="none")), {}, d, 2, 0.1, 0, only=m)[0]
+        for m in NAMES
     }
     x, y = rows_of(80, 200)
     total = sum(model(x).unimodal[m] for m, model in trained.items())

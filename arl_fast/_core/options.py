@@ -18,8 +18,8 @@ class Options(NamedTuple):
     """All options of the loss that are plain values and fixed for a run. Hashable, so that it can be cached.
 
     Attributes:
-        rule: from statistics to coefficients: "share", "paper" (two modalities), "constant", "none", "ogm", or a
-            callable from BranchStats to coefficients [M].
+        rule: from statistics to coefficients: "share", "paper" (two modalities), "constant", "none", "ogm",
+            or a callable from BranchStats to coefficients [M].
         dependence: "confidence", the mean true-class probability, or "logit_l1", the mean sum of absolute
             logits.
         entropy_floor: the smallest entropy share before the inversion, in [0, 1]; None: 0.6 / number of

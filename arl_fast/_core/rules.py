@@ -76,7 +76,7 @@ def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
 def held_back(s: Tensor, alpha: float | Tensor, present: Tensor) -> Tensor:
     """OGM's gains [M] of the present modalities, from their confidences s; 0 for an absent one.
 
-    rho_m = s_m / mean of the others' s, k_m = 1 - tanh(alpha rho_m) if rho_m > 1, else 1; 1 for a modality alone.
+    rho_m = s_m / mean of the others' s, k_m = 1 - tanh(alpha rho_m) if rho_m > 1, else 1; alone k_m = 1.
     1 - tanh x is computed as 2 / (1 + exp 2x), which keeps its digits where x is large.
     """
     others = present.sum(dtype=s.dtype) - 1

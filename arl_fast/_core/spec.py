@@ -44,8 +44,8 @@ class BranchStats(NamedTuple):
         dependence: [M] mean true-class probability ("confidence") or sum of absolute logits ("logit_l1").
         inverse_variance: [M] the shares q, which sum to 1.
         dependence_share: [M] the shares d, which sum to 1.
-        coefficients: [M] what the rule made of q and d; they sum to 1. For rule "none" uniform, and unused; for
-            "ogm" the gains themselves.
+        coefficients: [M] what the rule made of q and d; they sum to 1. For rule "none" uniform, and unused;
+            for "ogm" the gains themselves.
         gains: [M] the factor on the gradient that reaches each encoder in this step.
         count: [M+1] number of valid rows.
     """

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._core.spec import BranchStats
-from ..family import Fixed
+from ..family import DGL, Fixed, gradient_blending_of
+from ..history import History
 
 TITLES = {
     "alone": "{} alone",
@@ -24,7 +25,12 @@ TITLES = {
     "paper_swapped": "paper rule, other order",
     "reversed": "share rule, reversed",
     "rates": "own learning rates",
+    "ogm": "OGM",
+    "dgl": "DGL",
+    "blending": "Gradient-Blending",
 }
+
+FAMILY = ("ogm", "dgl", "blending")  # other people's methods, which are trained only where they are named
 
 # rungs that come twice where there are validation data: the same models, with weights on their predictions
 WEIGHTED = {"unimodal": "weights", "share": "share_weights"}
@@ -37,10 +43,16 @@ class Method(NamedTuple):
         options: of ARLLoss. "gains", instead of "rule" and "gain", are fixed factors on the encoders'
             gradients.
         variants: further options, of which the one that is best on validation data counts.
+        head: from the model's head to the module that takes its place in training, such as ``family.DGL``.
+        weigh: asked after every epoch, with the statistics of its steps and of the validation data in the
+            history: weights [M+1] of the branches' losses from then on, the fused one's first and above 0.
+            None: as before, at first 1 for the fused loss and gamma for the others.
     """
 
     options: dict[str, Any]
     variants: tuple[dict[str, Any], ...] = ({},)
+    head: Callable[[nn.Module], nn.Module] | None = None
+    weigh: Callable[[History], Tensor | None] | None = None
 
 
 def methods(modalities: Sequence[str]) -> dict[str, Method]:
@@ -55,6 +67,12 @@ def methods(modalities: Sequence[str]) -> dict[str, Method]:
     "reversed": the share rule with the sign of T changed.
     "rates": unimodal losses, one encoder's gradient times 2 or a half, or none's. Under SGD without weight
         decay that is a learning rate of its own for that encoder. Adam cancels it.
+
+    And other people's, docs/family.md:
+    "ogm": "joint", with the gains of OGM, alpha = 0.1.
+    "dgl": "unimodal", with DGL's routing: it wraps the model's head.
+    "blending": "unimodal", with the losses weighted by Gradient-Blending from the second epoch on. Its
+        validation losses come from the validation data.
     """
     count = len(modalities)
     tilts = [[1.0] * count] + [
@@ -68,6 +86,9 @@ def methods(modalities: Sequence[str]) -> dict[str, Method]:
         "share": Method(dict(rule="share")),
         "reversed": Method(dict(rule="share", temperature=-8.0)),
         "rates": Method({}, tuple({"gains": tilt} for tilt in tilts)),
+        "ogm": Method(dict(gamma=0.0, rule="ogm", temperature=0.1, gain="plain")),
+        "dgl": Method(dict(rule="none"), head=DGL),
+        "blending": Method(dict(rule="none"), weigh=blending),
     }
     if count == 2:
         rungs |= {"paper": Method(dict(rule="paper")), "paper_swapped": Method(dict(rule=paper_swapped))}
@@ -79,6 +100,19 @@ def loss_options(method: Method, variant: dict[str, Any]) -> dict[str, Any]:
     options = {**method.options, **variant}
     gains = options.pop("gains", None)
     return options if gains is None else options | {"rule": Fixed(tuple(gains)), "gain": "plain"}
+
+
+def blending(history: History) -> Tensor | None:
+    """M+1 times the weights of Gradient-Blending between the first epoch and the last one: [M+1].
+
+    Equal weights are then those of "unimodal", and learning rates can be compared. The fused loss keeps a
+    weight of at least 0.01 of all.
+    """
+    if history.epoch < 2:
+        return None
+    weights = gradient_blending_of(history)
+    weights[0].clamp_(min=0.01)
+    return len(weights) * weights / weights.sum()
 
 
 def paper_swapped(stats: BranchStats, temperature: float = 8.0) -> Tensor:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .._core.branches import BranchLogits, as_branch_logits
+from ..family import gammas
 from ..fusion import FusionWeights
 from ..heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
 from ..history import History
 from ..loss import ARLLoss
-from .methods import WEIGHTED, Method, loss_options
+from .methods import FAMILY, WEIGHTED, Method, loss_options
 from .methods import methods as all_methods
 from .results import Results, load_rows, measure
 
@@ -93,8 +94,9 @@ class Setup(NamedTuple):
 
 def train(
     setup: Setup,
-    options: dict[str, Any],
-    data: Iterable,
+    method: Method,
+    variant: dict[str, Any],
+    data: Data,
     epochs: int,
     rate: float,
     seed: int,
@@ -102,27 +104,69 @@ def train(
 ) -> tuple[nn.Module, History]:
     """A model trained from the seed's start on its batches; ``only``: on that modality's branch."""
     torch.manual_seed(seed)
-    generator = getattr(data, "generator", None)
+    generator = getattr(data.train, "generator", None)
     if generator is not None:  # a loader's own, which would go on from the run before
         generator.manual_seed(seed)
-    model = setup.factory().to(setup.device)
-    criterion = ARLLoss(**{**setup.criterion, **options}).to(setup.device)
+    model = setup.factory()
+    if method.head is not None:
+        model = with_head(model, setup.head(model), method.head)
+    model.to(setup.device)
+    criterion = ARLLoss(**{**setup.criterion, **loss_options(method, variant)}).to(setup.device)
     history = criterion.track(History(limit=512))
     optimizer = setup.optimizer(model.parameters(), rate)
+    weight = 1.0  # of the fused loss; gamma is relative to it
     model.train()
     for _ in range(epochs):
-        for batch in data:
+        for batch in data.train:
             output, target = setup.forward(model, to_device(batch, setup.device))
             if only is not None:
                 alone = by_name(output)[only]
                 output = BranchLogits(alone, {only: alone})
             loss = criterion(output, target)
+            if weight != 1:
+                loss = weight * loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        if method.weigh is None:
+            history.end_epoch()
+            continue
+        evaluate(setup, model, criterion, data.validation)  # type: ignore[arg-type]  # climb has made sure
         history.end_epoch()
+        if (weights := method.weigh(history)) is not None:
+            criterion.gamma, weight = tuple(gammas(weights).tolist()), float(weights[0])
     criterion.untrack()
     return model, history
+
+
+@torch.no_grad()
+def evaluate(setup: Setup, model: nn.Module, criterion: ARLLoss, data: Iterable) -> None:
+    """Let the criterion, and with it its history, see data that are not trained on."""
+    model.eval()
+    criterion.eval()
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # a loader draws from it, and the training batches shall not change
+        for batch in data:
+            criterion(*setup.forward(model, to_device(batch, setup.device)))
+    model.train()
+    criterion.train()
+
+
+def with_head(model: nn.Module, head: nn.Module | None, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """The model with its head wrapped, wherever it stands."""
+    if head is None:
+        raise ValueError(
+            "head: found none in the model, or several, but the method wraps it; pass head= to climb"
+        )
+    if head is model:
+        return wrap(head)
+    wrapped = wrap(head)
+    for module in [module for module in model.modules() if module is not wrapped]:
+        for name, child in list(module.named_children()):
+            if child is head:
+                setattr(module, name, wrapped)
+    return model
 
 
 def by_name(output: Any) -> dict[str, Tensor]:
@@ -190,7 +234,8 @@ def climb(
         data: a seed's Data. Batches are (x, ..., target) or dicts, see ``forward``.
         budget: epochs and learning rates to choose from; more than one needs validation data.
         seeds: how many, or which.
-        methods: names, of ``methods(modalities)``, or Methods by name; None: all.
+        methods: names, of ``methods(modalities)``, or Methods by name; None: all but other people's ("ogm",
+            "dgl", "blending").
         rows: a file to which each trained model adds its line, as JSON. Models whose lines are there already
             are not trained again, so that a run which was cut off goes on. It knows methods, seeds, rates and
             epochs, not the model or the data: one file for each of these.
@@ -219,12 +264,13 @@ def climb(
     first = data(seeds[0])
     modalities = modalities_of(setup, first.train)
     rungs = _chosen(methods, modalities)
-    if first.validation is None and (
-        len(budget.rates) > 1 or any(len(m.variants) > 1 for m in rungs.values())
-    ):
-        raise ValueError(
-            "data: got no validation data, which a choice of learning rates or variants is made on"
-        )
+    if first.validation is None:
+        if len(budget.rates) > 1 or any(len(m.variants) > 1 for m in rungs.values()):
+            raise ValueError(
+                "data: got no validation data, which a choice of learning rates or variants is made on"
+            )
+        if weighing := [name for name, m in rungs.items() if m.weigh is not None]:
+            raise ValueError(f"data: got no validation data, from which {weighing} weigh their losses")
     path = None if rows is None else Path(rows)
     done = _finished(path) if path is not None and path.exists() else []
     for row in done:
@@ -269,7 +315,9 @@ def _chosen(wanted: Sequence[str] | Mapping[str, Method] | None, modalities: lis
         raise ValueError(
             f"methods: got {unknown}, expected some of {list(rungs)} for {len(modalities)} modalities"
         )
-    return rungs if wanted is None else {name: rungs[name] for name in rungs if name in wanted}
+    return {
+        name: m for name, m in rungs.items() if (name not in FAMILY if wanted is None else name in wanted)
+    }
 
 
 def _finished(path: Path) -> list[dict[str, Any]]:
@@ -313,9 +361,7 @@ def _run(
     if name == "late":
         rows, parts = [], []
         for m in modalities:
-            model, history = train(
-                setup, loss_options(method, variant), data.train, budget.epochs, rate, seed, only=m
-            )
+            model, history = train(setup, method, variant, data, budget.epochs, rate, seed, only=m)
             parts.append(_predictions(setup, model, data))
             rows.append(row(f"alone {m}", *_each(parts[-1], lambda logits, m=m: {"fused": logits[m]})))  # type: ignore[misc]
         sides = []
@@ -325,7 +371,7 @@ def _run(
             sides.append(None if total is None else (total, side[0][1]))
         return [*rows, row(name, *sides)], history
 
-    model, history = train(setup, loss_options(method, variant), data.train, budget.epochs, rate, seed)
+    model, history = train(setup, method, variant, data, budget.epochs, rate, seed)
     sides = _predictions(setup, model, data)
     own = row(name, *sides)
     last = history.series("accuracy", "epochs")[-1].tolist()
