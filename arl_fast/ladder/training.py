@@ -109,7 +109,7 @@ def train(
         generator.manual_seed(seed)
     model = setup.factory()
     if method.head is not None:
-        model = with_head(model, setup.head(model), method.head)
+        model = with_head(model, setup.head(model), method.head)  # type: ignore[arg-type]  # climb has looked
     model.to(setup.device)
     criterion = ARLLoss(**{**setup.criterion, **loss_options(method, variant)}).to(setup.device)
     history = criterion.track(History(limit=512))
@@ -146,23 +146,19 @@ def evaluate(setup: Setup, model: nn.Module, criterion: ARLLoss, data: Iterable)
     criterion.eval()
     with torch.random.fork_rng(
         devices=[]
-    ):  # a loader draws from it, and the training batches shall not change
+    ):  # a loader draws from it; training batches stay
         for batch in data:
             criterion(*setup.forward(model, to_device(batch, setup.device)))
     model.train()
     criterion.train()
 
 
-def with_head(model: nn.Module, head: nn.Module | None, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def with_head(model: nn.Module, head: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """The model with its head wrapped, wherever it stands."""
-    if head is None:
-        raise ValueError(
-            "head: found none in the model, or several, but the method wraps it; pass head= to climb"
-        )
     if head is model:
         return wrap(head)
     wrapped = wrap(head)
-    for module in [module for module in model.modules() if module is not wrapped]:
+    for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if child is head:
                 setattr(module, name, wrapped)
@@ -271,6 +267,9 @@ def climb(
             )
         if weighing := [name for name, m in rungs.items() if m.weigh is not None]:
             raise ValueError(f"data: got no validation data, from which {weighing} weigh their losses")
+    wrapping = [name for name, m in rungs.items() if m.head is not None]
+    if wrapping and setup.head(setup.factory()) is None:
+        raise ValueError(f"head: found none in the model, or several, but {wrapping} wrap it: pass head=")
     path = None if rows is None else Path(rows)
     done = _finished(path) if path is not None and path.exists() else []
     for row in done:
