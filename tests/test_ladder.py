@@ -97,7 +97,7 @@ def test_joint_rung_is_a_plain_loop():
 
 
 def trained(step, epochs=3, seed=5, after=lambda model: None):
-    """The state of a model after a plain loop, where ``step(model, x, y)`` is the loss, by name of parameter."""
+    """The state of a model after a plain loop, in which ``step(model, x, y)`` makes the gradients."""
     torch.manual_seed(seed)
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -160,16 +160,9 @@ def test_dgl_rung_routes_the_losses():
 
     assert_same(trained_by_ladder("dgl")[0], trained(step))
 
-    class Headless(Net):
-        def forward(self, x):
-            out = super().forward(x)
-            return out.fused, out.unimodal
-
-    options = dict(methods=["dgl"], seeds=1, **OPTIONS)
-    with pytest.raises(
-        ValueError, match="head: found none in the model, or several, but the method wraps it"
-    ):
-        climb(Headless, data, Budget(1, (0.1,)), head=lambda model: None, **options)
+    options = dict(methods=["dgl"], head=lambda model: None, seeds=1, **OPTIONS)
+    with pytest.raises(ValueError, match=r"head: found none in the model, or several, but \['dgl'\] wrap it"):
+        climb(Net, data, Budget(1, (0.1,)), **options)
 
 
 def test_blending_rung_is_its_formula():

@@ -144,9 +144,7 @@ def evaluate(setup: Setup, model: nn.Module, criterion: ARLLoss, data: Iterable)
     """Let the criterion, and with it its history, see data that are not trained on."""
     model.eval()
     criterion.eval()
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # a loader draws from it; training batches stay
+    with torch.random.fork_rng(devices=[]):  # a loader draws from it; training batches stay
         for batch in data:
             criterion(*setup.forward(model, to_device(batch, setup.device)))
     model.train()
