@@ -4,11 +4,10 @@
 
 FOLDER holds fsdd/recordings/DIGIT_SPEAKER_INDEX.wav and mnist/t10k-images-idx3-ubyte,
 mnist/t10k-labels-idx1-ubyte (also with .gz). A recording is paired with an image of the same digit. Of the
-six speakers three are for training, one for
-validation and two for testing, and so for the images: no speaker and no image is in two of them. Each method
-has the learning rate that is best for it on the validation data, and fusion weights come from there too.
---noise adds noise to the images, in units of their standard deviation, so that one modality becomes much
-weaker than the other.
+six speakers three are for training, one for validation and two for testing, and so for the images: no speaker
+and no image is in two of them. Each method has the learning rate that is best for it on the validation data,
+and fusion weights come from there too. --noise adds noise to the images, in units of their standard
+deviation, so that one modality becomes much weaker than the other.
 """
 
 from __future__ import annotations
@@ -19,15 +18,19 @@ import wave
 from pathlib import Path
 
 import torch
-from ladder import Budget, Net, Split, arguments, climb, picture, table, write_rows
+from shared import Net, arguments, picture, show, with_control, write_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from arl_fast.ladder import Batches, Budget, Data, climb
 
 MODALITIES = ["audio", "visual"]
 PER_CLASS = 60
 WIDTH = 64
 SAMPLES = 5120  # 0.64 s at 8 kHz
-BUDGET = Budget(epochs=12, batch=30, rates=(0.03, 0.1))
+BATCH = 30
+BUDGET = Budget(epochs=12, rates=(0.03, 0.1))
+METHODS = ["late", "joint", "unimodal", "constant", "share"]
 
 
 def spectrogram(path: Path) -> Tensor:
@@ -76,7 +79,7 @@ class Digits:
         self.written = idx(folder / "mnist" / "t10k-labels-idx1-ubyte").long()
         self.noise = noise
 
-    def split(self, seed: int) -> Split:
+    def split(self, seed: int) -> Data:
         generator = torch.Generator().manual_seed(seed)
         speakers = torch.randperm(int(self.speaker.max()) + 1, generator=generator)
         images = torch.randperm(len(self.written), generator=generator)
@@ -88,14 +91,17 @@ class Digits:
             sounds, pictures = [], []
             for digit in range(10):
                 said = (chosen & (self.spoken == digit)).nonzero()[:, 0]
-                sounds.append(said[torch.randperm(len(said), generator=generator)[:per_class]])
                 third = images[side::3]
-                pictures.append(third[self.written[third] == digit][: len(sounds[-1])])
+                shown = third[self.written[third] == digit][:per_class]
+                sounds.append(said[torch.randperm(len(said), generator=generator)[: len(shown)]])
+                pictures.append(shown[: len(sounds[-1])])
             visual = self.visual[torch.cat(pictures)]
             visual = visual + self.noise * torch.randn(visual.shape, generator=generator)
             sounds = torch.cat(sounds)
-            sides += [{"audio": self.audio[sounds], "visual": visual}, self.spoken[sounds]]
-        return Split(*sides)
+            x = {"audio": self.audio[sounds], "visual": visual}
+            sides.append(Batches(x, self.spoken[sounds], None if side else BATCH))
+        train, test, validation = sides
+        return Data(train, validation, test)
 
 
 def encoder() -> nn.Module:
@@ -114,6 +120,10 @@ def encoder() -> nn.Module:
     )
 
 
+def net() -> Net:
+    return Net({m: encoder() for m in MODALITIES}, WIDTH, 10)
+
+
 def main() -> None:
     parser = arguments(__doc__, seeds=5, out="build/av_digits.png")
     parser.add_argument("folder", type=Path, help="the folder with fsdd/ and mnist/")
@@ -122,21 +132,12 @@ def main() -> None:
     torch.set_num_threads(1)
     start = time.perf_counter()
     digits = Digits(options.folder, options.noise)
-    results = climb(
-        lambda modalities: Net({m: encoder() for m in modalities}, WIDTH, 10),
-        digits.split,
-        MODALITIES,
-        BUDGET,
-        options.seeds,
-    )
-    print(
-        f"\nSpoken and written digits, image noise {options.noise:g}, "
-        f"{PER_CLASS} training samples per class, {BUDGET.epochs} epochs, ",
-        end="",
-    )
-    print(f"{options.seeds} seeds\n")
-    print(table(results.accuracy, MODALITIES))
-    picture(results, MODALITIES, options.out)
+    results = climb(net, digits.split, BUDGET, options.seeds, METHODS)
+    results = with_control(results, net, digits.split, BUDGET, options.seeds)
+    print(f"\nSpoken and written digits, image noise {options.noise:g}, ", end="")
+    print(f"{PER_CLASS} training samples per class, {BUDGET.epochs} epochs, {options.seeds} seeds\n")
+    show(results)
+    picture(results, options.out)
     if options.rows:
         write_rows(results, options.rows, example="av_digits", noise=options.noise)
     print(f"Picture: {options.out}   ({time.perf_counter() - start:.0f} s)")

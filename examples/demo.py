@@ -2,41 +2,38 @@
 
     python examples/demo.py [--seeds 10] [--out build/demo.png]
 
-Then once more with a noisy right half. The training loop, with arl_fast in it, is in ladder.py. What the
-result shows, and what not, is in the README.
+Then once more with a noisy right half. The methods, the training loop and the tables are ``arl_fast.ladder``.
+What the result shows, and what not, is in the README.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from ladder import ARL, JOINT, Budget, Net, Split, arguments, climb, picture, table, write_rows
+from shared import Net, arguments, mlp, picture, show, with_control, write_rows
 from sklearn.datasets import load_digits
-from torch import nn
+
+from arl_fast.ladder import Batches, Budget, Data, climb
 
 HALVES = ["left", "right"]
 PER_CLASS = 12
 VALIDATION = 48  # rows for the fusion weights: two whole batches, where the control trains on them
 NOISE = 1.0  # of the noisy right half, in standard deviations of a pixel
 WIDTH = 64
-BUDGET = Budget(epochs=50, batch=24, rates=(0.05,))
+BATCH = 24
+BUDGET = Budget(epochs=50, rates=(0.05,))
+METHODS = ["late", "joint", "unimodal", "constant", "share"]
 
 
-def net(modalities: list[str]) -> Net:
+def net() -> Net:
     """One small MLP per half."""
-    return Net(
-        {
-            m: nn.Sequential(nn.Linear(32, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
-            for m in modalities
-        },
-        WIDTH,
-        10,
-    )
+    return Net({m: mlp(32, WIDTH) for m in HALVES}, WIDTH, 10)
 
 
-def split(seed: int, noise: float = 0.0) -> Split:
+def split(seed: int, noise: float = 0.0) -> Data:
     """PER_CLASS training samples of each class, VALIDATION others; the test set is the rest, about 1,630."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32) / 16  # [1797, 8, 8]
@@ -45,29 +42,33 @@ def split(seed: int, noise: float = 0.0) -> Split:
     order = torch.randperm(len(y), generator=generator)
     train = torch.cat([order[y[order] == c][:PER_CLASS] for c in range(10)])
     rest = order[~torch.isin(order, train)]
-    validation, test = rest[:VALIDATION], rest[VALIDATION:]
     right = images[:, :, 4:]
     right = right + noise * images.std() * torch.randn(right.shape, generator=generator)
     x = {"left": images[:, :, :4].flatten(1), "right": right.flatten(1)}
-    pick = [{m: x[m][rows] for m in HALVES} for rows in (train, test, validation)]
-    return Split(pick[0], y[train], pick[1], y[test], pick[2], y[validation])
+
+    def rows(index: torch.Tensor, size: int | None = None) -> Batches:
+        return Batches({m: x[m][index] for m in HALVES}, y[index], size)
+
+    return Data(rows(train, BATCH), rows(rest[:VALIDATION]), rows(rest[VALIDATION:]))
 
 
-def main() -> None:
-    options = arguments(__doc__, seeds=10, out="build/demo.png").parse_args()
+def main(arguments_given: Sequence[str] | None = None) -> None:
+    options = arguments(__doc__, seeds=10, out="build/demo.png").parse_args(arguments_given)
     torch.set_num_threads(1)  # the models are too small to be worth a second thread
     start = time.perf_counter()
+    settings = []
+    for noise, methods in ((0.0, METHODS), (NOISE, ["joint", "share"])):
+        data = partial(split, noise=noise)
+        results = climb(net, data, BUDGET, options.seeds, methods)
+        settings.append(with_control(results, net, data, BUDGET, options.seeds))
+        if options.rows:
+            write_rows(settings[-1], options.rows, example="demo", noise=noise)
     title = f"{PER_CLASS} training samples per class, {BUDGET.epochs} epochs, {options.seeds} seeds"
-    results = climb(net, split, HALVES, BUDGET, options.seeds)
-    noisy = climb(net, partial(split, noise=NOISE), HALVES, BUDGET, options.seeds, only=[JOINT, ARL])
     print(f"\nHandwritten digits, {title}; fusion weights from {VALIDATION} validation rows\n")
-    print(table(results.accuracy, HALVES))
+    show(settings[0])
     print("\nThe same with a noisy right half\n")
-    print(table(noisy.accuracy, HALVES))
-    picture(results, HALVES, options.out)
-    if options.rows:
-        write_rows(results, options.rows, example="demo", noise=0.0)
-        write_rows(noisy, options.rows, example="demo", noise=NOISE)
+    show(settings[1])
+    picture(settings[0], options.out)
     print(f"Picture: {options.out}   ({time.perf_counter() - start:.0f} s)")
 
 

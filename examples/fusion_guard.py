@@ -9,21 +9,21 @@ plain sum, in points.
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from ladder import Budget, Net, Split, positive, train
+from shared import Net, arguments, mlp
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import arl_fast
+from arl_fast.ladder import Batches, Budget, Data, climb
 
-PER_CLASS, WIDTH, DRAWS = 12, 64, 4
-BUDGET = Budget(epochs=50, batch=24, rates=(0.05,))
+PER_CLASS, WIDTH, DRAWS, BATCH = 12, 64, 4, 24
+BUDGET = Budget(epochs=50, rates=(0.05,))
 HALVES = ((slice(None), slice(4)), (slice(None), slice(4, None)))
 QUADRANTS = tuple((slice(a, a + 4), slice(b, b + 4)) for a in (0, 4) for b in (0, 4))
 STRIPS = ((slice(2), slice(None)), (slice(2, None), slice(None)))
@@ -38,8 +38,8 @@ SETTINGS = {  # views of the image [8, 8], noise of each in standard deviations 
 TINY = 1e-6  # a guard that changes nothing and tells by report.kept what any other would do
 
 
-def cut(setting: str, seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """All rows by view [N, D_m], their classes [N], which rows are for training, and which are the rest."""
+def split(setting: str, seed: int, held_out: int = 0) -> Data:
+    """PER_CLASS training rows of each class; of the rest ``held_out`` rows for validation, others to test."""
     cuts, noise = SETTINGS[setting]
     digits = load_digits()
     images, y = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
@@ -51,29 +51,31 @@ def cut(setting: str, seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor, Ten
     for m, ((rows, columns), sigma) in enumerate(zip(cuts, noise, strict=True)):
         view = images[:, rows, columns].flatten(1)
         x[str(m)] = view + sigma * images.std() * torch.randn(view.shape, generator=generator)
-    return x, y, chosen, rest
+
+    def batches(index: Tensor, size: int | None = None) -> Batches:
+        return Batches({m: view[index] for m, view in x.items()}, y[index], size)
+
+    validation = batches(rest[:held_out]) if held_out else None
+    return Data(batches(chosen, BATCH), validation, batches(rest[held_out:]))
+
+
+def net(setting: str) -> Net:
+    """One small MLP per view."""
+    pixels = [len(range(8)[rows]) * len(range(8)[columns]) for rows, columns in SETTINGS[setting][0]]
+    return Net({str(m): mlp(n, WIDTH) for m, n in enumerate(pixels)}, WIDTH, 10)
 
 
 def model(setting: str, seed: int) -> tuple[nn.Module, arl_fast.BranchLogits, Tensor]:
     """A trained model's head, and its logits of the rows that it was not trained on."""
-    x, y, chosen, rest = cut(setting, seed)
-    torch.manual_seed(seed)
-    layers = {
-        m: nn.Sequential(nn.Linear(view.shape[1], WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
-        for m, view in x.items()
-    }
-    net = Net(layers, WIDTH, 10)
-    held_out = {m: view[rest] for m, view in x.items()}
-    train(
-        net,
-        {"rule": "constant"},
-        Split({m: v[chosen] for m, v in x.items()}, y[chosen], held_out, y[rest]),
-        BUDGET,
-        0.05,
-        seed,
-    )
+    data, made = split(setting, seed), []
+
+    def factory() -> Net:
+        made.append(net(setting))
+        return made[-1]
+
+    climb(factory, lambda _: data, BUDGET, [seed], ["constant"], progress=False)
     with torch.no_grad():
-        return net.head, net(held_out), y[rest]
+        return made[-1].head, made[-1](data.test.x), data.test.y
 
 
 def judge(
@@ -104,15 +106,8 @@ def judge(
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--seeds", type=positive, default=6, help="number of models of each setting (default 6)"
-    )
-    parser.add_argument("--rows", type=Path, help="file to append the results to, as JSON lines")
-    options = parser.parse_args()
+def main(arguments_given: Sequence[str] | None = None) -> None:
+    options = arguments(__doc__, seeds=6).parse_args(arguments_given)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for setting in SETTINGS:
@@ -132,12 +127,8 @@ def main() -> None:
                 mean, error = float(by_seed.mean()), float(by_seed.std() / options.seeds**0.5)
                 print(f"  {guard:<28}{mean:+.2f} ± {error:.2f}")
                 row = {"example": "fusion_guard", "setting": setting, "rows": n, "guard": guard}
-                row |= {
-                    "gain": round(mean, 3),
-                    "error": round(error, 3),
-                    "seeds": options.seeds,
-                    "draws": DRAWS,
-                }
+                row |= {"gain": round(mean, 3), "error": round(error, 3)}
+                row |= {"seeds": options.seeds, "draws": DRAWS}
                 if options.rows:
                     with options.rows.open("a") as file:
                         file.write(json.dumps(row) + "\n")

@@ -2,86 +2,59 @@
 
     python examples/gamma_by_modality.py [--seeds 6] [--rows FILE]
 
-After every epoch gamma_m becomes gamma (s_m / max_k s_k)^2, with s_m the mean true-class probability of
-branch m on held-out rows, which is what ``criterion.stats.dependence`` says in evaluation. A branch that is
-worth little out of sample then gets a small unimodal loss, and memorises less. "Sum kept" scales these gammas
-so that they add up to M, as with gamma = 1. The control trains with gamma = 1. Scikit-learn's digits, cut
-into views.
+After every epoch gamma_m becomes (s_m / max_k s_k)^2, with s_m the mean true-class probability of branch m on
+held-out rows, which is what the statistics call its dependence. A branch that is worth little out of sample
+then gets a small unimodal loss, and memorises less. "Sum kept" scales these gammas so that they add up to M,
+as with gamma = 1. The control trains with gamma = 1. Scikit-learn's digits, cut into views.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 
 import torch
-from fusion_guard import BUDGET, SETTINGS, cut
-from ladder import Net, positive
-from torch import Tensor, nn
-from tqdm import tqdm
+from fusion_guard import BUDGET, SETTINGS, net, split
+from shared import arguments, write_rows
+from torch import Tensor
 
-import arl_fast
+from arl_fast import History
+from arl_fast.ladder import Method, climb
 
-HELD_OUT, WIDTH = 50, 64
-RECIPES = ("gamma 1", "by held-out confidence", "sum kept")
-
-
-def train(recipe: str, setting: str, seed: int) -> float:
-    """Test accuracy in percent."""
-    views, y, training, rest = cut(setting, seed)
-    held_out, test = rest[:HELD_OUT], rest[HELD_OUT:]
-    torch.manual_seed(seed)
-    encoders: dict[str, nn.Module] = {
-        m: nn.Sequential(nn.Linear(v.shape[1], WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
-        for m, v in views.items()
-    }
-    net = Net(encoders, WIDTH, 10)
-    criterion = arl_fast.ARLLoss(rule="constant")
-    optimizer = torch.optim.SGD(net.parameters(), lr=BUDGET.rates[0], momentum=0.9)
-    batches = torch.Generator().manual_seed(seed)
-
-    def of(rows: Tensor) -> dict[str, Tensor]:
-        return {m: v[rows] for m, v in views.items()}
-
-    for _ in range(BUDGET.epochs):
-        for batch in training[torch.randperm(len(training), generator=batches)].split(BUDGET.batch):
-            optimizer.zero_grad()
-            criterion(net(of(batch)), y[batch]).backward()
-            optimizer.step()
-        if recipe != "gamma 1":
-            with torch.no_grad():
-                criterion(net(of(held_out)), y[held_out])
-            s = criterion.stats.dependence
-            gamma = (s / s.max()) ** 2
-            criterion.gamma = gamma * len(s) / gamma.sum() if recipe == "sum kept" else gamma
-    with torch.no_grad():
-        return 100 * float((net(of(test)).fused.argmax(1) == y[test]).float().mean())
+HELD_OUT = 50
+CONTROL = "gamma 1"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=positive, default=6, help="models of each setting (default 6)")
-    parser.add_argument("--rows", type=Path, help="file to append the results to, as JSON lines")
-    options = parser.parse_args()
+def by_confidence(history: History, keep_sum: bool = False) -> Tensor:
+    """Weights of the losses [M+1]: 1 for the fused one, then the gammas."""
+    s = history.series("dependence", "held_out")[-1]
+    gamma = (s / s.max()) ** 2
+    if keep_sum:
+        gamma = gamma * len(s) / gamma.sum()
+    return torch.cat([torch.ones(1), gamma])
+
+
+CONSTANT = {"rule": "constant"}
+RECIPES = {
+    CONTROL: Method(CONSTANT),
+    "by held-out confidence": Method(CONSTANT, weigh=by_confidence),
+    "sum kept": Method(CONSTANT, weigh=partial(by_confidence, keep_sum=True)),
+}
+
+
+def main(arguments_given: Sequence[str] | None = None) -> None:
+    options = arguments(__doc__, seeds=6).parse_args(arguments_given)
     torch.set_num_threads(1)
     for setting in SETTINGS:
-        accuracy = {
-            recipe: torch.tensor([train(recipe, setting, seed) for seed in range(options.seeds)])
-            for recipe in tqdm(RECIPES, desc=setting, unit="recipe")
-        }
-        base = accuracy["gamma 1"]
-        line = f"{setting:26} gamma 1: {base.mean():.1f}"
-        for recipe in RECIPES[1:]:
-            gain = accuracy[recipe] - base
-            line += f"; {recipe}: {gain.mean():+.1f} ± {gain.std() / options.seeds**0.5:.1f}"
+        data = partial(split, setting, held_out=HELD_OUT)
+        results = climb(partial(net, setting), data, BUDGET, options.seeds, RECIPES)
+        line = f"{setting:26} {CONTROL}: {100 * results.values(CONTROL).mean():.1f}"
+        for recipe in list(RECIPES)[1:]:
+            gain = results.difference(recipe, CONTROL)
+            line += f"; {recipe}: {100 * gain.mean:+.1f} ± {100 * gain.error:.1f}"
         print(line)
         if options.rows:
-            row = {"setting": setting, "seeds": options.seeds}
-            with options.rows.open("a") as file:
-                print(json.dumps(row | {name: found.tolist() for name, found in accuracy.items()}), file=file)
+            write_rows(results, options.rows, setting=setting)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import miniatures
 import pytest
 import torch
 from processes import WITHOUT_TEARDOWN
@@ -33,25 +35,77 @@ def test_plain(example, options):
     assert example("plain").main(**options) > 4 * CHANCE
 
 
-def test_gamma_by_modality(example):
-    """The held-out half that is noisy gets the smaller gamma, and the model learns."""
-    pytest.importorskip("sklearn")
-    module = example("gamma_by_modality")
-    gammas = []
+@pytest.fixture
+def short(example, monkeypatch):
+    """An example that runs the ladder, with few epochs."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
-    class Criterion(arl_fast.ARLLoss):
-        def __setattr__(self, name, value):
-            if name == "gamma" and isinstance(value, torch.Tensor):
-                gammas.append(value)
-            super().__setattr__(name, value)
+    def load(name, epochs):
+        module = example(name)
+        monkeypatch.setattr(module, "BUDGET", module.BUDGET._replace(epochs=epochs))
+        return module
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.arl_fast, "ARLLoss", Criterion)
-        patch.setattr(module, "BUDGET", module.BUDGET._replace(epochs=15))
-        assert module.train("by held-out confidence", "halves, noise 1.2", 0) > 60
-    assert len(gammas) == 15
-    assert gammas[-1][0] == 1
-    assert gammas[-1][1] < 0.9
+    return load
+
+
+def test_demo(short, tmp_path, capsys):
+    """Both tables, with fusion weights and their control; the picture; a line for every model's result."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    picture, rows = tmp_path / "demo.png", tmp_path / "rows.jsonl"
+    short("demo", 2).main(["--seeds", "2", "--out", str(picture), "--rows", str(rows)])
+    clean, noisy = capsys.readouterr().out.split("The same with a noisy right half")
+    for title in ("left alone", "late fusion", "+ unimodal losses", "ARL, fusion weights"):
+        assert f"\n{title}  " in clean
+    for text in (clean, noisy):
+        assert "\nARL, validation rows trained on minus ARL (share rule): " in text
+    assert picture.stat().st_size > 10_000
+    kept = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len(kept) == 2 * (10 + 4)
+    assert {(row["example"], row["noise"]) for row in kept} == {("demo", 0.0), ("demo", 1.0)}
+    assert len(next(row for row in kept if row["method"] == "share_weights")["weights"]) == 2
+
+
+def test_av_digits(example, tmp_path, monkeypatch, capsys):
+    """On a miniature of the real files; each method has chosen one of two learning rates."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    miniatures.av_digits(tmp_path)
+    module = example("av_digits")
+    monkeypatch.setattr(module, "BUDGET", module.BUDGET._replace(epochs=1))
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), "--seeds", "1", "--out", str(tmp_path / "a.png")])
+    module.main()
+    assert "\nvisual alone  " in capsys.readouterr().out
+    assert (tmp_path / "a.png").exists()
+
+
+def test_fusion_guard(short):
+    """A guard keeps less than none does; the gates keep all or nothing."""
+    module = short("fusion_guard", 15)
+    head, out, y = module.model("halves, noise 1.2", 0)
+    gains = module.judge(head, out, y, torch.arange(50), torch.arange(200, len(y)))
+    assert 0 < gains["shrink 2"] <= gains["shrink 1"] <= gains["none"] + 1
+    assert gains["gate at r < 0.75"] in (0, gains["none"])
+
+
+def test_gamma_by_modality(short, monkeypatch, capsys):
+    """The held-out half that is noisy gets the smaller gamma, and the models learn."""
+    module = short("gamma_by_modality", 15)
+    noisy = "halves, noise 1.2"
+    monkeypatch.setattr(module, "SETTINGS", {noisy: module.SETTINGS[noisy]})
+    weights = []
+    for name, recipe in list(module.RECIPES.items())[1:]:
+
+        def ask(history, weigh=recipe.weigh):
+            weights.append(weigh(history))
+            return weights[-1]
+
+        monkeypatch.setitem(module.RECIPES, name, recipe._replace(weigh=ask))
+    module.main(["--seeds", "1"])
+    assert len(weights) == 2 * 15
+    own, kept = weights[14], weights[29]
+    assert own[:2].tolist() == [1, 1]
+    assert own[2] < 0.9
+    assert kept[1:].sum().item() == pytest.approx(2)
+    assert float(capsys.readouterr().out.split("gamma 1: ")[1].split(";")[0]) > 60
 
 
 def test_timm_style(example):

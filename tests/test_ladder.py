@@ -506,3 +506,16 @@ def test_without_tqdm_it_runs_in_silence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     climb(Net, data, Budget(1, (0.1,)), seeds=1, methods=["joint"])
     assert capsys.readouterr().err == ""
+
+
+def test_data_are_made_once_for_each_seed():
+    asked = []
+    climb(
+        Net,
+        lambda seed: asked.append(seed) or data(seed),
+        Budget(1, (0.1, 0.2)),
+        seeds=2,
+        methods=["joint", "share"],
+        **OPTIONS,
+    )
+    assert asked == [0, 1]

@@ -255,10 +255,10 @@ def climb(
             "class per row"
         )
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    first = data(seeds[0])
-    modalities = modalities_of(setup, first.train)
+    loaded, loaded_seed = data(seeds[0]), seeds[0]
+    modalities = modalities_of(setup, loaded.train)
     rungs = _chosen(methods, modalities)
-    if first.validation is None:
+    if loaded.validation is None:
         if len(budget.rates) > 1 or any(len(m.variants) > 1 for m in rungs.values()):
             raise ValueError(
                 "data: got no validation data, which a choice of learning rates or variants is made on"
@@ -288,8 +288,10 @@ def climb(
     with _bar(len(runs), progress) as bar:
         for seed, name, rate, variant in runs:
             if _key(dict(method=name, seed=seed, rate=rate, variant=variant)) not in known:
+                if seed != loaded_seed:
+                    loaded, loaded_seed = data(seed), seed
                 new, history = _run(
-                    setup, name, rungs[name], variant, data(seed), budget, rate, seed, modalities
+                    setup, name, rungs[name], variant, loaded, budget, rate, seed, modalities
                 )
                 histories |= {_key(row): history for row in new}
                 done += new
