@@ -8,7 +8,9 @@ thousand.
 
 from __future__ import annotations
 
+import itertools
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._core.spec import BranchStats
+from ._core.stats import unpack
 
 SATURATED = 0.99  # a coefficient above this share of all leaves the other modalities next to nothing
 
@@ -80,8 +83,9 @@ class History:
         history.plot().savefig("run.png")
 
     Or without ``track``: ``history.append(criterion.stats)`` after each step, which is also the way if the
-    criterion runs inside ``torch.compile`` or a CUDA graph. A step is one training call of the criterion:
-    with accumulation, one micro-batch. With several processes each collects its own.
+    criterion runs inside a CUDA graph. A step is one training call of the criterion: with accumulation, one
+    micro-batch. With several processes each collects its own. Inside ``torch.compile`` a tracked criterion
+    stays one graph, and every run of it is collected.
 
     As a sequence it holds one BranchStats, on the host, per kept row, so that it serves wherever a list of
     BranchStats does.
@@ -120,6 +124,9 @@ class History:
         self._arriving: deque[_Chunk] = deque()
         self._tables = {kind: _Table(limit) for kind in ("train", "epochs", "held_out", "weights")}
         self._sums: dict[str, Tensor | None] = {"train": None, "held_out": None}
+        self._key = next(_keys)
+        self._recorded = torch.zeros((), dtype=torch.int64)  # calls from compiled graphs
+        _histories[self._key] = self
 
     # --- collecting -----------------------------------------------------------------------------------------
 
@@ -136,18 +143,21 @@ class History:
 
     def observe(self, criterion: Any) -> None:
         """Add a criterion's last call: to the steps if it was training, else to the held-out batches."""
+        training = criterion.training and torch.is_grad_enabled()
+        names = [str(name) for name in criterion.modalities or ()]
+        floor = criterion.options.entropy_floor
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "history: the criterion is compiled, and a compiled graph would add to a history only once: "
-                "do not track it, call history.append(criterion.stats) after each step instead"
-            )
-        if self.names is None and criterion.modalities is not None:
-            self.names = [str(name) for name in criterion.modalities]
-        self.entropy_floor = criterion.options.entropy_floor
-        if criterion.training and torch.is_grad_enabled():
-            self.append(criterion.stats)
+            torch.ops.arl_fast.record(self._recorded, criterion._packed, self._key, training, names, floor)
         else:
-            self.append_held_out(criterion.stats)
+            self._observe(criterion.stats, training, names, floor)
+
+    def _observe(self, stats: BranchStats, training: bool, names: list[str], floor: float | None) -> None:
+        self.names = self.names or names or None
+        self.entropy_floor = floor
+        if training:
+            self.append(stats)
+        else:
+            self.append_held_out(stats)
 
     def log_weights(self, weights: Tensor | Sequence[float], epoch: int | None = None) -> None:
         """Remember one weight per modality, as ``FusionWeights.weights``, to be drawn beside q and d.
@@ -475,6 +485,27 @@ class History:
 
     def __repr__(self) -> str:
         return f"History({self.modalities}, step={self.step}, epoch={self.epoch})"
+
+
+# A compiled graph calls a history through an op, which finds it by its number. It writes to one of its
+# arguments, so that the compiler neither drops a call nor repeats one.
+_keys = itertools.count()
+_histories: weakref.WeakValueDictionary[int, History] = weakref.WeakValueDictionary()
+_library = torch.library.Library("arl_fast", "FRAGMENT")
+_library.define(
+    "record(Tensor(a!) calls, Tensor packed, int key, bool training, str[] names, float? entropy_floor) -> ()"
+)
+
+
+def _record(
+    calls: Tensor, packed: Tensor, key: int, training: bool, names: list[str], entropy_floor: float | None
+) -> None:
+    calls.add_(1)
+    _histories[key]._observe(unpack(packed), training, names, entropy_floor)
+
+
+_library.impl("record", _record, "CompositeExplicitAutograd")
+torch.library.register_fake("arl_fast::record", lambda *_: None, lib=_library)
 
 
 class _Chunk(NamedTuple):

@@ -252,21 +252,61 @@ def test_a_linear_head_with_its_loss_is_tracked_too():
     assert history.step == 1
 
 
-def test_compiled_criterion_says_what_to_do_instead():
-    """Untracked, with append outside the graph, it works; tracked it must not collect one step for all."""
-    head, criterion, history = ConcatHead(dict.fromkeys(NAMES, 4), 3), ARLLoss(), History(NAMES)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_criterion_is_tracked(backend):
+    """One graph, and each of its runs gives a row per call; also in evaluation, and for another history."""
+    torch.compiler.reset()
+    head, criterion = ConcatHead(dict.fromkeys(NAMES, 4), 3), ARLLoss(entropy_floor=0.1)
+    history = criterion.track(every=2)
+    frames = []
 
-    @torch.compile(fullgraph=True, backend="eager")
     def step(z, y):
-        return criterion(head(z), y)
+        return criterion(head(z), y) + criterion(head(z), (y + 1) % 3)
 
-    for _ in range(3):
-        step({m: torch.randn(6, 4, requires_grad=True) for m in NAMES}, torch.randint(3, (6,))).backward()
-        history.append(criterion.stats)
-    assert len(set(history.rows()["loss/fused"].tolist())) == 3
-    criterion.track(history)
-    with pytest.raises(Exception, match=r"history\.append\(criterion\.stats\) after each step"):
-        step({m: torch.randn(6, 4, requires_grad=True) for m in NAMES}, torch.randint(3, (6,)))
+    def counted(graph, inputs):
+        frames.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counted)
+
+    def run(compiled, rows=6):
+        torch.manual_seed(len(rows_seen))
+        z = {m: torch.randn(rows, 4, requires_grad=True) for m in NAMES}
+        loss = compiled(z, torch.randint(3, (rows,)))
+        if loss.requires_grad:
+            loss.backward()
+        rows_seen.append(rows)
+
+    rows_seen: list[int] = []
+    for _ in range(5):
+        run(compiled)
+    assert len(frames) == 1
+    assert (history.step, history.names, history.entropy_floor) == (10, NAMES, 0.1)
+    criterion.eval()
+    with torch.no_grad():
+        run(compiled)
+    history.end_epoch()
+
+    eager = criterion.train().track()
+    rows_seen.clear()
+    for _ in range(5):
+        run(step)
+    criterion.eval()
+    with torch.no_grad():
+        run(step)
+    eager.end_epoch()
+    for kind in ("train", "held_out"):
+        want = eager.rows(kind)
+        assert len(want["step"]) == (10 if kind == "train" else 1)
+        for name, column in history.rows(kind).items():
+            torch.testing.assert_close(column, want[name], rtol=1e-5, atol=1e-6, msg=name)
+
+    criterion.train().untrack()
+    run(compiled)
+    copied = copy.deepcopy(history)
+    criterion.track(copied)
+    run(compiled)
+    assert (history.step, eager.step, copied.step) == (10, 10, 12)
 
 
 @pytest.mark.parametrize(("modalities", "floor"), [(2, None), (3, None), (4, 0.1), (2, 0.0), (3, 0.9)])

@@ -290,9 +290,7 @@ def climb(
             if _key(dict(method=name, seed=seed, rate=rate, variant=variant)) not in known:
                 if seed != loaded_seed:
                     loaded, loaded_seed = data(seed), seed
-                new, history = _run(
-                    setup, name, rungs[name], variant, loaded, budget, rate, seed, modalities
-                )
+                new, history = _run(setup, name, rungs[name], variant, loaded, budget, rate, seed, modalities)
                 histories |= {_key(row): history for row in new}
                 done += new
                 if path is not None:
