@@ -319,8 +319,7 @@ class History:
         Returns:
             "step" and "epoch" of the row's last step; for all but "weights" also "floored" and "saturated",
             the shares of its steps in which the entropy floor held and in which a coefficient was above 0.99,
-            and every statistic by
-            name: "loss/fused", "gain/audio", ...
+            and every statistic by name: "loss/fused", "gain/audio", ...
         """
         if kind not in self._tables:
             raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(map(repr, self._tables))}")

@@ -41,9 +41,8 @@ def linear_arl_loss(
     """A linear head and ``arl_loss`` in one, with no more than a chunk of the logits in memory at a time.
 
     Equal to ``arl_loss(*ConcatHead(...)(features), target)`` (SumHead for fusion "sum", SharedHead for
-    "shared").
-    No ``modulate`` and no link: the features' gradients come out multiplied by their gains, those of the
-    weights and biases do not. Autocast is followed as by ``torch.nn.functional.linear``.
+    "shared"). No ``modulate`` and no link: the features' gradients come out multiplied by their gains, those
+    of the weights and biases do not. Autocast is followed as by ``torch.nn.functional.linear``.
 
     Args:
         features: [B, D_m] or, for dense predictions, [B, d1, ..., D_m] per modality; a dict by name or a

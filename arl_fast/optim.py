@@ -41,8 +41,9 @@ class UpdateGains:
     """Multiplies the learning rates of each modality's parameter groups by its gain, in every step.
 
         optimizer = torch.optim.AdamW([
-            {"params": audio_encoder.parameters()}, {"params": visual_encoder.parameters()}, {"params":
-            head.parameters()},
+            {"params": audio_encoder.parameters()},
+            {"params": visual_encoder.parameters()},
+            {"params": head.parameters()},
         ], lr=1e-3)
         gains = UpdateGains(optimizer, {"audio": 0, "visual": 1}, criterion)
         ...

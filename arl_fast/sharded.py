@@ -54,9 +54,9 @@ def sharded_arl_loss(
         offset: number of this process's first class; None: all shards are of one size, rank * C_r.
         weight: [C_r] class weights of this process's classes.
         sync_stats: True or a group: the processes among which the *batch* is divided, not this loss's
-        ``group``. gamma, temperature, rule, mask, warming, dependence, entropy_floor, gain, ignore_index,
-        label_smoothing,
-            reduction: as for ``arl_loss``.
+            ``group``.
+        gamma, temperature, rule, mask, warming, dependence, entropy_floor, gain, ignore_index,
+            label_smoothing, reduction: as for ``arl_loss``.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.

@@ -10,13 +10,17 @@ from ..plots import COLOURS, INK
 from .verdict import Verdict
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color:
-#1f2328; background: #fff; } h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } .advice {
-border-left: 4px solid #2da44e; padding: .6rem 1rem; background: #f3f8f4; font-size: 1.1rem; } table {
-border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } th, td { padding: .3rem .6rem;
-text-align: right; border-bottom: 1px solid #d8dee4; } th:first-child, td:first-child { text-align: left; }
-tr.chosen td { background: #f3f8f4; font-weight: 600; } svg { width: 100%; height: auto; } p.how { color:
-#59636e; font-size: .9rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1f2328; background: #fff; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.15rem; margin-top: 2rem; }
+.advice { border-left: 4px solid #2da44e; padding: .6rem 1rem; background: #f3f8f4; font-size: 1.1rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #d8dee4; }
+th:first-child, td:first-child { text-align: left; }
+tr.chosen td { background: #f3f8f4; font-weight: 600; }
+svg { width: 100%; height: auto; }
+p.how { color: #59636e; font-size: .9rem; }
 """
 WIDTH, LEFT, ROW = 720, 190, 30  # of the drawings, their margin for names, a line's height
 

@@ -40,8 +40,7 @@ def decide(results: Results) -> Verdict:
     """The simplest rung that no more elaborate one clearly beats, going up from joint training.
 
     "Clearly": 0 is outside the 95 % interval of the paired difference over seeds and held-out rows. Where the
-        branches are
-    even, r >= 0.75, only joint training and unimodal losses are compared.
+    branches are even, r >= 0.75, only joint training and unimodal losses are compared.
     """
     branches = {m: float(results.values("unimodal", m).mean()) for m in results.modalities}
     weakest, strongest = min(branches, key=lambda m: branches[m]), max(branches, key=lambda m: branches[m])
@@ -84,16 +83,14 @@ def decide(results: Results) -> Verdict:
     if chosen == "weights":
         reasons.append(
             "The weights are fitted on the half of the held-out rows that learning rates are chosen on. "
-            "Training "
-            "on those rows as well is the alternative to compare with."
+            "Training on those rows as well is the alternative to compare with."
         )
     spread = f"{weakest} alone predicts {_percent(branches[weakest])} of the held-out rows"
     spread += f", {strongest} {_percent(branches[strongest])}"
     if even:
         reasons.append(
             f"The branches are even, r = {r:.2f}: {spread}. In such cases no rule for the gains and no "
-            "fusion "
-            "weights mattered; more training rows did."
+            "fusion weights mattered; more training rows did."
         )
     else:
         reasons.append(f"The branches are uneven, r = {r:.2f}: {spread}.")
@@ -109,8 +106,7 @@ def decide(results: Results) -> Verdict:
     if branches[strongest] >= fused:
         reasons.append(
             f"Beware: {strongest} alone, after unimodal losses, predicts {_percent(branches[strongest])}, "
-            "and "
-            f"all together {_percent(fused)}: the fusion adds nothing to it."
+            f"and all together {_percent(fused)}: the fusion adds nothing to it."
         )
     reasons += _memorised(results) + _at_the_edge(results, rungs)
     return Verdict(chosen, ADVICE[chosen], reasons, r, branches, differences)
@@ -131,8 +127,7 @@ def _memorised(results: Results) -> list[str]:
         if training - held_out > 0.2:
             found.append(
                 f"{m} memorises: {_percent(training)} of the training rows, {_percent(held_out)} of the "
-                "held-out ones. "
-                "Its training statistics, and the rules which rest on them, overrate it."
+                "held-out ones. Its training statistics, and the rules which rest on them, overrate it."
             )
     return found
 
