@@ -49,8 +49,8 @@ class Diagnosis:
         return (
             f"Each rung: {a['epochs']} epochs{same}, {len(self.results.seeds)} seeds, learning rate {rates}. "
             "All numbers are from one half of the held-out rows; learning rates were chosen and fusion "
-            "weights fitted on the other half. Differences are paired by seed; their errors take in seeds and rows, and "
-            '"clear" means outside the 95 % interval. '
+            "weights fitted on the other half. Differences are paired by seed; their errors take in seeds "
+            'and rows, and "clear" means outside the 95 % interval. '
             f"r = {self.verdict.r:.2f} is the smallest over the largest branch accuracy after training with "
             f"unimodal losses; in the studies behind this package no rule mattered where it was above {EVEN}."
         )
