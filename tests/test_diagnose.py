@@ -251,3 +251,41 @@ def test_runs_as_a_module_without_warnings():
     assert done.returncode == 0, done.stderr
     assert "usage: python -m arl_fast.diagnose" in done.stdout
     assert callable(arl_fast.diagnose)
+
+
+def test_several_labels_per_row(tmp_path):
+    """Rare labels: accuracy is high for whoever says no, so that branches are compared by macro F1."""
+    y = (torch.rand(300, 4, generator=torch.Generator().manual_seed(0)) < 0.15).float()
+    x = torch.cat([y, y], 1) + torch.cat([0.3 * torch.randn(300, 4), 3 * torch.randn(300, 4)], 1)
+    y[::9, 1] = torch.nan
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoders = nn.ModuleDict({m: nn.Linear(4, 8) for m in NAMES})
+            self.head = arl_fast.ConcatHead(dict.fromkeys(NAMES, 8), 4)
+
+        def forward(self, x):
+            parts = zip(NAMES, x.split(4, 1), strict=True)
+            return self.head({m: self.encoders[m](part).relu() for m, part in parts})
+
+    data = TensorDataset(x, y)
+    diagnosis = arl_fast.diagnose(
+        Net,
+        DataLoader(data, 30, shuffle=True),
+        DataLoader(data, 100),
+        epochs=15,
+        rates=(0.5,),
+        seeds=2,
+        criterion={"task": "multilabel"},
+        progress=False,
+        out=tmp_path,
+    )
+    found, verdict = diagnosis.results, diagnosis.verdict
+    accuracy = [float(found.values("unimodal", m).mean()) for m in NAMES]
+    assert accuracy[1] / accuracy[0] > 0.75 > verdict.r
+    assert verdict.branches["audio"] == float(found.values("unimodal", "audio", "macro_f1").mean())
+    assert "visual alone reaches a macro F1 of" in str(diagnosis)
+    assert "largest branch macro F1" in str(diagnosis)
+    assert "weights" not in found.chosen
+    assert (tmp_path / "diagnosis.html").exists()

@@ -374,7 +374,7 @@ def test_rows_that_all_seeds_were_tested_on_add_to_the_error():
                     correct=results.bits_to_hex(bits),
                 )
             )
-    assert torch.equal(results.hex_to_bits(rows[0]["correct"]), right["joint"].double())
+    assert torch.equal(results.row_scores(rows[0]["correct"]), right["joint"].double())
     d = Results(rows, NAMES).difference_with_rows("share", "joint")
     gained = float((right["share"] & ~right["joint"]).sum())
     lost = float((right["joint"] & ~right["share"]).sum())
@@ -496,10 +496,70 @@ def test_ignored_rows_are_not_measured():
         results.measure(logits, torch.full((3,), -100))
 
 
-def test_several_labels_per_row_are_refused():
-    """Their accuracy is another one than that of the largest logit."""
-    with pytest.raises(ValueError, match="criterion: got task='multilabel', but the ladder measures"):
-        climb(Net, data, Budget(1, (0.1,)), criterion={"task": "multilabel"})
+def test_labels_are_measured_as_scikit_learn_does():
+    """Over what is known; the rows' scores give the accuracy, and unknown labels add nothing."""
+    sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    x, target = torch.randn(40, 5), (torch.rand(40, 5) < 0.3).float()
+    measured, correct = results.measure_labels({"fused": x, "audio": -x}, target)
+    yes = (x > 0).int()
+    for name, prediction in (("fused", yes), ("audio", 1 - yes)):
+        want = sklearn.f1_score(target, prediction, average="macro", zero_division=0)
+        assert measured[name]["macro_f1"] == pytest.approx(want)
+        assert measured[name]["accuracy"] == pytest.approx(float((prediction == target).double().mean()))
+    torch.testing.assert_close(results.row_scores(correct), (yes == target).double().mean(1))
+    target[::3, 1:] = torch.nan
+    measured, correct = results.measure_labels({"fused": x}, target)
+    known = ~target.isnan()
+    right = (yes == target)[known].double().mean()
+    assert measured["fused"]["accuracy"] == pytest.approx(float(right))
+    torch.testing.assert_close(results.row_scores(correct).mean(), right)
+    want = nn.functional.binary_cross_entropy_with_logits(x[known], target[known])
+    assert measured["fused"]["loss"] == pytest.approx(float(want), rel=1e-5)
+    f1 = [sklearn.f1_score(target[known[:, c], c], yes[known[:, c], c]) for c in range(5)]
+    assert measured["fused"]["macro_f1"] == pytest.approx(sum(f1) / 5)
+    with pytest.raises(ValueError, match="target: got no label to measure"):
+        results.measure_labels({"fused": x}, target * torch.nan)
+
+
+def labelled(seed: int) -> Data:
+    """Three labels per row, some of them not known."""
+
+    def side(count, seed, size=None):
+        x, y = rows_of(count, seed)
+        labels = torch.stack([y == 0, y > 0, (y == 2) ^ (x["audio"][:, 0] > 1)], 1).float()
+        labels[::7, 1] = torch.nan
+        return Batches(x, labels, size)
+
+    return Data(side(60, seed, 20), side(40, 100 + seed), side(80, 200 + seed))
+
+
+def test_several_labels_per_row():
+    """Models learn their labels; the joint rung is torch's binary cross-entropy; no fusion weights."""
+    out = climb(Net, labelled, Budget(4, (0.1,)), seeds=2, criterion={"task": "multilabel"}, **OPTIONS)
+    assert not {"weights", "share_weights"} & set(out.chosen)
+    assert {"alone audio", "late", "joint", "unimodal", "share", "paper", "rates"} <= set(out.chosen)
+    x, labels = labelled(0).test.x, labelled(0).test.y
+    frequent = torch.maximum(labels.nanmean(0), 1 - labels.nanmean(0)).mean()
+    assert out.values("share").min() > float(frequent)  # of each label's more frequent answer
+    row = out.chosen["joint"][0]
+    assert results.row_scores(row["correct"]).mean().item() == pytest.approx(row["test"]["fused"]["accuracy"])
+    assert out.difference_with_rows("share", "joint").error >= out.difference("share").error
+
+    torch.manual_seed(0)
+    model, order = Net(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train = labelled(0).train
+    for _ in range(4):
+        for rows in torch.randperm(60, generator=order).split(20):
+            y = train.y[rows]
+            fused = model({m: v[rows] for m, v in train.x.items()}).fused
+            optimizer.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(fused[~y.isnan()], y[~y.isnan()]).backward()
+            optimizer.step()
+    known = ~labels.isnan()
+    with torch.no_grad():
+        loss = nn.functional.binary_cross_entropy_with_logits(model(x).fused[known], labels[known])
+    assert row["test"]["fused"]["loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_without_tqdm_it_runs_in_silence(monkeypatch, capsys):

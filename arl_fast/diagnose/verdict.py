@@ -24,7 +24,8 @@ class Verdict(NamedTuple):
         advice: the same as a sentence.
         reasons: sentences, the most important first.
         r: smallest / largest held-out branch accuracy after training with unimodal losses.
-        branches: held-out accuracy of each modality's branch, after training with unimodal losses.
+        branches: held-out accuracy of each modality's branch, after training with unimodal losses. With
+            several labels per row these two are macro F1: accuracy is high already where most answers are no.
         differences: accuracy of each rung minus joint training's, paired, with errors over seeds and rows.
     """
 
@@ -42,7 +43,8 @@ def decide(results: Results) -> Verdict:
     "Clearly": 0 is outside the 95 % interval of the paired difference over seeds and held-out rows. Where the
     branches are even, r >= 0.75, only joint training and unimodal losses are compared.
     """
-    branches = {m: float(results.values("unimodal", m).mean()) for m in results.modalities}
+    what = "macro_f1" if results.several_labels else "accuracy"
+    branches = {m: float(results.values("unimodal", m, what).mean()) for m in results.modalities}
     weakest, strongest = min(branches, key=lambda m: branches[m]), max(branches, key=lambda m: branches[m])
     r = branches[weakest] / branches[strongest] if branches[strongest] else 1.0
     even = r >= EVEN
@@ -85,7 +87,8 @@ def decide(results: Results) -> Verdict:
             "The weights are fitted on the half of the held-out rows that learning rates are chosen on. "
             "Training on those rows as well is the alternative to compare with."
         )
-    spread = f"{weakest} alone predicts {_percent(branches[weakest])} of the held-out rows"
+    verb, place = ("reaches a macro F1 of", "on") if results.several_labels else ("predicts", "of")
+    spread = f"{weakest} alone {verb} {_percent(branches[weakest])} {place} the held-out rows"
     spread += f", {strongest} {_percent(branches[strongest])}"
     if even:
         reasons.append(
@@ -95,17 +98,17 @@ def decide(results: Results) -> Verdict:
     else:
         reasons.append(f"The branches are uneven, r = {r:.2f}: {spread}.")
     for m in results.modalities:
-        d = results.difference("unimodal", "joint", m)
+        d = results.difference("unimodal", "joint", m, what)
         if d.clear and d.mean > 0:
-            before = float(results.values("joint", m).mean())
+            before = float(results.values("joint", m, what).mean())
             reasons.append(
-                f"Joint training leaves {m} undertrained: alone it predicts {_percent(before)}, and "
+                f"Joint training leaves {m} undertrained: alone it {verb} {_percent(before)}, and "
                 f"{_percent(branches[m])} after unimodal losses. That counts where a modality may be missing."
             )
-    fused = float(results.values(chosen).mean())
+    fused = float(results.values(chosen, what=what).mean())
     if branches[strongest] >= fused:
         reasons.append(
-            f"Beware: {strongest} alone, after unimodal losses, predicts {_percent(branches[strongest])}, "
+            f"Beware: {strongest} alone, after unimodal losses, {verb} {_percent(branches[strongest])}, "
             f"and all together {_percent(fused)}: the fusion adds nothing to it."
         )
     reasons += _memorised(results) + _at_the_edge(results, rungs)

@@ -66,6 +66,37 @@ def measure(
     return result, correct
 
 
+def measure_labels(logits: dict[str, Tensor], target: Tensor) -> tuple[dict[str, dict[str, float]], str]:
+    """``measure`` for a yes or no per label: over the pairs of a row and a label that is known.
+
+    A pair is right if the logit is above 0 where the target is above 1/2, and at most 0 elsewhere. Macro F1
+    is the mean over the labels that occur among the targets or the predictions (NaN if none does), the loss
+    is the binary cross-entropy.
+
+    Args:
+        logits: [N, L] by branch.
+        target: [N, L] in [0, 1], NaN where a label is not known.
+    """
+    known, truth = ~target.isnan(), target > 0.5
+    if not bool(known.any()):
+        raise ValueError("target: got no label to measure, none is known or there is no row")
+    result, correct = {}, ""
+    for name, x in logits.items():
+        yes = (x > 0) & known
+        right = (yes == truth) & known
+        hits = (yes & truth).sum(0).double()
+        both = yes.sum(0) + (truth & known).sum(0)
+        result[name] = {
+            "accuracy": float(right.sum() / known.sum()),
+            "macro_f1": float((2 * hits[both > 0] / both[both > 0]).mean()),
+            "loss": float(F.binary_cross_entropy_with_logits(x[known].double(), target[known].double())),
+        }
+        if name == "fused":
+            rows, labels = right.shape
+            correct = f"{rows}x{labels}/{int(known.sum())}:{bits_to_hex(right.flatten()).partition(':')[2]}"
+    return result, correct
+
+
 def macro_f1(prediction: Tensor, target: Tensor, classes: int) -> float:
     """Mean F1 over the classes that occur in either [N]."""
     hits = torch.bincount(target[prediction == target], minlength=classes).double()
@@ -80,11 +111,19 @@ def bits_to_hex(bits: Tensor) -> str:
     return f"{len(bits)}:{bytes(packed.tolist()).hex()}"
 
 
-def hex_to_bits(text: str) -> Tensor:
-    """The reverse of ``bits_to_hex``, as float64."""
-    count, _, digits = text.partition(":")
+def row_scores(text: str) -> Tensor:
+    """What each row adds to the accuracy, from the text that ``measure`` or ``measure_labels`` gave.
+
+    [N] of float64, whose mean is the accuracy: 1 or 0, or, of L labels, the number of those that are right
+    times rows over known labels.
+    """
+    size, _, digits = text.partition(":")
     packed = torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8)
-    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).view(-1)[: int(count)].double()
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).view(-1).double()
+    if "x" not in size:
+        return bits[: int(size)]
+    rows, labels, known = (int(n) for n in size.replace("/", "x").split("x"))
+    return bits[: rows * labels].view(rows, labels).sum(1) * rows / known
 
 
 class Difference(NamedTuple):
@@ -157,6 +196,11 @@ class Results:
             if complete:
                 self.chosen[name] = max(complete, key=_validation)
 
+    @property
+    def several_labels(self) -> bool:
+        """Whether the rows are of a task with several labels, of which accuracy counts each by itself."""
+        return any("x" in row.get("correct", "").partition(":")[0] for row in self.rows)
+
     def title(self, method: str) -> str:
         kind, _, modality = method.partition(" ")
         return TITLES.get(kind, method).format(modality) if kind == "alone" else TITLES.get(method, method)
@@ -174,13 +218,13 @@ class Results:
         return difference(self.values(method, branch, what), self.values(baseline, branch, what))
 
     def difference_with_rows(self, method: str, baseline: str) -> Difference:
-        """The accuracy's, where all seeds have the same test rows: their choice adds to the error.
+        """The accuracy's, where all seeds have the same test rows: the choice of these adds to the error.
 
         Error^2 = variance over seeds / seeds + variance over rows of the mean over seeds / rows (that of
         McNemar's test).
         """
         plain = self.difference(method, baseline)
-        rows = [[hex_to_bits(row["correct"]) for row in self.chosen[name]] for name in (method, baseline)]
+        rows = [[row_scores(row["correct"]) for row in self.chosen[name]] for name in (method, baseline)]
         per_row = (torch.stack(rows[0]) - torch.stack(rows[1])).mean(0)
         over_rows = float(per_row.var() / len(per_row)) if len(per_row) > 1 else float("nan")
         return plain._replace(error=(plain.error**2 + over_rows) ** 0.5)

@@ -22,7 +22,7 @@ from ..history import History
 from ..loss import ARLLoss
 from .methods import FAMILY, WEIGHTED, Method, loss_options
 from .methods import methods as all_methods
-from .results import Results, load_rows, measure
+from .results import Results, load_rows, measure, measure_labels
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Tensor]]
 HEADS = (ConcatHead, SumHead, SharedHead, GatedHead, BilinearHead, ZeroedHead)
@@ -90,6 +90,16 @@ class Setup(NamedTuple):
     device: Any
     criterion: dict[str, Any]  # options of ARLLoss for all methods
     head: Callable[[nn.Module], nn.Module | None]
+
+    @property
+    def several_labels(self) -> bool:
+        return self.criterion.get("task") == "multilabel"
+
+    def measure(self, logits: dict[str, Tensor], target: Tensor) -> tuple[dict[str, dict[str, float]], str]:
+        """Accuracy, macro F1 and loss by branch, and which rows the fused one had right."""
+        if self.several_labels:
+            return measure_labels(logits, target)
+        return measure(logits, target, self.criterion.get("ignore_index", -100))
 
 
 def train(
@@ -172,17 +182,19 @@ def by_name(output: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def predict(setup: Setup, model: nn.Module, data: Iterable) -> tuple[dict[str, Tensor], Tensor]:
-    """Logits [N, C] by branch and targets [N] over all batches, on the host."""
+    """Logits [N, C] by branch and targets [N], of several labels [N, C], over all batches, on the host."""
     model.eval()
     logits: dict[str, list[Tensor]] = {}
     targets = []
     for batch in data:
         output, target = setup.forward(model, to_device(batch, setup.device))
-        if target.is_floating_point():
-            target = target.argmax(1)
+        if setup.several_labels:
+            target = _rows(target).float()
+        else:
+            target = (target.argmax(1) if target.is_floating_point() else target).reshape(-1)
         for name, x in by_name(output).items():
             logits.setdefault(name, []).append(_rows(x).float().cpu())
-        targets.append(target.reshape(-1).cpu())
+        targets.append(target.cpu())
     model.train()
     if not targets:
         raise ValueError("data: got no batch to evaluate on")
@@ -236,7 +248,9 @@ def climb(
         device: where to train.
         optimizer: from parameters and a learning rate.
         forward: from a model and a batch to its output and the target.
-        criterion: options of ARLLoss for all methods, such as ``weight`` or ``ignore_index``.
+        criterion: options of ARLLoss for all methods, such as ``weight`` or ``ignore_index``. With
+            ``task="multilabel"`` accuracy counts known labels, macro F1 is the mean over labels, and there
+            are no fusion weights.
         head: from a model to its head, for fusion weights; by default its one head of this package, or None,
             for a pool of the predictions.
         progress: show a progress bar (tqdm, if installed).
@@ -249,11 +263,6 @@ def climb(
             file.
     """
     setup = Setup(factory, optimizer, forward, device, dict(criterion or {}), head)
-    if setup.criterion.get("task", "multiclass") != "multiclass":
-        raise ValueError(
-            f"criterion: got task={setup.criterion['task']!r}, but the ladder measures the accuracy of one "
-            "class per row"
-        )
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     loaded, loaded_seed = data(seeds[0]), seeds[0]
     modalities = modalities_of(setup, loaded.train)
@@ -345,14 +354,13 @@ def _run(
 ) -> tuple[list[dict[str, Any]], History]:
     """The rows of one trained model, the one of the method last."""
     common = dict(seed=seed, rate=rate, variant=variant, epochs=budget.epochs, of=name)
-    ignore = setup.criterion.get("ignore_index", -100)
     start = time.perf_counter()
 
     def row(method: str, validation: Any, test: Any) -> dict[str, Any]:
         result = {"method": method, **common, "seconds": round(time.perf_counter() - start, 2)}
         if validation is not None:
-            result["validation"] = measure(validation[0], validation[1], ignore)[0]
-        result["test"], result["correct"] = measure(test[0], test[1], ignore)
+            result["validation"] = setup.measure(*validation)[0]
+        result["test"], result["correct"] = setup.measure(*test)
         return result
 
     if name == "late":
@@ -395,7 +403,7 @@ def _fusion_weights(
     setup: Setup, model: nn.Module, sides: Predictions
 ) -> tuple[dict[str, float], Predictions] | None:
     """The same predictions with weights that are fitted on the validation rows, if there are any."""
-    if sides[0] is None:
+    if sides[0] is None or setup.several_labels:  # the fit knows one class per row
         return None
 
     def branches(logits: dict[str, Tensor]) -> BranchLogits:
