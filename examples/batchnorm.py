@@ -8,15 +8,17 @@ evaluation sees.
 from __future__ import annotations
 
 import argparse
-import statistics
+from functools import partial
 
 import torch
-from demo import HALVES, split
+from demo import BUDGET, HALVES, WIDTH, split
+from demo import net as demo_net
+from shared import Net
 from torch import nn
 
 import arl_fast
+from arl_fast.ladder import Data, Results, climb
 
-WIDTH = 64
 KINDS = {
     "LayerNorm": (nn.LayerNorm, {}),
     "BatchNorm, statistics of the fused pass (default)": (nn.BatchNorm1d, {}),
@@ -33,40 +35,25 @@ class Fusion(nn.Module):
         return self.layers(torch.cat(list(z.values()), 1))
 
 
-def train(seed: int, norm, options, epochs: int = 50, batch: int = 24) -> list[float]:
-    """Test accuracy in evaluation mode: together, left alone, right alone."""
-    data = split(seed)
-    torch.manual_seed(seed)
-    encoders = nn.ModuleDict(
-        {
-            m: nn.Sequential(nn.Linear(32, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
-            for m in HALVES
-        }
-    )
-    head, criterion = arl_fast.ZeroedHead(Fusion(norm), **options), arl_fast.ARLLoss()
-    optimizer = torch.optim.SGD([*encoders.parameters(), *head.parameters()], lr=0.05, momentum=0.9)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(data.y)).split(batch):
-            out = head({m: encoders[m](data.x[m][rows]) for m in HALVES})
-            optimizer.zero_grad()
-            criterion(out, data.y[rows]).backward()
-            optimizer.step()
-    head.eval()
-    with torch.no_grad():
-        out = head({m: encoders[m](data.x_test[m]) for m in HALVES})
-    return [float((x.argmax(1) == data.y_test).float().mean()) for x in (out.fused, *out.unimodal.values())]
+def net(norm, options) -> Net:
+    """The demo's model with this fusion in the place of its head."""
+    model = demo_net()
+    model.head = arl_fast.ZeroedHead(Fusion(norm), **options)
+    return model
 
 
-def main(seeds: int = 8, epochs: int = 50) -> dict[str, list[list[float]]]:
+def data(seed: int) -> Data:
+    return split(seed)._replace(validation=None)  # nothing is chosen
+
+
+def main(seeds: int = 8) -> dict[str, Results]:
     torch.set_num_threads(1)
     results = {}
     print("| norm in the fusion | together | left alone | right alone |\n|---|---|---|---|")
-    for name, (norm, options) in KINDS.items():
-        results[name] = [train(seed, norm, options, epochs) for seed in range(seeds)]
-        cells = [
-            f"{100 * statistics.mean(column):.1f} ± {100 * statistics.stdev(column) if seeds > 1 else 0:.1f}"
-            for column in zip(*results[name], strict=True)
-        ]
+    for name, kind in KINDS.items():
+        results[name] = climb(partial(net, *kind), data, BUDGET, seeds, ["share"], progress=False)
+        values = [100 * results[name].values("share", branch) for branch in ("fused", *HALVES)]
+        cells = [f"{v.mean():.1f}" + (f" ± {v.std():.1f}" if seeds > 1 else "") for v in values]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return results
 

@@ -136,7 +136,7 @@ CASES = {
     "rule": (
         dict(rule="share "),
         ValueError,
-        r"rule: got 'share ', expected one of 'share', 'paper', 'constant', 'none' or a callable",
+        r"rule: got 'share ', expected one of 'share', 'paper', 'constant', 'none', 'ogm' or a callable",
     ),
     "rule paper": (dict(rule="paper", unimodal=[X]), ValueError, r"rule: 'paper' .* two modalities, got 1"),
     "rule result": (

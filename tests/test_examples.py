@@ -243,9 +243,8 @@ def test_hf_gains_act_under_adamw(example):
 
 
 def test_batchnorm(example):
-    """Two seeds: with running statistics of all passes the whole model is worse in evaluation."""
+    """Four seeds: with running statistics of all passes the whole model is worse in evaluation."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    _, fused_pass, all_passes = example("batchnorm").main(seeds=2, epochs=10).values()
-    for one, other in zip(fused_pass, all_passes, strict=True):
-        assert one[0] > other[0]
+    _, fused_pass, all_passes = example("batchnorm").main(seeds=4).values()
+    assert fused_pass.values("share").mean() > all_passes.values("share").mean() + 0.02
