@@ -270,6 +270,19 @@ def test_an_optimiser_of_adams_kind_warns_once(cls):
     assert said(optimizer.step) == []
 
 
+def test_models_that_wait_for_their_optimiser_do_not_get_in_each_others_way():
+    """The first has had a backward pass and no step; its encoders are of another size."""
+    y = torch.randint(3, (5,))
+    waiting = []
+    for size in (4, 7):
+        encoders = nn.ModuleDict({m: nn.Linear(6, size) for m in ("audio", "visual")})
+        head = arl_fast.ConcatHead(dict.fromkeys(encoders, size), 3)
+        ARLLoss()(head({m: e(torch.randn(5, 6)) for m, e in encoders.items()}), y).backward()
+        waiting.append((encoders, head))
+    for encoders, _ in reversed(waiting):
+        assert len(said(torch.optim.Adam(encoders.parameters()).step)) == 1
+
+
 @pytest.mark.parametrize("case", ["sgd", "none", "updates", "linear"])
 def test_which_optimisers_are_left_alone(case):
     """SGD, a rule without gains, gains on the update. The linear loss has no link, yet its gains cancel."""

@@ -132,13 +132,18 @@ def _watch(encoders: Sequence[Sequence[Any]]) -> None:
             _hook = register_optimizer_step_pre_hook(_look_at_optimizer)
 
 
+def _forget(parameters: list[weakref.ref[Tensor]]) -> None:
+    """By identity: equality of references to tensors would compare their elements."""
+    _watched[:] = [own for own in _watched if own is not parameters]
+
+
 def _look_at_optimizer(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for parameters in _watched.copy():
         alive = {id(p) for ref in parameters if (p := ref()) is not None}
         if not alive:
-            _watched.remove(parameters)
+            _forget(parameters)
         elif any(id(p) in alive for group in optimizer.param_groups for p in group["params"]):
-            _watched.remove(parameters)
+            _forget(parameters)
             if cancels_gains(optimizer):
                 warnings.warn(
                     f"{type(optimizer).__name__} divides each gradient by a running estimate of its size, "
