@@ -287,5 +287,5 @@ def test_several_labels_per_row(tmp_path):
     assert verdict.branches["audio"] == float(found.values("unimodal", "audio", "macro_f1").mean())
     assert "visual alone reaches a macro F1 of" in str(diagnosis)
     assert "largest branch macro F1" in str(diagnosis)
-    assert "weights" not in found.chosen
+    assert len(found.chosen["weights"][0]["weights"]) == 2
     assert (tmp_path / "diagnosis.html").exists()

@@ -47,13 +47,12 @@ class Diagnosis:
         rates = " or ".join(f"{rate:g}" for rate in a["rates"])
         same = " from the given weights" if a["same_start"] else ""
         labels = self.results.several_labels
-        chosen = "learning rates were chosen" + ("" if labels else " and fusion weights fitted")
         measure, studies = ("macro F1", ", of one class per row,") if labels else ("accuracy", "")
         return (
             f"Each rung: {a['epochs']} epochs{same}, {len(self.results.seeds)} seeds, learning rate {rates}. "
-            f"All numbers are from one half of the held-out rows; {chosen} on the other half. Differences "
-            "are paired by seed; their errors take in seeds and rows, and "
-            '"clear" means outside the 95 % interval. '
+            "All numbers are from one half of the held-out rows; learning rates were chosen and fusion "
+            "weights fitted on the other half. Differences are paired by seed; their errors take in seeds "
+            'and rows, and "clear" means outside the 95 % interval. '
             f"r = {self.verdict.r:.2f} is the smallest over the largest branch {measure} after training with "
             f"unimodal losses; in the studies behind this package{studies} no rule mattered where it was "
             f"above {EVEN}."

@@ -249,8 +249,7 @@ def climb(
         optimizer: from parameters and a learning rate.
         forward: from a model and a batch to its output and the target.
         criterion: options of ARLLoss for all methods, such as ``weight`` or ``ignore_index``. With
-            ``task="multilabel"`` accuracy counts known labels, macro F1 is the mean over labels, and there
-            are no fusion weights.
+            ``task="multilabel"`` accuracy counts known labels, and macro F1 is the mean over labels.
         head: from a model to its head, for fusion weights; by default its one head of this package, or None,
             for a pool of the predictions.
         progress: show a progress bar (tqdm, if installed).
@@ -403,7 +402,7 @@ def _fusion_weights(
     setup: Setup, model: nn.Module, sides: Predictions
 ) -> tuple[dict[str, float], Predictions] | None:
     """The same predictions with weights that are fitted on the validation rows, if there are any."""
-    if sides[0] is None or setup.several_labels:  # the fit knows one class per row
+    if sides[0] is None:
         return None
 
     def branches(logits: dict[str, Tensor]) -> BranchLogits:
@@ -411,10 +410,10 @@ def _fusion_weights(
         return BranchLogits(moved.pop("fused"), moved)
 
     logits, target = sides[0]
-    ignored = {"ignore_index": setup.criterion["ignore_index"]} if "ignore_index" in setup.criterion else {}
+    options = {name: setup.criterion[name] for name in ("ignore_index", "task") if name in setup.criterion}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a branch that beats the whole: the table shows it
-        fusion = FusionWeights.fit(setup.head(model), branches(logits), target.to(setup.device), **ignored)
+        fusion = FusionWeights.fit(setup.head(model), branches(logits), target.to(setup.device), **options)
     with torch.no_grad():
         weighted = _each(sides, lambda logits: {**logits, "fused": fusion(branches(logits)).float().cpu()})
     weights = fusion.weights.detach().cpu().tolist()

@@ -94,8 +94,8 @@ def plan(classes: int, itemsize: int, more_sums: bool) -> Plan:
 
     Rows of up to 16 logits have a thread each. Longer ones are shared by just enough threads to leave 16
     logits to each: up to 512 classes nothing crosses a warp, beyond that several warps share a row, and
-    beyond LARGEST_ROW it is streamed. Where accesses are narrow, registers suffice for fewer logits: a quarter
-    of them in a streamed row, and half of them in a row of 256 threads that needs more sums.
+    beyond LARGEST_ROW it is streamed. Where accesses are narrow, registers suffice for fewer logits: a
+    quarter of them in a streamed row, and half of them in a row of 256 threads that needs more sums.
     """
     double = itemsize == 8
     aligned = vector(classes, itemsize)
