@@ -463,7 +463,7 @@ def check_sharded_equals_unsharded(rank, world):
                 compare_sharded(rank, world, logits, target, uneven, **options)
             compare_sharded(rank, world, logits[:3], target.int(), uneven, rule="paper")
             probabilities = torch.softmax(torch.randn(7, classes, dtype=dtype), 1)
-            probabilities[0] = 0.5 / classes  # ties, and does not sum up to 1
+            probabilities[0] = 1 / classes  # ties
             for options in (
                 {},
                 {"weight": weight, "label_smoothing": 0.1, "mask": mask},
