@@ -24,6 +24,7 @@ REGISTERS_STREAMED = 80
 REGISTERS_MORE_SUMS = 128  # rows that need more sums than the plain loss
 REGISTERS_F64 = 255
 REGISTER_FILE = 65536  # of a multiprocessor
+REGISTERS_PAIRS = 64  # pairs of a row and a label, which need no sums over a row
 FLAT_BLOCK = 4096  # elements of a tile in the kernels that only multiply,
 FLAT_THREADS = 256  # 16 for each thread
 FLAT_RESIDENT = 4  # programs of a multiprocessor
@@ -71,6 +72,30 @@ class Plan(NamedTuple):
     def rows(self) -> int:
         """Rows of a tile."""
         return 1 if self.online else self.owners
+
+
+class PairPlan(NamedTuple):
+    """How the kernel of task "multilabel" treats pairs of a row and a label: in tiles [steps, owners, lanes].
+
+    Attributes:
+        steps, owners, lanes: powers of two. An owner is a thread, lanes are one load.
+        registers: upper bound for each thread.
+    """
+
+    steps: int
+    owners: int
+    lanes: int
+    registers: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a program."""
+        return self.owners
+
+    @property
+    def rows(self) -> int:
+        """Pairs of a tile."""
+        return self.steps * self.owners * self.lanes
 
 
 def power_of_two(n: int) -> int:
@@ -123,13 +148,20 @@ def plan(classes: int, itemsize: int, more_sums: bool) -> Plan:
     return Plan(online, steps, owners, lanes, threads, registers)
 
 
-def resident_programs(plan: Plan, multiprocessors: int) -> int:
+def pair_plan(itemsize: int) -> PairPlan:
+    """The plan for logits of ``itemsize`` bytes: eight for each thread, four of float64."""
+    lanes = 16 // itemsize
+    registers = REGISTERS_F64 if itemsize == 8 else REGISTERS_PAIRS
+    return PairPlan((4 if itemsize == 8 else 8) // lanes, THREADS, lanes, registers)
+
+
+def resident_programs(plan: Plan | PairPlan, multiprocessors: int) -> int:
     """Programs that the device holds at a time, as far as registers decide."""
     return multiprocessors * (REGISTER_FILE // (plan.registers * plan.threads))
 
 
 @functools.lru_cache(maxsize=1024)
-def programs(rows: int, branches: int, plan: Plan, multiprocessors: int) -> int:
+def programs(rows: int, branches: int, plan: Plan | PairPlan, multiprocessors: int) -> int:
     """Programs per branch: one per tile until the device is full, then each takes several tiles in turn.
 
     All programs run at once: those of a second wave would take as long again. This bounds the partial sums
