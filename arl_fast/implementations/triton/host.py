@@ -221,11 +221,13 @@ def _launch_forward(
 
 @functools.lru_cache(maxsize=256)
 def _labels_configuration(
-    labels: int, stride: int | None, branches: int, dtype: torch.dtype, options: Options
+    labels: int | None, stride: int | None, branches: int, dtype: torch.dtype, options: Options
 ) -> tuple[launch_plan.PairPlan, Configuration]:
-    plan = launch_plan.pair_plan(dtype.itemsize)
+    """``labels``: of a row, where the row or the label of a pair matters; None elsewhere."""
+    more = labels is not None or options.reduction == "none"
+    plan = launch_plan.pair_plan(dtype.itemsize, grad_dtype(dtype).itemsize, more)
     counting, layout = launch_plan.COUNTING, packed_layout(branches - 1)
-    constants = (labels, stride, branches, options, plan, counting, SUMS, layout)
+    constants = (labels or 1, stride, branches, options, plan, counting, SUMS, layout)
     return plan, Configuration(plan.threads, plan.registers, constants)
 
 
@@ -251,7 +253,9 @@ def _launch_labels(
     pos_weight = None if pos_weight is None else pos_weight.contiguous()
     gamma, gamma_stride, gammas, temperature, temperature_number = _numbers(schedule, dtype)
     by_pair = mask is None and weight is None and pos_weight is None and stride is None
-    plan, configuration = _labels_configuration(1 if by_pair else labels, stride, branches, x0.dtype, options)
+    plan, configuration = _labels_configuration(
+        None if by_pair else labels, stride, branches, x0.dtype, options
+    )
     side_by_side = 1 if none else branches
     programs = launch_plan.programs(pairs, side_by_side, plan, multiprocessors(device.index))
     loss = torch.empty((rows, labels) if none else (), dtype=dtype, device=device)

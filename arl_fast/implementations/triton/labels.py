@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .finish import finish_if_last, gamma_of, is_warming, store_sums
-from .forward import LOG2E, count_rows, select, share_counting, sum_of_owner, tile_columns
+from .forward import LOG2E, count_rows, select, share_counting
 
 LARGEST_X = tl.constexpr(1e30)  # stands for |x| = inf, where it multiplies e = 0
 
@@ -115,8 +115,8 @@ def tile_of_pairs(
         scale: what its gradients are multiplied by.
         WHOLE: all pairs of the tile exist.
     """
-    first = (tile + tl.zeros((), tl.int64)) * (PLAN.steps * PLAN.owners * PLAN.lanes)
-    offsets = tile_columns(PLAN.steps, PLAN.owners * PLAN.lanes, PLAN.owners, PLAN.lanes, PLAN.lanes)
+    first = (tile + tl.zeros((), tl.int64)) * (PLAN.threads * PLAN.lanes)
+    offsets = tl.arange(0, PLAN.threads)[:, None] * PLAN.lanes + tl.arange(0, PLAN.lanes)[None, :]
     inside = None
     if not WHOLE:
         inside = first + offsets < pairs
@@ -158,11 +158,11 @@ def tile_of_pairs(
         else:
             tl.store(g + first + offsets, slope, mask=inside)
     return (
-        sum_of_owner(nll),
-        sum_of_owner(tl.where(known, 1.0, 0.0).to(T)),
-        sum_of_owner(correct),
-        sum_of_owner(entropy),
-        sum_of_owner(dependence),
+        tl.sum(nll, 1),
+        tl.sum(tl.where(known, 1.0, 0.0).to(T), 1),
+        tl.sum(correct, 1),
+        tl.sum(entropy, 1),
+        tl.sum(dependence, 1),
     )
 
 
@@ -194,7 +194,7 @@ def process_branch(
     SUMS: tl.constexpr,
 ):
     """This program's tiles of a branch: gradients, losses of the pairs if asked for, and the partial sums."""
-    TILE: tl.constexpr = PLAN.steps * PLAN.owners * PLAN.lanes
+    TILE: tl.constexpr = PLAN.threads * PLAN.lanes
     COUNTED: tl.constexpr = 1 if mask is None else BRANCHES  # branches whose counts may differ
     p, programs = tl.program_id(0), tl.num_programs(0)
     x = select(logits, branch, BRANCHES)
@@ -232,7 +232,7 @@ def process_branch(
             # without a pair that counts all gradients are 0, not 0 / 0
             scale = tl.where(branch_divisor == 0, 0.0, factor / branch_divisor)
 
-    zero = tl.zeros([PLAN.owners], T)
+    zero = tl.zeros([PLAN.threads], T)
     loss_sum, count, correct_sum, entropy_sum, dependence_sum = zero, zero, zero, zero, zero
     whole = pairs // TILE
     for tile in range(p, whole, programs):

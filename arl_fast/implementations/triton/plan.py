@@ -24,7 +24,8 @@ REGISTERS_STREAMED = 80
 REGISTERS_MORE_SUMS = 128  # rows that need more sums than the plain loss
 REGISTERS_F64 = 255
 REGISTER_FILE = 65536  # of a multiprocessor
-REGISTERS_PAIRS = 64  # pairs of a row and a label, which need no sums over a row
+REGISTERS_PAIRS = {4: 64, 8: 80}  # by the pairs of a row and a label that a thread holds
+REGISTERS_PAIRS_F64 = 128
 FLAT_BLOCK = 4096  # elements of a tile in the kernels that only multiply,
 FLAT_THREADS = 256  # 16 for each thread
 FLAT_RESIDENT = 4  # programs of a multiprocessor
@@ -75,27 +76,22 @@ class Plan(NamedTuple):
 
 
 class PairPlan(NamedTuple):
-    """How the kernel of task "multilabel" treats pairs of a row and a label: in tiles [steps, owners, lanes].
+    """How the kernel of task "multilabel" treats pairs of a row and a label: in tiles [threads, lanes].
 
     Attributes:
-        steps, owners, lanes: powers of two. An owner is a thread, lanes are one load.
+        threads: of a program.
+        lanes: pairs of a thread, one load of its logits.
         registers: upper bound for each thread.
     """
 
-    steps: int
-    owners: int
+    threads: int
     lanes: int
     registers: int
 
     @property
-    def threads(self) -> int:
-        """Threads of a program."""
-        return self.owners
-
-    @property
     def rows(self) -> int:
         """Pairs of a tile."""
-        return self.steps * self.owners * self.lanes
+        return self.threads * self.lanes
 
 
 def power_of_two(n: int) -> int:
@@ -148,11 +144,19 @@ def plan(classes: int, itemsize: int, more_sums: bool) -> Plan:
     return Plan(online, steps, owners, lanes, threads, registers)
 
 
-def pair_plan(itemsize: int) -> PairPlan:
-    """The plan for logits of ``itemsize`` bytes: eight for each thread, four of float64."""
-    lanes = 16 // itemsize
-    registers = REGISTERS_F64 if itemsize == 8 else REGISTERS_PAIRS
-    return PairPlan((4 if itemsize == 8 else 8) // lanes, THREADS, lanes, registers)
+def pair_plan(itemsize: int, grad_itemsize: int, more: bool) -> PairPlan:
+    """The plan for logits and gradients of so many bytes: accesses of 16 bytes for the wider of them.
+
+    Args:
+        more: the row or the label of a pair matters, or the loss of each pair is wanted. Registers suffice
+            for four pairs then, and 16-bit logits come in loads of 8 bytes.
+    """
+    lanes = 16 // max(itemsize, grad_itemsize)
+    if itemsize == 8:
+        return PairPlan(THREADS, lanes, REGISTERS_F64 if more else REGISTERS_PAIRS_F64)
+    if more:
+        return PairPlan(THREADS, 4, REGISTERS_MORE_SUMS)
+    return PairPlan(THREADS, lanes, REGISTERS_PAIRS[lanes])
 
 
 def resident_programs(plan: Plan | PairPlan, multiprocessors: int) -> int:
