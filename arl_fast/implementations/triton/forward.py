@@ -72,10 +72,9 @@ def count_rows(
     for first in range(start, end, BLOCK):
         row = (first + tl.arange(0, BLOCK)).to(tl.int64)
         if LABELS is not None:
-            label = tl.load(target + row, mask=row < end, other=float("nan"))
-            valid, y = is_valid(
-                target, mask, row // LABELS, label == label, branch, BRANCHES, IGNORE, SOFT
-            )
+            label = tl.load(target + row, mask=row < end, other=0.0).to(T)
+            known = (label == label) & (row < end)
+            valid, y = is_valid(target, mask, row // LABELS, known, branch, BRANCHES, IGNORE, SOFT)
         else:
             valid, y = is_valid(target, mask, row, row < end, branch, BRANCHES, IGNORE, SOFT)
         if not SOFT:

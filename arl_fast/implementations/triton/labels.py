@@ -124,8 +124,10 @@ def tile_of_pairs(
         place = (first % C).to(tl.int32) + offsets
         row = first // C + place // C
         label = place % C
-    t = load(target + first + offsets, inside, float("nan")).to(T)
+    t = load(target + first + offsets, inside, 0.0).to(T)
     known = t == t
+    if not WHOLE:
+        known = known & inside
     if mask is not None:
         present = tl.load(mask + row * (BRANCHES - 1) + (branch - 1), mask=known & (branch > 0), other=1)
         known = known & (present != 0)
