@@ -1,5 +1,7 @@
-"""The Triton kernel of task="multilabel", interpreted: tests/test_multilabel.py once more, and what it does not
-reach: several tiles and programs, counting together, strides, the op. TRITON_INTERPRET=1 pytest -m contract.
+"""The Triton kernel of task="multilabel", interpreted (TRITON_INTERPRET=1 pytest -m contract).
+
+Once more tests/test_multilabel.py, and what that does not reach: several tiles and programs, counting
+together, strides, the op.
 """
 
 from __future__ import annotations
@@ -126,7 +128,7 @@ def test_rows_of_any_stride(poisoned, labels):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_what_does_not_count_is_never_read(poisoned, reduction):
-    """NaN beside unknown labels and absent modalities; a modality absent from the batch; a NaN that counts."""
+    """NaN beside unknown labels and absent modalities, one absent from the batch; a NaN that counts shows."""
     logits, target = inputs()
     mask = torch.rand(33, 2) > 0.5
     mask[:, 1] = False

@@ -33,7 +33,7 @@ def load(pointers, inside, other):
 
 @triton.jit
 def log1p_of(s):
-    """log(1 + e) = 2 artanh(s) with s = e / (2 + e) <= 1/3, to rounding; 1 + e itself would lose a small e."""
+    """log(1 + e) = 2 artanh(s) with s = e / (2 + e) <= 1/3, to rounding. 1 + e would lose a small e."""
     TERMS: tl.constexpr = 16 if s.dtype.primitive_bitwidth == 64 else 7
     square = s * s
     series = tl.full(s.shape, 2 / (2 * TERMS - 1), s.dtype)
