@@ -156,12 +156,11 @@ std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream,
   args.dtype = dtype_of(dtype);
   args.branches = int(grads.size());
   args.rows = first.size(0);
-  args.classes = first.size(1);
+  args.classes = args.rows == 0 ? 0 : first.numel() / args.rows;
   const bool in_place = reuse && first.scalar_type() == dtype;
   std::vector<at::Tensor> scaled(grads.begin(), grads.end());
   if (!in_place) {
-    const at::TensorOptions options = first.options().dtype(dtype);
-    scaled = empty_gradients(options, args.branches, args.rows, args.classes, Memory::kOwn);
+    for (at::Tensor& result : scaled) result = at::empty(result.sizes(), first.options().dtype(dtype));
   }
   for (size_t b = 0; b < grads.size(); ++b) {
     args.grads[b] = grads[b].const_data_ptr();
