@@ -42,8 +42,10 @@ OTHER_REGISTERS = {
     "count_pairs_kernel": 40,
     "labels_kernelId": 128,
     "labels_kernelIf": 64,
-    "labels_kernelI13__nv_bfloat16": 80,
-    "labels_kernelI6__half": 80,
+    "labels_kernelI13__nv_bfloat16Lb0": 80,
+    "labels_kernelI13__nv_bfloat16Lb1": 128,
+    "labels_kernelI6__halfLb0": 80,
+    "labels_kernelI6__halfLb1": 128,
 }
 STATIC_SHARED = 8192  # kStaticShared
 
@@ -190,8 +192,8 @@ def test_machine_code(architecture):
             half_precision = k.name.split("labels_kernelI")[1][0] not in "df"
             assert k.count("LDG.E.128") >= (3 if half_precision else 2), k
             assert k.count("STG.E.128"), k
-            if "labels_kernelId" not in k.name:  # one exponential and one reciprocal for a pair
-                assert k.count("MUFU.EX2") <= (8 if half_precision else 4) + 2, k
+            if "labels_kernelId" not in k.name:  # one exponential for a pair, and a few in the rule
+                assert k.count("MUFU.EX2") <= (8 if half_precision else 4) + 8, k
         if "scale_kernel" in k.name or "modulate_kernel" in k.name:
             assert k.count("LDG.E.128"), k
             assert k.count("STG.E.128"), k

@@ -12,6 +12,7 @@ namespace cuda {
 namespace {
 
 bool is_dense(const ForwardArgs& args) {
+  if (args.options.task == kMultilabel) return args.weight != nullptr || args.pos_weight != nullptr;
   return args.target_kind == kProbabilities || (args.weight != nullptr && args.options.label_smoothing > 0);
 }
 

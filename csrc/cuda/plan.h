@@ -51,7 +51,7 @@ struct Shape {
   int64_t rows;
   int64_t classes;
   bool dense;  // the target's distribution differs from class to class: class probabilities, smoothed class
-               // weights
+               // weights; of labels: they have weights
   bool per_row_loss;  // reduction "none"
   bool counts;  // gradients have to be divided by a divisor that is not given and not known to be `rows`
 };
@@ -154,9 +154,9 @@ inline Plan plan(const Shape& shape, const Device& device) {
   return p;
 }
 
-// Threads resident per multiprocessor for the pairs of rows and labels, by the size of a logit.
-constexpr int resident_pairs(int element_size) {
-  return element_size == 8 ? 512 : element_size == 4 ? 1024 : 768;  // eight pairs of 16 bits, four of float32
+// Threads resident per multiprocessor for the pairs of rows and labels: each holds 16 bytes of logits.
+constexpr int resident_pairs(int element_size, bool weighted) {
+  return element_size == 4 ? 1024 : element_size == 2 && !weighted ? 768 : 512;
 }
 
 // Of task "multilabel": rows_per_block counts pairs, of which a thread takes one vector.
@@ -167,7 +167,7 @@ inline Plan labels_plan(const Shape& shape, const Device& device) {
   p.threads_per_row = p.cluster = 1;
   p.rows_per_block = p.threads * kVectorBytes / element_size(shape.dtype);
   p.grid_y = shape.per_row_loss ? 1 : shape.branches;
-  p.grid_x = persistent_blocks(resident_pairs(element_size(shape.dtype)), pairs, p, device);
+  p.grid_x = persistent_blocks(resident_pairs(element_size(shape.dtype), shape.dense), pairs, p, device);
   // The labels are as many as the logits: to count the known ones takes a launch that fills the device.
   if (shape.counts && pairs > kCountInlineRows) {
     const int64_t blocks = ceil_div(pairs, kCountRowsPerBlock);
