@@ -1,5 +1,7 @@
-"""The CUDA kernel of task="multilabel", run on the CPU by an emulation: tests/test_multilabel.py once more, and
-what that does not reach: blocks, the counting launch, addresses, the order of the blocks.
+"""The CUDA kernel of task="multilabel", run on the CPU by an emulation.
+
+Once more tests/test_multilabel.py, and what that does not reach: blocks, the counting launch, addresses, the
+order of the blocks.
 """
 
 from __future__ import annotations
