@@ -40,12 +40,15 @@ OTHER_REGISTERS = {
     "modulate_kernel": 40,
     "count_kernel": 40,
     "count_pairs_kernel": 40,
+    "empty_kernel": 40,
     "labels_kernelId": 128,
     "labels_kernelIf": 64,
     "labels_kernelI13__nv_bfloat16Lb0": 80,
-    "labels_kernelI13__nv_bfloat16Lb1": 128,
+    "labels_kernelI13__nv_bfloat16Lb1ELb0": 128,
+    "labels_kernelI13__nv_bfloat16Lb1ELb1": 255,
     "labels_kernelI6__halfLb0": 80,
-    "labels_kernelI6__halfLb1": 128,
+    "labels_kernelI6__halfLb1ELb0": 128,
+    "labels_kernelI6__halfLb1ELb1": 255,
 }
 STATIC_SHARED = 8192  # kStaticShared
 

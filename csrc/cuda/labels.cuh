@@ -169,7 +169,7 @@ __device__ inline void load_some(const T* values, int64_t stride, int64_t classe
 
 // kWeighted: labels have weights. kEach: the loss of each pair is wanted.
 template <typename T, bool kWeighted, bool kEach, typename C = typename Element<T>::Compute>
-__global__ void __launch_bounds__(kRowsThreads, resident_pairs(sizeof(T), kWeighted) / kRowsThreads)
+__global__ void __launch_bounds__(kRowsThreads, resident_pairs(sizeof(T), kWeighted, kEach) / kRowsThreads)
     labels_kernel(const __grid_constant__ ForwardParams<C> p) {
   using G = typename Element<T>::Grad;
   constexpr int kN = kPerVector<T>;

@@ -155,8 +155,10 @@ inline Plan plan(const Shape& shape, const Device& device) {
 }
 
 // Threads resident per multiprocessor for the pairs of rows and labels: each holds 16 bytes of logits.
-constexpr int resident_pairs(int element_size, bool weighted) {
-  return element_size == 4 ? 1024 : element_size == 2 && !weighted ? 768 : 512;
+// A loss for each (reduction "none") of eight pairs with weights needs most registers.
+constexpr int resident_pairs(int element_size, bool weighted, bool each) {
+  if (element_size == 2) return !weighted ? 768 : each ? 256 : 512;
+  return element_size == 4 ? 1024 : 512;
 }
 
 // Of task "multilabel": rows_per_block counts pairs, of which a thread takes one vector.
@@ -167,12 +169,13 @@ inline Plan labels_plan(const Shape& shape, const Device& device) {
   p.threads_per_row = p.cluster = 1;
   p.rows_per_block = p.threads * kVectorBytes / element_size(shape.dtype);
   p.grid_y = shape.per_row_loss ? 1 : shape.branches;
-  p.grid_x = persistent_blocks(resident_pairs(element_size(shape.dtype), shape.dense), pairs, p, device);
+  const int resident = resident_pairs(element_size(shape.dtype), shape.dense, shape.per_row_loss);
+  p.grid_x = persistent_blocks(resident, pairs, p, device);
   // The labels are as many as the logits: to count the known ones takes a launch that fills the device.
   if (shape.counts && pairs > kCountInlineRows) {
     const int64_t blocks = ceil_div(pairs, kCountRowsPerBlock);
-    const int64_t resident = int64_t(device.multiprocessors) * kElementwiseBlocks;
-    p.count_blocks = int(blocks < resident ? blocks : resident);
+    const int64_t most = int64_t(device.multiprocessors) * kElementwiseBlocks;
+    p.count_blocks = int(blocks < most ? blocks : most);
   }
   p.workspace_bytes = workspace_bytes(shape, p);
   return p;
