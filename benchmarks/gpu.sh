@@ -31,7 +31,8 @@ ROWS=$OUT/rows.jsonl LOG=$OUT/log-$CALL.txt TESTS=$OUT/tests.txt
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
 export PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
-export TORCHINDUCTOR_CACHE_DIR="$SITE/inductor"
+# What one phase has compiled, the next need not. TRITON_CACHE_DIR may name a folder that outlives the call.
+export TORCHINDUCTOR_CACHE_DIR="$SITE/inductor" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$SITE/triton}"
 FAILED=()
 
 # phase NAME SECONDS FILE COMMAND...: within its own limit and what is left of all; shows the end of FILE

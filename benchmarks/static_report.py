@@ -44,6 +44,7 @@ from arl_fast._core.options import Options
 from arl_fast.implementations.triton import plan as launch_plan
 from arl_fast.implementations.triton.finish import SUMS, packed_layout
 from arl_fast.implementations.triton.forward import forward_kernel
+from arl_fast.implementations.triton.labels import labels_kernel
 from arl_fast.implementations.triton.multiply import modulate_kernel, scale_kernel
 
 TARGETS = {
@@ -188,6 +189,45 @@ def forward_arguments(case: Case) -> dict[str, Any]:
         SUMS=constant(SUMS),
         PACKED=constant(packed_layout(case.modalities)),
     )
+
+
+@dataclass(frozen=True)
+class LabelsCase:
+    """One specialisation of the kernel of task "multilabel"."""
+
+    dtype: str = "fp32"
+    modalities: int = 2
+    grad: bool = True
+    mask: bool = False
+    weights: bool = False
+    reduction: str = "mean"
+
+    @property
+    def plan(self) -> launch_plan.PairPlan:
+        size = ITEMSIZE[self.dtype]
+        more = self.mask or self.weights or self.reduction == "none"
+        return launch_plan.pair_plan(size, 4 if self.dtype == "fp16" else size, more)
+
+
+def labels_arguments(case: LabelsCase) -> dict[str, Any]:
+    same = forward_arguments(Case(14, case.dtype, case.modalities, case.grad, True, case.mask))
+    weight = same["target"] if case.weights else constant(None)
+    own = dict(
+        weight=weight,
+        pos_weight=weight,
+        pairs="i32",
+        C=constant(14 if case.mask or case.weights else 1),
+        STRIDE=constant(None),
+        OPTIONS=constant(Options(reduction=case.reduction, task="multilabel")),
+        PLAN=constant(case.plan),
+    )
+    return {name: (same | own)[name] for name in labels_kernel.arg_names}
+
+
+def labels_report(case: LabelsCase, name: str) -> Report:
+    plan, target = case.plan, TARGETS[name]
+    arguments = labels_arguments(case)
+    return inspect(target, *compile_kernel(labels_kernel, arguments, target, plan.threads, plan.registers))
 
 
 def innermost_loops(ptx: str, marker: str) -> list[list[str]]:
@@ -407,7 +447,8 @@ def main() -> None:
         for case, found in zip(wanted, reports([(case, name) for case in wanted]), strict=True):
             print(line(case, found, device))
         print("\n| kernel | regs | spills | smem | ld16 | st16 |\n|---|---|---|---|---|---|")
-        for kernel, found in backward_reports(name).items():
+        labels = {f"labels {dtype}": labels_report(LabelsCase(dtype), name) for dtype in ITEMSIZE}
+        for kernel, found in (labels | backward_reports(name)).items():
             print(
                 f"| {kernel} | {found.registers} | {found.spills} | {found.shared} | "
                 f"{found.loads16} | {found.stores16} |"

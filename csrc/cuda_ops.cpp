@@ -56,7 +56,6 @@ std::vector<at::Tensor> empty_gradients(const at::TensorOptions& options, int br
 Results forward(at::TensorList logits, const Targets& targets, const Schedule& schedule,
                 const Options& options, bool grad, Memory memory) {
   check_branches(logits.size());
-  TORCH_CHECK_VALUE(options.task == kMulticlass, "arl_fast: the CUDA kernels do not know labels");
   const at::Tensor& first = logits[0];
   const c10::OptionalDeviceGuard guard(first.device());
   const at::ScalarType type = first.scalar_type();
@@ -80,7 +79,10 @@ Results forward(at::TensorList logits, const Targets& targets, const Schedule& s
     if (grad) args.grads[b] = grads[b].mutable_data_ptr();
   }
 
+  const bool multilabel = options.task == kMultilabel;
+  TORCH_CHECK_VALUE(multilabel || targets.pos_weight == nullptr, "pos_weight: expected None without labels");
   at::Tensor labels = *targets.target;
+  TORCH_CHECK_TYPE(!multilabel || labels.is_floating_point(), "target: expected labels of floating point");
   if (labels.is_floating_point()) {
     labels = with_adjacent_classes(labels.to(compute));
     args.target_kind = kProbabilities;
@@ -101,6 +103,7 @@ Results forward(at::TensorList logits, const Targets& targets, const Schedule& s
     return held.back().const_data_ptr();
   };
   args.weight = adjacent(targets.weight, compute);
+  args.pos_weight = adjacent(targets.pos_weight, compute);
   args.divisor = adjacent(targets.divisor, compute);
   const size_t modalities = logits.size() - 1, gammas = schedule.gammas.size();
   TORCH_CHECK_VALUE(schedule.gamma != nullptr || gammas == 1 || gammas == modalities, "gamma: got ", gammas,
@@ -117,8 +120,10 @@ Results forward(at::TensorList logits, const Targets& targets, const Schedule& s
   args.options = options;
 
   // The loss has memory of its own: who keeps it must not keep the workspace.
-  at::Tensor loss = options.reduction == kNoReduction ? at::empty({args.rows}, first.options().dtype(compute))
-                                                      : at::empty({}, first.options().dtype(compute));
+  c10::SmallVector<int64_t, 2> shape;
+  if (options.reduction == kNoReduction) shape.push_back(args.rows);
+  if (options.reduction == kNoReduction && multilabel) shape.push_back(args.classes);
+  at::Tensor loss = at::empty(shape, first.options().dtype(compute));
   const int64_t size = int64_t(c10::elementSize(compute));
   const int64_t length = packed_length(args.branches - 1);
   int64_t workspace_bytes;
@@ -151,18 +156,22 @@ std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream,
   args.dtype = dtype_of(dtype);
   args.branches = int(grads.size());
   args.rows = first.size(0);
-  args.classes = first.size(1);
+  args.classes = args.rows == 0 ? 0 : first.numel() / args.rows;
   const bool in_place = reuse && first.scalar_type() == dtype;
   std::vector<at::Tensor> scaled(grads.begin(), grads.end());
   if (!in_place) {
-    const at::TensorOptions options = first.options().dtype(dtype);
-    scaled = empty_gradients(options, args.branches, args.rows, args.classes, Memory::kOwn);
+    for (at::Tensor& result : scaled) result = at::empty(result.sizes(), first.options().dtype(dtype));
   }
   for (size_t b = 0; b < grads.size(); ++b) {
     args.grads[b] = grads[b].const_data_ptr();
     args.out[b] = scaled[b].mutable_data_ptr();
   }
-  const at::Tensor own = upstream.scalar_type() == compute ? upstream : upstream.to(compute);
+  at::Tensor own = upstream.scalar_type() == compute ? upstream : upstream.to(compute);
+  if (own.dim() == 2) {  // of each pair of a row and a label: rows of one
+    own = own.reshape({-1});
+    args.rows *= args.classes;
+    args.classes = 1;
+  }
   args.upstream = own.const_data_ptr();
   args.per_row = own.dim() == 1;
   args.upstream_stride = args.per_row ? own.stride(0) : 0;

@@ -39,7 +39,7 @@ enum class Memory { kShared, kOwn };
 Results forward(at::TensorList logits, const Targets& targets, const Schedule& schedule,
                 const Options& options, bool grad, Memory memory);
 
-// One launch for all branches. With `reuse` in place where the dtype allows; it ends at once where the factor
+// One launch for all branches, of contiguous gradients of any shape for a scalar upstream. With `reuse` in place where the dtype allows; it ends at once where the factor
 // is 1.
 std::vector<at::Tensor> scale(at::TensorList grads, const at::Tensor& upstream,
                               const std::optional<at::Tensor>& factor, at::ScalarType dtype, bool reuse);

@@ -16,7 +16,9 @@ if reason:
     pytest.skip(reason, allow_module_level=True)
 
 import test_contract as contract  # noqa: E402
+import test_multilabel as multilabel  # noqa: E402
 import test_native as eager  # noqa: E402
+import test_native_labels as eager_labels  # noqa: E402
 
 from arl_fast import BranchLogits, arl_loss, modulate  # noqa: E402
 from arl_fast._core import rules  # noqa: E402
@@ -56,6 +58,7 @@ def implementation(binding: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
     )
     monkeypatch.setitem(dispatch.MODULES, "cuda_binding", "emulation.module")
     monkeypatch.setitem(dispatch._loaded, "cuda_binding", bound)
+    monkeypatch.setattr(dispatch, "MULTILABEL", {("cuda_binding", "cpu")})
     monkeypatch.setattr(dispatch, "override", "cuda_binding")
     return "cuda_binding"
 
@@ -75,6 +78,7 @@ test_custom_rule = contract.test_custom_rule
 test_backward_twice = contract.test_backward_twice
 test_gains_on_encoders_and_one_on_the_head = contract.test_gains_on_encoders_and_one_on_the_head
 test_modulate_dtypes = contract.test_modulate_dtypes
+test_labels_against_truth = multilabel.test_against_truth
 
 
 def test_more_tensors_than_one_launch_takes(binding):
@@ -91,6 +95,15 @@ def test_results_are_contiguous(binding):
     for modulated, g in zip(binding.cuda_modulate_backward(grads, [0, 1], torch.ones(2)), grads, strict=True):
         assert modulated.is_contiguous()
         assert torch.equal(modulated, 2 * g)
+
+
+def test_targets_of_another_task_are_named(binding):
+    logits, target = [torch.randn(6, 5) for _ in range(3)], torch.rand(6, 5)
+    labels, schedule = Options(task="multilabel"), Schedule(1.0, 8.0)
+    with pytest.raises(ValueError, match="pos_weight: expected None without labels"):
+        binding.cuda_forward(logits, Targets(target, pos_weight=torch.ones(5)), schedule, Options(), True)
+    with pytest.raises(TypeError, match="target: expected labels of floating point"):
+        binding.cuda_forward(logits, Targets(target.long()), schedule, labels, True)
 
 
 class Recorder(TorchDispatchMode):
@@ -173,6 +186,7 @@ def fast_calls(binding, implementation, monkeypatch):
 
 
 test_fast_step_equals_the_general_one = eager.test_fast_step_equals_the_general_one
+test_fast_labels_equal_the_general_step = eager_labels.test_fast_step_equals_the_general_one
 test_retained_graph_and_upstream = eager.test_retained_graph_and_upstream
 test_gradients_of_some_branches_only = eager.test_gradients_of_some_branches_only
 test_saved_tensor_hooks_and_checkpoint = eager.test_saved_tensor_hooks_and_checkpoint

@@ -35,7 +35,21 @@ REGISTERS = {
     (BLOCK, False): 128,
     (BLOCK, True): 255,
 }
-OTHER_REGISTERS = {"scale_kernel": 40, "modulate_kernel": 40, "count_kernel": 40}
+OTHER_REGISTERS = {
+    "scale_kernel": 40,
+    "modulate_kernel": 40,
+    "count_kernel": 40,
+    "count_pairs_kernel": 40,
+    "empty_kernel": 40,
+    "labels_kernelId": 128,
+    "labels_kernelIf": 64,
+    "labels_kernelI13__nv_bfloat16Lb0": 80,
+    "labels_kernelI13__nv_bfloat16Lb1ELb0": 128,
+    "labels_kernelI13__nv_bfloat16Lb1ELb1": 255,
+    "labels_kernelI6__halfLb0": 80,
+    "labels_kernelI6__halfLb1ELb0": 128,
+    "labels_kernelI6__halfLb1ELb1": 255,
+}
 STATIC_SHARED = 8192  # kStaticShared
 
 
@@ -176,6 +190,13 @@ def test_machine_code(architecture):
             elements = vectors * (8 if half_precision else 4)
             assert elements <= k.count("MUFU.EX2") <= elements + 12, k  # and a few per row
     for k in kernels(architecture):
+        if "labels_kernel" in k.name:  # logits, labels and gradients of a vector, in its rows without gaps
+            assert k.count("LDL") == k.count("STL") == 0, k
+            half_precision = k.name.split("labels_kernelI")[1][0] not in "df"
+            assert k.count("LDG.E.128") >= (3 if half_precision else 2), k
+            assert k.count("STG.E.128"), k
+            if "labels_kernelId" not in k.name:  # one exponential for a pair, and a few in the rule
+                assert k.count("MUFU.EX2") <= (8 if half_precision else 4) + 8, k
         if "scale_kernel" in k.name or "modulate_kernel" in k.name:
             assert k.count("LDG.E.128"), k
             assert k.count("STG.E.128"), k
@@ -183,6 +204,5 @@ def test_machine_code(architecture):
 
 
 def test_there_is_one_report_per_source():
-    assert {"forward_f64", "forward_f32", "forward_bf16", "forward_f16", "forward", "backward"} == {
-        path.stem for path in SOURCES
-    }
+    parts = {"forward_f64", "forward_f32", "forward_bf16", "forward_f16", "forward", "labels", "backward"}
+    assert {path.stem for path in SOURCES} == parts

@@ -72,6 +72,46 @@ def test_parity_with_float64(kernels, poisoned, batch, classes, modalities, dtyp
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 14), (333, 1), (8193, 3), (2048, 309), (300_001, 7)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_labels_next_to_float64(kernels, poisoned, shape, dtype, weighted):
+    """Counted by every block, by all together or in a launch before; against the reference in float64."""
+    logits, _ = branches(*shape, dtype=dtype)
+    target = torch.randint(0, 2, shape).float().masked_fill(torch.rand(shape) < 0.1, torch.nan)
+    options = dict(task="multilabel", gamma=1.3)
+    if weighted:
+        options |= dict(mask=torch.rand(shape[0], 2) > 0.2, pos_weight=torch.rand(shape[1]) + 0.5)
+    upstream = torch.tensor(float(target.numel()))  # or the gradients round to nothing in float16
+    loss, grads, stats = run(logits, target, upstream=upstream, **options)
+    wide = options | ({"pos_weight": options["pos_weight"].double()} if weighted else {})
+    want_loss, want, want_stats = run(
+        [x.double() for x in logits], target, upstream=upstream.double(), **wide, implementation=reference
+    )
+    assert relative(loss, want_loss) < 2e-5
+    limit = {torch.float32: 5e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
+    assert all(relative(g, w) < limit for g, w in zip(grads, want, strict=True))
+    for got, expected in zip(stats, want_stats, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=2e-5)
+    for again in range(10):
+        for a, b in zip(run(logits, target, upstream=upstream, **options)[1], grads, strict=True):
+            assert torch.equal(a, b), again
+
+
+@gpu_only
+@pytest.mark.parametrize("shape", [(64, 14), (4096, 28)])
+def test_launches_of_labels(kernels, shape):
+    """One forward launch; the native kernels count many pairs in a launch before."""
+    from benchmarks.measure import count_launches
+
+    logits, _ = branches(*shape)
+    leaves = [x.requires_grad_() for x in logits]
+    target, link = torch.randint(0, 2, shape).float(), torch.zeros(2, requires_grad=True)
+    criterion = ARLLoss(task="multilabel")
+    forward = 2 if kernels == "native" and shape[0] > 64 else 1
+    assert count_launches(lambda: criterion(BranchLogits(leaves[0], leaves[1:], link), target)) == forward
+
+
 def test_int32_targets(implementation):
     logits, target = branches(64, 101)
     for a, b in zip(run(logits, target.int())[1], run(logits, target)[1], strict=True):

@@ -9,6 +9,9 @@ from gpu import DEVICE, implementation, on_device, plain_device, poisoned  # noq
 from test_contract import *  # noqa: F403  their tests are collected here again, with the fixtures of gpu.py
 from test_contract import make, run
 from test_link import *  # noqa: F403
+from test_multilabel import test_against_truth as test_labels_against_truth  # noqa: F401
+from test_multilabel import test_extreme_logits as test_extreme_labels  # noqa: F401
+from test_multilabel import test_poisoned_rows_are_never_read as test_poisoned_labels  # noqa: F401
 
 pytestmark: list = []  # not that of test_contract
 

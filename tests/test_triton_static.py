@@ -19,6 +19,7 @@ from arl_fast._core.branches import Targets  # noqa: E402
 from arl_fast._core.options import Options, Schedule  # noqa: E402
 
 OPTIONS, SCHEDULE = Options(), Schedule(1.0, 8.0)
+LABELS_OPTIONS = Options(task="multilabel")
 
 MORE = [  # what a plan does not tell
     static.Case(28, modalities=8, mask=True),
@@ -96,6 +97,48 @@ def test_every_plan_keeps_its_budget(name):
         if (what := wrong(case, name, report))
     ]
     assert not broken, "\n".join(map(str, broken))
+
+
+LABELS = [static.LabelsCase(dtype) for dtype in static.ITEMSIZE]
+MORE_LABELS = [
+    static.LabelsCase("bf16", modalities=8, grad=False),
+    *[static.LabelsCase(dtype, mask=True, weights=True) for dtype in static.ITEMSIZE],
+    *[static.LabelsCase(dtype, 5, mask=True, weights=True, reduction="none") for dtype in static.ITEMSIZE],
+]
+
+
+def check_labels(case, name):
+    """No spills, few registers, accesses of 16 bytes in all tiles but the last, one exponential per pair."""
+    found, plan = static.labels_report(case, name), case.plan
+    # the losses of pairs with everything else, on sm_100: a few addresses, once for each branch
+    known_spills = 64 if name == "sm_100" and case.reduction == "none" else 0
+    assert found.spills <= known_spills, (case, found)
+    assert found.shared <= 256
+    size, compute = static.ITEMSIZE[case.dtype], 8 if case.dtype == "fp64" else 4
+    if name.startswith("sm"):
+        assert found.registers <= plan.registers
+        if plan.lanes * size == 16 and case.reduction == "mean":
+            assert found.loads16 >= plan.lanes * (size + compute), (case, found)
+        if case.grad:
+            grad_size = 4 if case.dtype == "fp16" else size
+            assert plan.lanes * grad_size < 16 or found.stores16 >= plan.lanes * grad_size
+        if case.dtype != "fp64":  # of a pair: one exponential
+            assert found.exponentials == plan.lanes, (case, found)
+            limit = 60 if case in LABELS else 95
+            assert found.instructions <= limit * plan.lanes, (case, found)
+
+
+@pytest.mark.parametrize("case", LABELS, ids=str)
+@pytest.mark.parametrize("name", list(static.TARGETS))
+def test_labels(case, name):
+    check_labels(case, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(static.TARGETS))
+def test_more_labels(name):
+    for case in MORE_LABELS:
+        check_labels(case, name)
 
 
 @pytest.mark.parametrize("name", list(static.TARGETS))
@@ -188,7 +231,7 @@ def bound(monkeypatch):
     from arl_fast.implementations.triton.launch import Launcher
 
     found = {}
-    for name in ("run_forward", "run_scale", "run_modulate"):
+    for name in ("run_forward", "run_labels", "run_scale", "run_modulate"):
         found[name] = Bound(getattr(implementation, name).kernel)
         monkeypatch.setattr(implementation, name, Launcher(found[name]))
     monkeypatch.setattr(implementation, "multiprocessors", lambda index: 132)
@@ -203,15 +246,30 @@ def test_another_batch_size_compiles_nothing(bound):
     for batch in (1, 2, 16, 63, 64, 4097, 20000):
         logits = [torch.randn(batch, 28) for _ in range(3)]
         for schedule in (Schedule(1.0, 8.0, 1), Schedule(2, 16), Schedule(16.0, 1.0, 2**40)):
-            implementation._launch_forward(
-                logits, Targets(torch.zeros(batch).long()), schedule, OPTIONS, True
-            )
+            for targets, options in (
+                (Targets(torch.zeros(batch).long()), OPTIONS),
+                (Targets(torch.zeros(batch, 28)), LABELS_OPTIONS),
+            ):
+                implementation._launch_forward(logits, targets, schedule, options, True)
         implementation.scale(logits, torch.ones(()), None, torch.float32, False)
         implementation.modulate_backward([torch.randn(batch, 100), torch.randn(batch, 51)], torch.zeros(2))
     assert {name: len(kernel.compiled) for name, kernel in bound.items()} == dict.fromkeys(bound, 1)
     assert {name: kernel.reused for name, kernel in bound.items()} == dict(
-        run_forward=20, run_scale=6, run_modulate=6
+        run_forward=20, run_labels=20, run_scale=6, run_modulate=6
     )
+
+
+def test_another_number_of_labels_compiles_nothing(bound):
+    """Unless rows or labels are told apart, by a mask, weights or a stride."""
+    import torch
+
+    from arl_fast.implementations.triton import host as implementation
+
+    for labels in (1, 14, 80):
+        logits = [torch.randn(6, labels) for _ in range(3)]
+        for targets in (Targets(torch.zeros(6, labels)), Targets(torch.zeros(6, labels).double())):
+            implementation._launch_forward(logits, targets, SCHEDULE, LABELS_OPTIONS, True)
+    assert len(bound["run_labels"].compiled) == 2
 
 
 def shifted(x):
@@ -234,7 +292,7 @@ def test_the_launcher_never_takes_a_variant_for_other_arguments(bound):
             given.pop(name, default)
             for name, default in (("target", torch.zeros(6).long()), ("mask", None), ("weight", None))
         ]
-        targets = Targets(*tensors, given.pop("divisor", None))
+        targets = Targets(*tensors, given.pop("divisor", None), given.pop("pos_weight", None))
         implementation._launch_forward(logits, targets, schedule, OPTIONS._replace(**given), grad)
 
     def scale(dtype=torch.float32, wanted=None, upstream=None, factor=None, keep=True, change=lambda x: x):
@@ -287,6 +345,15 @@ def test_the_launcher_never_takes_a_variant_for_other_arguments(bound):
         lambda: forward(label_smoothing=0.1),
         lambda: forward(ignore_index=255),
         lambda: forward(dependence="logit_l1"),
+        *[
+            lambda t=t, g=g: forward(target=t, task="multilabel", **g)
+            for t in (soft, shifted(soft), soft.double())
+            for g in ({}, dict(mask=mask), dict(pos_weight=weight), dict(pos_weight=shifted(weight)))
+        ],
+        lambda: forward(target=soft, task="multilabel", reduction="none"),
+        lambda: forward(target=soft, task="multilabel", grad=False, weight=weight),
+        lambda: forward(change=lambda x: torch.cat([x, x], 1)[:, :28], target=soft, task="multilabel"),
+        lambda: forward(change=shifted, target=soft, task="multilabel"),
         *[lambda f=f: forward(entropy_floor=f) for f in (0.0, 0.25)],
         *[lambda t=t: scale(t, upstream=torch.ones((), dtype=t)) for t in (torch.float64, torch.bfloat16)],
         lambda: scale(),

@@ -24,7 +24,7 @@ MODULES = {"reference": ".reference", "native": ".native", "triton": ".triton.ho
 # Fastest first; docs/performance.md has the measurements behind the order.
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 # Who serves task="multilabel" on which type of device; the reference serves it everywhere else.
-MULTILABEL = {("native", "cpu")}
+MULTILABEL = {(name, device) for name in ("native", "triton") for device in ("cpu", "cuda")}
 
 # What ARL_FAST_IMPL asks for: a name of MODULES, or None for the first that is available. Tests put an object
 # of the contract here.

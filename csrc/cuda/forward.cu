@@ -12,6 +12,7 @@ namespace cuda {
 namespace {
 
 bool is_dense(const ForwardArgs& args) {
+  if (args.options.task == kMultilabel) return args.weight != nullptr || args.pos_weight != nullptr;
   return args.target_kind == kProbabilities || (args.weight != nullptr && args.options.label_smoothing > 0);
 }
 
@@ -23,11 +24,14 @@ int make_plan(const ForwardArgs& args, Plan& plan) {
   }
   Device device;
   if (const int error = current_device(device)) return error;
-  const bool known = args.divisor != nullptr || (args.target_kind == kProbabilities && args.mask == nullptr);
+  const bool labels = args.options.task == kMultilabel;
+  if (labels && args.target_kind != kProbabilities) return cudaErrorInvalidValue;
+  const bool known = args.divisor != nullptr || (args.target_kind == kProbabilities && args.mask == nullptr && !labels);
   const bool counts = args.grads[0] != nullptr && args.options.reduction == kMean && !known;
   const bool per_row_loss = args.options.reduction == kNoReduction;
-  plan = arl::cuda::plan(
-      {args.dtype, args.branches, args.rows, args.classes, is_dense(args), per_row_loss, counts}, device);
+  const Shape shape = {args.dtype, args.branches, args.rows,   args.classes,
+                       is_dense(args), per_row_loss,  counts};
+  plan = labels ? labels_plan(shape, device) : arl::cuda::plan(shape, device);
   return cudaSuccess;
 }
 
@@ -106,6 +110,7 @@ int forward_workspace_bytes(const ForwardArgs& args, int64_t* bytes) {
 int forward(const ForwardArgs& args, void* stream) {
   Plan plan;
   if (const int error = make_plan(args, plan)) return error;
+  if (args.options.task == kMultilabel) return forward_labels(args, plan, stream);
   const bool dense = is_dense(args);
   switch (args.dtype) {
     case kFloat64: return launch_forward<double>(args, plan, dense, stream);

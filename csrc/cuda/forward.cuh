@@ -73,6 +73,16 @@ __device__ inline C count_rows(const ForwardArgs& a, int branch, int64_t first, 
   return divisor;
 }
 
+// The sum of what a launch before has counted, for every thread of a warp.
+template <typename C>
+__device__ inline C sum_of_counts(const C* counts, int blocks) {
+  C sum[1] = {C(0)};
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < blocks; i += 32) sum[0] += counts[i];
+  reduce_warp(sum, Add());
+  return sum[0];
+}
+
 // The divisor of a branch's gradients. All threads of the block call it and get the same value in every
 // block.
 template <typename C>
@@ -83,10 +93,7 @@ __device__ inline C gradient_divisor(const ForwardParams<C>& p, int branch, C* b
   if (a.target_kind == kProbabilities && a.mask == nullptr) return C(a.rows);
   C divisor[1] = {C(0)};
   if (p.count_blocks > 0) {
-    const C* divisors = p.divisors + branch * p.count_blocks;
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < p.count_blocks; i += 32) divisor[0] += divisors[i];
-    reduce_warp(divisor, Add());
+    divisor[0] = sum_of_counts(p.divisors + branch * p.count_blocks, p.count_blocks);
   } else {
     divisor[0] = count_rows<C>(a, branch, threadIdx.x, blockDim.x);
     __syncthreads();  // the buffer may still be in use for the branch before
@@ -610,6 +617,29 @@ __device__ __noinline__ void finish_block(const ForwardParams<C>& p) {
     static_cast<C*>(a.packed)[i] = packed[i];
 }
 
+// Adds up a branch's sums over the threads of the block, and writes them. The buffer is [kSums, 32].
+template <typename C>
+__device__ inline void add_block(const ForwardParams<C>& p, int branch, C (&sums)[kSums], C* buffer) {
+  reduce_block(sums, buffer, C(0), Add());
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kSums; ++i)
+      p.partials[(int64_t(i) * p.args.branches + branch) * gridDim.x + blockIdx.x] = sums[i];
+  }
+}
+
+// finish_block in the block that comes last.
+template <typename C>
+__device__ inline void finish_if_last(const ForwardParams<C>& p) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();  // the partial sums are visible before the ticket says so
+    last = atomicAdd(p.ticket, 1u) == gridDim.x * gridDim.y - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (last) finish_block<C>(p);
+}
+
 template <typename T, int kFamily, bool kDense, typename C = typename Element<T>::Compute>
 __global__ void __launch_bounds__(
     kFamily == kBlock ? resident_threads(kFamily, kDense || sizeof(T) == 8) : kRowsThreads,
@@ -617,7 +647,6 @@ __global__ void __launch_bounds__(
     forward_kernel(const __grid_constant__ ForwardParams<C> p) {
   __shared__ RowBuffers<C> buffers;
   __shared__ C block_sums[kSums * 32];
-  __shared__ bool last;
   const ForwardArgs& a = p.args;
   const int rows_per_block = kFamily == kBlock ? 1 : blockDim.x / p.threads_per_row;
   const int own = kFamily == kBlock ? 0 : threadIdx.x / p.threads_per_row;
@@ -654,26 +683,14 @@ __global__ void __launch_bounds__(
     C total[kSums];
     sums.spread(total);
     __syncthreads();  // block_sums held the divisor
-    reduce_block(total, block_sums, C(0), Add());
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < kSums; ++i)
-        p.partials[(int64_t(i) * a.branches + branch) * gridDim.x + blockIdx.x] = total[i];
-    }
+    add_block(p, branch, total, block_sums);
   }
-  if (threadIdx.x == 0) {
-    __threadfence();  // the partial sums are visible before the ticket says so
-    last = atomicAdd(p.ticket, 1u) == gridDim.x * gridDim.y - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (last) finish_block<C>(p);
+  finish_if_last(p);
 }
 
-// Enqueues the launches for one dtype. Instantiated in forward_*.cu, so that the dtypes compile in parallel.
-template <typename T, typename C = typename Element<T>::Compute>
-int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* stream) {
-  using Kernel = void (*)(ForwardParams<C>);
-  ForwardParams<C> params;
+// What every launch is given: the parts of the workspace, and a counter that is zero.
+template <typename C>
+int prepare(const ForwardArgs& args, const Plan& plan, void* stream, ForwardParams<C>& params) {
   params.args = args;
   char* workspace = static_cast<char*>(args.workspace);
   params.partials = reinterpret_cast<C*>(workspace + kTicketBytes);
@@ -693,6 +710,15 @@ int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* 
         cudaMemsetAsync(workspace, 0, sizeof(unsigned), static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) return without_trace(error);
   }
+  return cudaSuccess;
+}
+
+// Enqueues the launches for one dtype. Instantiated in forward_*.cu, so that the dtypes compile in parallel.
+template <typename T, typename C = typename Element<T>::Compute>
+int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* stream) {
+  using Kernel = void (*)(ForwardParams<C>);
+  ForwardParams<C> params;
+  if (const int error = prepare(args, plan, stream, params)) return error;
   if (plan.count_blocks > 0) {
     const Kernel kernel = count_kernel<C>;
     if (const int error =
@@ -709,6 +735,8 @@ int launch_forward(const ForwardArgs& args, const Plan& plan, bool dense, void* 
   return launch(kernel, dim3(plan.grid_x, plan.grid_y), plan.threads, shared_bytes, stream, params,
                 plan.cluster);
 }
+
+int forward_labels(const ForwardArgs& args, const Plan& plan, void* stream);  // labels.cu
 
 extern template int launch_forward<double>(const ForwardArgs&, const Plan&, bool, void*);
 extern template int launch_forward<float>(const ForwardArgs&, const Plan&, bool, void*);

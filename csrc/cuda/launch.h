@@ -18,8 +18,8 @@ namespace cuda {
 // reference.
 constexpr int kMaxBranches = 16;
 
-// Class indices come as int64 or int32, class probabilities in the compute dtype (float64 for float64 logits,
-// else float32).
+// Class indices come as int64 or int32, class probabilities, and labels in [0, 1] or NaN, in the compute dtype
+// (float64 for float64 logits, else float32).
 enum Target : int { kInt64 = 0, kInt32 = 1, kProbabilities = 2 };
 
 // The numbers of a step. What is a tensor of the device stays there: its pointer replaces the number.
@@ -48,14 +48,15 @@ struct ForwardArgs {
   const bool* mask;       // [rows, M] or null
   int64_t mask_row_stride;
   int64_t mask_column_stride;
-  const void* weight;  // [classes] in the compute dtype, adjacent, or null
+  const void* weight;      // [classes] in the compute dtype, adjacent, or null
+  const void* pos_weight;  // the same, for task "multilabel"
   const void*
       divisor;  // [M + 1] in the compute dtype: of the gradients for reduction "mean"; null: it is counted
 
   ScheduleArgs schedule;
   Options options;
 
-  void* loss;    // compute dtype: one element, for reduction "none" [rows]
+  void* loss;    // compute dtype: one element; for reduction "none" [rows], of labels [rows, classes]
   void* packed;  // compute dtype, [packed_length(M)]
 
   // Scratch of forward_workspace_bytes(), 16-byte aligned, not initialised; free to reuse after the call in

@@ -51,7 +51,7 @@ struct Shape {
   int64_t rows;
   int64_t classes;
   bool dense;  // the target's distribution differs from class to class: class probabilities, smoothed class
-               // weights
+               // weights; of labels: they have weights
   bool per_row_loss;  // reduction "none"
   bool counts;  // gradients have to be divided by a divisor that is not given and not known to be `rows`
 };
@@ -86,6 +86,22 @@ constexpr int held_vectors(int element_size, int family) {
 constexpr bool needs_opt_in(int dynamic_bytes) { return dynamic_bytes > 48 * 1024 - kStaticShared; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks over the rows in a persistent grid: no more than are resident at once, so that partial sums and
+// counting stay few.
+inline int persistent_blocks(int resident_threads, int64_t rows, const Plan& p, const Device& device) {
+  int64_t resident =
+      int64_t(device.multiprocessors) * (resident_threads / p.threads) / p.grid_y / p.cluster;
+  const int64_t needed = ceil_div(rows, p.rows_per_block);
+  if (resident > needed) resident = needed;
+  return int(resident < 1 ? 1 : resident) * p.cluster;
+}
+
+// Ticket, then the partial sums [6, branches, grid_x], then the partial divisors [branches, count_blocks].
+inline int64_t workspace_bytes(const Shape& shape, const Plan& p) {
+  return kTicketBytes + int64_t(shape.branches) * compute_size(shape.dtype) *
+                            (kSums * int64_t(p.grid_x) + p.count_blocks);
+}
 
 inline Plan plan(const Shape& shape, const Device& device) {
   Plan p = {};
@@ -127,21 +143,41 @@ inline Plan plan(const Shape& shape, const Device& device) {
     p.shared_vectors = int(beyond < 0 ? 0 : beyond < room ? beyond : room);
   }
   p.rows_per_block = p.threads / p.threads_per_row;
-  // A persistent grid: no more blocks than are resident at once, so that partial sums and counting stay few.
-  int64_t resident = int64_t(device.multiprocessors) * (resident_threads(p.family, heavy) / p.threads) /
-                     p.grid_y / p.cluster;
-  const int64_t needed = ceil_div(shape.rows, p.rows_per_block);
-  if (resident > needed) resident = needed;
-  p.grid_x = int(resident < 1 ? 1 : resident) * p.cluster;
+  p.grid_x = persistent_blocks(resident_threads(p.family, heavy), shape.rows, p, device);
   // Every block can count the targets itself, out of L2, as long as they are few; else one small launch does
   // it.
   if (shape.counts && shape.rows > kCountInlineRows) {
     const int64_t blocks = ceil_div(shape.rows, kCountRowsPerBlock);
     p.count_blocks = int(blocks < kCountBlocks ? blocks : kCountBlocks);
   }
-  // Ticket, then the partial sums [6, branches, grid_x], then the partial divisors [branches, count_blocks].
-  p.workspace_bytes = kTicketBytes + int64_t(shape.branches) * compute_size(shape.dtype) *
-                                         (kSums * int64_t(p.grid_x) + p.count_blocks);
+  p.workspace_bytes = workspace_bytes(shape, p);
+  return p;
+}
+
+// Threads resident per multiprocessor for the pairs of rows and labels: each holds 16 bytes of logits.
+// A loss for each (reduction "none") of eight pairs with weights needs most registers.
+constexpr int resident_pairs(int element_size, bool weighted, bool each) {
+  if (element_size == 2) return !weighted ? 768 : each ? 256 : 512;
+  return element_size == 4 ? 1024 : 512;
+}
+
+// Of task "multilabel": rows_per_block counts pairs, of which a thread takes one vector.
+inline Plan labels_plan(const Shape& shape, const Device& device) {
+  Plan p = {};
+  const int64_t pairs = shape.rows * shape.classes;
+  p.threads = kRowsThreads;
+  p.threads_per_row = p.cluster = 1;
+  p.rows_per_block = p.threads * kVectorBytes / element_size(shape.dtype);
+  p.grid_y = shape.per_row_loss ? 1 : shape.branches;
+  const int resident = resident_pairs(element_size(shape.dtype), shape.dense, shape.per_row_loss);
+  p.grid_x = persistent_blocks(resident, pairs, p, device);
+  // The labels are as many as the logits: to count the known ones takes a launch that fills the device.
+  if (shape.counts && pairs > kCountInlineRows) {
+    const int64_t blocks = ceil_div(pairs, kCountRowsPerBlock);
+    const int64_t most = int64_t(device.multiprocessors) * kElementwiseBlocks;
+    p.count_blocks = int(blocks < most ? blocks : most);
+  }
+  p.workspace_bytes = workspace_bytes(shape, p);
   return p;
 }
 

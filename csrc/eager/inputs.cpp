@@ -211,7 +211,7 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
   const at::ScalarType type = like.scalar_type(), compute = type == at::kDouble ? at::kDouble : at::kFloat;
   const int most = cuda::serves(like) ? cuda::kMaxBranches : cpu::kMaxBranches;
   if (!is_float(type) || shape[1] < (labels ? 1 : 2) || modalities == 0 || modalities >= most) return false;
-  if (labels && (cuda::serves(like) || is_plain_loss(schedule, options))) return false;  // of others
+  if (labels && is_plain_loss(schedule, options)) return false;  // torch's own
   if (options.reduction == kNoReduction || (options.rule == kPaper && modalities != 2)) return false;
   const size_t gammas = schedule.gammas.size();
   if (schedule.gamma == nullptr && gammas != 1 && gammas != size_t(modalities)) return false;

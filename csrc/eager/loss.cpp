@@ -168,7 +168,7 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const at::Tensor* fused = plain(PyTuple_GET_ITEM(args[1], 0));
   if (options == nullptr || fused == nullptr) Py_RETURN_NONE;
   const bool dense = fused->dim() > 2, labels = options->task == kMultilabel;
-  if (fused->dim() < 2 || (dense && !fused->is_cpu())) Py_RETURN_NONE;
+  if (fused->dim() < 2 || (dense && !labels && cuda::serves(*fused))) Py_RETURN_NONE;
   if (dense && !labels && (fused->numel() == 0 || fused->size(1) > cpu::kColumnClasses)) Py_RETURN_NONE;
   if (!fused->is_cpu() && !cuda::serves(*fused)) Py_RETURN_NONE;
   const auto values = values_of(unimodal);
@@ -214,26 +214,26 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
     std::optional<pybind11::gil_scoped_release> release;
     if (on_cuda || fused->numel() > 16384) release.emplace();
     variable_list grads;
+    std::optional<Flat> flat;
+    if (dense) flat.emplace(&inputs, labels);
     if (on_cuda) {
       if constexpr (cuda::kBuilt) {
-        std::tie(loss, packed, grads) = cuda::forward(logits, inputs.targets, schedule, *options,
+        std::tie(loss, packed, grads) = cuda::forward(inputs.logits, inputs.targets, schedule, *options,
                                                       inputs.wanted != 0, cuda::Memory::kShared);
       }
     } else {
       if constexpr (!kWithoutCpu) {
         if (is_plain_loss(schedule, *options)) inputs.wanted = 0;
         inputs.numbers = cpu::read(schedule);
-        std::optional<Flat> flat;
-        if (dense) flat.emplace(&inputs, labels);
         cpu::Outputs outputs = cpu::forward(inputs, *options);
         loss = std::move(outputs.loss);
         packed = std::move(outputs.packed);
         grads.assign(outputs.grads.begin(), outputs.grads.end());
-        for (at::Tensor& g : grads) {
-          if (dense && g.defined()) g = g.view(fused->sizes());
-        }
         if (is_plain_loss(schedule, *options)) loss = torch_cross_entropy(*fused, inputs, *options, packed);
       }
+    }
+    for (at::Tensor& g : grads) {
+      if (dense && g.defined()) g = g.view(fused->sizes());
     }
     if (inputs.wanted != 0) {
       const auto node = make_node<LossBackward>();

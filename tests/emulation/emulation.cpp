@@ -5,6 +5,7 @@
 #include "../../csrc/cuda/forward_f16.cu"
 #include "../../csrc/cuda/forward_f32.cu"
 #include "../../csrc/cuda/forward_f64.cu"
+#include "../../csrc/cuda/labels.cu"
 
 using namespace arl::cuda;
 

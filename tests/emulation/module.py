@@ -12,7 +12,7 @@ from torch import Tensor
 from arl_fast._core import dtypes, rules
 from arl_fast._core.checks import check_class_range
 from arl_fast._core.options import Options, Schedule
-from arl_fast._core.spec import DEPENDENCES, GAINS, REDUCTIONS, RULES
+from arl_fast._core.spec import DEPENDENCES, GAINS, REDUCTIONS, RULES, TASKS
 from arl_fast._core.stats import packed_length
 
 from . import build
@@ -44,7 +44,7 @@ CHOICES = {
     "dependence": DEPENDENCES,
     "gain": GAINS,
     "reduction": REDUCTIONS,
-    "task": ("multiclass",),
+    "task": TASKS,
 }
 
 
@@ -76,6 +76,7 @@ class ForwardArgs(Structure):
         ("mask_row_stride", c_int64),
         ("mask_column_stride", c_int64),
         ("weight", c_void_p),
+        ("pos_weight", c_void_p),
         ("divisor", c_void_p),
         ("schedule", ScheduleArgs),
         ("options", COptions),
@@ -201,7 +202,7 @@ def _schedule(schedule: Schedule, modalities: int) -> ScheduleArgs:
 
 
 def forward(logits, targets, schedule, options, grad, check=True):
-    target, mask, weight, divisor, _ = targets
+    target, mask, weight, divisor, pos_weight = targets
     first = logits[0]
     rows, classes = first.shape
     dtype = dtypes.compute_dtype(first.dtype)
@@ -231,9 +232,13 @@ def forward(logits, targets, schedule, options, grad, check=True):
     if weight is not None:
         weight = weight.contiguous()
         args.weight = weight.data_ptr()
+    if pos_weight is not None:
+        pos_weight = pos_weight.contiguous()
+        args.pos_weight = pos_weight.data_ptr()
     args.divisor = None if divisor is None else divisor.data_ptr()
     args.schedule = _schedule(schedule, len(logits) - 1)
-    loss = allocate((rows,) if options.reduction == "none" else (), dtype=dtype)
+    each = (rows, classes) if options.task == "multilabel" else (rows,)
+    loss = allocate(each if options.reduction == "none" else (), dtype=dtype)
     packed = allocate((packed_length(len(logits) - 1),), dtype=dtype)
     args.loss, args.packed = loss.data_ptr(), packed.data_ptr()
     lib = library()
@@ -253,6 +258,8 @@ def scale(grads, upstream, factor, dtype, keep):
     )
     out = [allocate(g.shape, dtype=dtype) for g in grads] if keep or dtype != grads[0].dtype else grads
     args.grads, args.out = _pointers(grads), _pointers(out)
+    if upstream.dim() == 2:  # of each pair: rows of one
+        upstream, args.rows, args.classes = upstream.reshape(-1), upstream.numel(), 1
     args.upstream, args.per_row = upstream.data_ptr(), upstream.dim() == 1
     args.upstream_stride = upstream.stride(0) if upstream.dim() else 0
     args.factor = None if factor is None else factor.data_ptr()

@@ -79,6 +79,77 @@ def gamma_of(gamma, gamma_stride, gammas, modality, keep, MODALITIES: tl.constex
 
 
 @triton.jit
+def is_warming(step, warmup):
+    """Whether this step belongs to the warm-up; ``step`` is the counter on the device, or None for 0."""
+    steps_done = tl.zeros((), tl.int64)
+    if step is not None:
+        steps_done = tl.load(step).to(tl.int64)
+    return steps_done < warmup
+
+
+@triton.jit
+def store_sums(work, branch, loss, divisor, count, correct, entropy, dependence, SUMS: tl.constexpr):
+    """Write this program's sums of a branch, scalars, to the partial sums [M+1, sums, programs]."""
+    p, programs = tl.program_id(0), tl.num_programs(0)
+    partial = work + branch * len(SUMS) * programs + p
+    tl.store(partial + SUMS.loss * programs, loss)
+    tl.store(partial + SUMS.divisor * programs, divisor)
+    tl.store(partial + SUMS.count * programs, count)
+    tl.store(partial + SUMS.correct * programs, correct)
+    tl.store(partial + SUMS.entropy * programs, entropy)
+    tl.store(partial + SUMS.dependence * programs, dependence)
+
+
+@triton.jit
+def finish_if_last(
+    work,
+    counters,
+    loss,
+    packed,
+    gamma,
+    gamma_stride,
+    gammas,
+    temperature,
+    temperature_number,
+    warming,
+    BRANCHES: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    SUMS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """``finish`` in the program that comes last; it leaves the counters at zero.
+
+    An atomic counter identifies it. Release before it counts and acquire afterwards make the sums of all
+    others visible to it. All have arrived then, so it may reset the counters.
+    """
+    T: tl.constexpr = packed.dtype.element_ty
+    programs = tl.num_programs(0)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
+    if arrived == programs * tl.num_programs(1) - 1:
+        if temperature is not None:
+            t_rule = tl.load(temperature).to(T)
+        else:  # float64 whoever calls, rounded once, here
+            t_rule = tl.full((), temperature_number, tl.float64).to(T)
+        finish(
+            work,
+            loss,
+            packed,
+            programs,
+            gamma,
+            gamma_stride,
+            gammas,
+            t_rule,
+            warming,
+            BRANCHES,
+            OPTIONS,
+            SUMS,
+            PACKED,
+        )
+        tl.store(counters + tl.arange(0, 4), 0, mask=tl.arange(0, 4) < 3)
+
+
+@triton.jit
 def partial_sum(partial_sums, offsets, mask, which, programs):
     """One step of a sum over programs. Another multiprocessor wrote it: .cg reads past this one's L1."""
     return tl.load(partial_sums + offsets + which * programs, mask=mask, other=0.0, cache_modifier=".cg")

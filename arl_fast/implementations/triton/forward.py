@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .finish import at_least, finish, gamma_of
+from .finish import at_least, finish_if_last, gamma_of, is_warming, store_sums
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # the maximum before the first logit; finite, so that no difference is NaN
@@ -61,13 +61,22 @@ def count_rows(
     BRANCHES: tl.constexpr,
     IGNORE: tl.constexpr,
     SOFT: tl.constexpr,
+    LABELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What the rows from ``start`` to ``end`` add to a branch's divisor under reduction "mean"."""
+    """What the rows from ``start`` to ``end`` add to a branch's divisor under reduction "mean".
+
+    With LABELS, of task "multilabel", the rows are pairs of a row and one of so many labels.
+    """
     total = tl.zeros([BLOCK], T)
     for first in range(start, end, BLOCK):
         row = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        valid, y = is_valid(target, mask, row, row < end, branch, BRANCHES, IGNORE, SOFT)
+        if LABELS is not None:
+            label = tl.load(target + row, mask=row < end, other=0.0).to(T)
+            known = (label == label) & (row < end)
+            valid, y = is_valid(target, mask, row // LABELS, known, branch, BRANCHES, IGNORE, SOFT)
+        else:
+            valid, y = is_valid(target, mask, row, row < end, branch, BRANCHES, IGNORE, SOFT)
         if not SOFT:
             valid = valid & (y >= 0) & (y < C)
         if weight is not None and not SOFT:
@@ -91,6 +100,7 @@ def share_counting(
     BRANCHES: tl.constexpr,
     IGNORE: tl.constexpr,
     SOFT: tl.constexpr,
+    LABELS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -107,7 +117,9 @@ def share_counting(
         start = chunk * size
         end = start + tl.minimum(size, rows - start)
         for b in range(BRANCHES):
-            count = count_rows(target, mask, weight, b, start, end, T, C, BRANCHES, IGNORE, SOFT, BLOCK)
+            count = count_rows(
+                target, mask, weight, b, start, end, T, C, BRANCHES, IGNORE, SOFT, LABELS, BLOCK
+            )
             tl.store(counts + b * CHUNKS + chunk, count)
         tl.debug_barrier()
         tl.atomic_add(counters + 2, 1, sem="release", scope="gpu")
@@ -322,11 +334,7 @@ def forward_kernel(
     p, programs, branch = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     x = select(logits, branch, BRANCHES)
 
-    steps_done = tl.zeros((), tl.int64)
-    if step is not None:
-        steps_done = tl.load(step).to(tl.int64)
-    warming = steps_done < warmup
-
+    warming = is_warming(step, warmup)
     scale = tl.full((), 1.0, T)
     if grads is not None:
         g = select(grads, branch, BRANCHES)
@@ -339,7 +347,7 @@ def forward_kernel(
                 branch_divisor = rows.to(T)
             elif rows <= COUNTING.shared_above:
                 branch_divisor = count_rows(
-                    target, mask, weight, branch, 0, rows, T, C, BRANCHES, IGNORE, SOFT, COUNTING.block
+                    target, mask, weight, branch, 0, rows, T, C, BRANCHES, IGNORE, SOFT, None, COUNTING.block
                 )
             else:
                 branch_divisor = share_counting(
@@ -355,6 +363,7 @@ def forward_kernel(
                     BRANCHES,
                     IGNORE,
                     SOFT,
+                    None,
                     COUNTING.block,
                     COUNTING.chunks,
                 )
@@ -493,36 +502,30 @@ def forward_kernel(
                 tl.debug_barrier()
                 tl.store(g + row * C + y, d_y.to(G), mask=valid)
 
-    partial = work + branch * len(SUMS) * programs + p
-    tl.store(partial + SUMS.loss * programs, tl.sum(loss_sum, 0))
-    tl.store(partial + SUMS.divisor * programs, tl.sum(divisor_sum, 0))
-    tl.store(partial + SUMS.count * programs, tl.sum(count, 0))
-    tl.store(partial + SUMS.correct * programs, tl.sum(correct_sum, 0))
-    tl.store(partial + SUMS.entropy * programs, tl.sum(entropy_sum, 0))
-    tl.store(partial + SUMS.dependence * programs, tl.sum(dependence_sum, 0))
-
-    # An atomic counter identifies the last program. Release before it counts and acquire afterwards make the
-    # sums of all others visible to it. All have arrived then, so it may reset the counters.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
-    if arrived == programs * BRANCHES - 1:
-        if temperature is not None:
-            t_rule = tl.load(temperature).to(T)
-        else:  # float64 whoever calls, rounded once, here
-            t_rule = tl.full((), temperature_number, tl.float64).to(T)
-        finish(
-            work,
-            loss,
-            packed,
-            programs,
-            gamma,
-            gamma_stride,
-            gammas,
-            t_rule,
-            warming,
-            BRANCHES,
-            OPTIONS,
-            SUMS,
-            PACKED,
-        )
-        tl.store(counters + tl.arange(0, 4), 0, mask=tl.arange(0, 4) < 3)
+    store_sums(
+        work,
+        branch,
+        tl.sum(loss_sum, 0),
+        tl.sum(divisor_sum, 0),
+        tl.sum(count, 0),
+        tl.sum(correct_sum, 0),
+        tl.sum(entropy_sum, 0),
+        tl.sum(dependence_sum, 0),
+        SUMS,
+    )
+    finish_if_last(
+        work,
+        counters,
+        loss,
+        packed,
+        gamma,
+        gamma_stride,
+        gammas,
+        temperature,
+        temperature_number,
+        warming,
+        BRANCHES,
+        OPTIONS,
+        SUMS,
+        PACKED,
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,6 +26,7 @@ from .. import ops
 from . import plan as launch_plan
 from .finish import SUMS, packed_layout
 from .forward import forward_kernel
+from .labels import labels_kernel
 from .launch import (
     INTERPRETED,
     Configuration,
@@ -40,6 +42,7 @@ from .multiply import modulate_kernel, scale_kernel
 MINIMUM = (3, 6)
 
 run_forward = Launcher(forward_kernel)
+run_labels = Launcher(labels_kernel)
 run_scale = Launcher(scale_kernel)
 run_modulate = Launcher(modulate_kernel)
 
@@ -95,6 +98,27 @@ def gamma_numbers(gamma: float | tuple[float, ...], dtype: torch.dtype) -> tuple
     return rounded + tuple([g - r for g, r in zip(numbers, rounded, strict=True)])
 
 
+class Numbers(NamedTuple):
+    """The schedule as the kernels take it: each a tensor, or None and the number."""
+
+    gamma: Tensor | None
+    gamma_stride: int
+    gammas: tuple[float, ...] | None
+    temperature: Tensor | None
+    temperature_number: float
+
+
+def _numbers(schedule: Schedule, dtype: torch.dtype) -> Numbers:
+    gamma, temperature = schedule.gamma, schedule.temperature
+    if isinstance(temperature, Tensor):
+        tensor, number = temperature, 0.0
+    else:
+        tensor, number = None, temperature
+    if isinstance(gamma, Tensor):
+        return Numbers(gamma, gamma.stride(0) if gamma.dim() else 0, None, tensor, number)
+    return Numbers(None, 0, gamma_numbers(gamma, dtype), tensor, number)
+
+
 @functools.lru_cache(maxsize=256)
 def _forward_configuration(
     classes: int, stride: int, branches: int, soft: bool, dtype: torch.dtype, options: Options
@@ -125,8 +149,9 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """All but a callable rule, which needs plain torch: "constant" runs in its place."""
     options = options.for_kernels
+    if options.task == "multilabel":
+        return _launch_labels(logits, targets, schedule, options, grad, fresh_workspace)
     target, mask, weight, divisor, _ = targets
-    gamma, temperature, warmup, step = schedule
     x0 = logits[0]
     device, dtype = x0.device, compute_dtype(x0.dtype)
     rows, classes = x0.shape
@@ -136,15 +161,7 @@ def _launch_forward(
     target = target.contiguous()
     mask = None if mask is None else mask.contiguous()
     weight = None if weight is None else weight.contiguous()
-    if isinstance(gamma, Tensor):
-        gamma_tensor, gamma_stride, gammas = gamma, gamma.stride(0) if gamma.dim() else 0, None
-    else:
-        gamma_tensor, gamma_stride, gammas = None, 0, gamma_numbers(gamma, dtype)
-    if isinstance(temperature, Tensor):
-        temperature_tensor, temperature_number = temperature, 0.0
-    else:
-        temperature_tensor, temperature_number = None, temperature
-
+    gamma, gamma_stride, gammas, temperature, temperature_number = _numbers(schedule, dtype)
     plan, configuration = _forward_configuration(classes, stride, branches, soft, x0.dtype, options)
     programs = launch_plan.programs(rows, branches, plan, multiprocessors(device.index))
     loss = torch.empty((), dtype=dtype, device=device)
@@ -168,9 +185,9 @@ def _launch_forward(
             kind(mask),
             kind(weight),
             kind(divisor),
-            kind(gamma_tensor),
-            kind(temperature_tensor),
-            kind(step),
+            kind(gamma),
+            kind(temperature),
+            kind(schedule.step),
             kind(row_loss),
             0 if gammas is None else len(gammas),
             rows >> 31,
@@ -182,9 +199,9 @@ def _launch_forward(
             mask,
             weight,
             divisor,
-            gamma_tensor,
-            temperature_tensor,
-            step,
+            gamma,
+            temperature,
+            schedule.step,
             row_loss,
             work,
             counters,
@@ -193,7 +210,7 @@ def _launch_forward(
             gamma_stride,
             gammas,
             temperature_number,
-            warmup,
+            schedule.warmup,
             rows,
         ),
     )
@@ -202,10 +219,100 @@ def _launch_forward(
     return loss, packed, list(grads or ())
 
 
+@functools.lru_cache(maxsize=256)
+def _labels_configuration(
+    labels: int | None, stride: int | None, branches: int, dtype: torch.dtype, options: Options
+) -> tuple[launch_plan.PairPlan, Configuration]:
+    """``labels``: of a row, where the row or the label of a pair matters; None elsewhere."""
+    more = labels is not None or options.reduction == "none"
+    plan = launch_plan.pair_plan(dtype.itemsize, grad_dtype(dtype).itemsize, more)
+    counting, layout = launch_plan.COUNTING, packed_layout(branches - 1)
+    constants = (labels or 1, stride, branches, options, plan, counting, SUMS, layout)
+    return plan, Configuration(plan.threads, plan.registers, constants)
+
+
+def _launch_labels(
+    logits: Sequence[Tensor],
+    targets: Targets,
+    schedule: Schedule,
+    options: Options,
+    grad: bool,
+    fresh_workspace: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``_launch_forward`` for task "multilabel"."""
+    target, mask, weight, divisor, pos_weight = targets
+    x0 = logits[0]
+    device, dtype = x0.device, compute_dtype(x0.dtype)
+    rows, labels = x0.shape
+    pairs, branches, none = rows * labels, len(logits), options.reduction == "none"
+    inputs, row_stride = _addressable(logits)
+    stride = None if row_stride == labels or rows < 2 else row_stride
+    target = target.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    pos_weight = None if pos_weight is None else pos_weight.contiguous()
+    gamma, gamma_stride, gammas, temperature, temperature_number = _numbers(schedule, dtype)
+    by_pair = mask is None and weight is None and pos_weight is None and stride is None
+    plan, configuration = _labels_configuration(
+        None if by_pair else labels, stride, branches, x0.dtype, options
+    )
+    side_by_side = 1 if none else branches
+    programs = launch_plan.programs(pairs, side_by_side, plan, multiprocessors(device.index))
+    loss = torch.empty((rows, labels) if none else (), dtype=dtype, device=device)
+    packed = torch.empty(packed_length(branches - 1), dtype=dtype, device=device)
+    grads = None
+    if grad:
+        gradient = grad_dtype(x0.dtype)
+        grads = tuple([torch.empty((rows, labels), dtype=gradient, device=device) for _ in logits])
+    take = new_workspace if fresh_workspace else workspaces.take
+    work, counters = take(device, dtype, launch_plan.workspace(branches, programs))
+    run_labels(
+        device,
+        (programs, side_by_side, 1),
+        configuration,
+        (
+            kinds(inputs),
+            None if grads is None else kind(grads[0]),
+            kind(target),
+            kind(mask),
+            kind(weight),
+            kind(pos_weight),
+            kind(divisor),
+            kind(gamma),
+            kind(temperature),
+            kind(schedule.step),
+            0 if gammas is None else len(gammas),
+            pairs >> 31,
+        ),
+        (
+            inputs,
+            grads,
+            target,
+            mask,
+            weight,
+            pos_weight,
+            divisor,
+            gamma,
+            temperature,
+            schedule.step,
+            work,
+            counters,
+            loss,
+            packed,
+            gamma_stride,
+            gammas,
+            temperature_number,
+            schedule.warmup,
+            pairs,
+        ),
+    )
+    return loss, packed, list(grads or ())
+
+
 def forward(
     logits: Sequence[Tensor], targets: Targets, schedule: Schedule, options: Options, grad: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """As reference.forward, in one launch."""
+    """As reference.forward, and multilabel.forward for its task, in one launch."""
     if torch.compiler.is_compiling():
         loss, packed, grads = ops.forward("triton", logits, targets, schedule, options, grad)
     else:
@@ -232,7 +339,7 @@ def _launch_scale(
 ) -> list[Tensor]:
     first = grads[0]
     upstream = upstream.contiguous()
-    per_row = upstream.dim() > 0
+    per_row = upstream.dim() > 0  # or, with several labels, per element: rows of one
     results = list(grads) if in_place else [torch.empty_like(g, dtype=dtype) for g in grads]
     size = first.numel()
     if size == 0:
@@ -240,7 +347,7 @@ def _launch_scale(
     run_scale(
         first.device,
         (launch_plan.flat_programs(size, len(grads), multiprocessors(first.device.index)), len(grads), 1),
-        _scale_configuration(first.shape[1] if per_row else 1, len(grads), per_row, in_place),
+        _scale_configuration(size // upstream.numel() if per_row else 1, len(grads), per_row, in_place),
         (kinds(grads), kinds(results), kind(upstream), kind(factor), size >> 31),
         (tuple(grads), tuple(results), upstream, factor, size),
     )
@@ -326,6 +433,7 @@ def warm_up(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     schedule: Schedule = Schedule(1.0, 8.0),  # noqa: B008, a tuple
+    pos_weight: Tensor | None = None,
     features: Sequence[Tensor] = (),
 ) -> None:
     """Compile and allocate everything that a training step on tensors like these needs, for example before a
@@ -335,11 +443,11 @@ def warm_up(
     it.
 
     Args:
-        logits, target, mask, weight, schedule: as in ``forward``; nothing is written to them.
+        logits, target, mask, weight, schedule, pos_weight: as in ``forward``; nothing is written to them.
         options: of the loss.
         features: what ``modulate`` is given, if it is used.
     """
-    targets = Targets(target, mask, weight)
+    targets = Targets(target, mask, weight, pos_weight=pos_weight)
     forward(logits, targets, schedule, options, False)
     loss, _, grads = forward(logits, targets, schedule, options, True)
     upstream = torch.ones_like(loss)

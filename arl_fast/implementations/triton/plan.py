@@ -24,6 +24,8 @@ REGISTERS_STREAMED = 80
 REGISTERS_MORE_SUMS = 128  # rows that need more sums than the plain loss
 REGISTERS_F64 = 255
 REGISTER_FILE = 65536  # of a multiprocessor
+REGISTERS_PAIRS = {4: 64, 8: 96}  # by the pairs of a row and a label that a thread holds
+REGISTERS_PAIRS_F64 = 128
 FLAT_BLOCK = 4096  # elements of a tile in the kernels that only multiply,
 FLAT_THREADS = 256  # 16 for each thread
 FLAT_RESIDENT = 4  # programs of a multiprocessor
@@ -71,6 +73,25 @@ class Plan(NamedTuple):
     def rows(self) -> int:
         """Rows of a tile."""
         return 1 if self.online else self.owners
+
+
+class PairPlan(NamedTuple):
+    """How the kernel of task "multilabel" treats pairs of a row and a label: in tiles [threads, lanes].
+
+    Attributes:
+        threads: of a program.
+        lanes: pairs of a thread, one load of its logits.
+        registers: upper bound for each thread.
+    """
+
+    threads: int
+    lanes: int
+    registers: int
+
+    @property
+    def rows(self) -> int:
+        """Pairs of a tile."""
+        return self.threads * self.lanes
 
 
 def power_of_two(n: int) -> int:
@@ -123,13 +144,28 @@ def plan(classes: int, itemsize: int, more_sums: bool) -> Plan:
     return Plan(online, steps, owners, lanes, threads, registers)
 
 
-def resident_programs(plan: Plan, multiprocessors: int) -> int:
+def pair_plan(itemsize: int, grad_itemsize: int, more: bool) -> PairPlan:
+    """The plan for logits and gradients of so many bytes: accesses of 16 bytes for the wider of them.
+
+    Args:
+        more: the row or the label of a pair matters, or the loss of each pair is wanted. Registers suffice
+            for four pairs then, and 16-bit logits come in loads of 8 bytes.
+    """
+    lanes = 16 // max(itemsize, grad_itemsize)
+    if itemsize == 8:
+        return PairPlan(THREADS, lanes, REGISTERS_F64 if more else REGISTERS_PAIRS_F64)
+    if more:
+        return PairPlan(THREADS, 4, REGISTERS_MORE_SUMS)
+    return PairPlan(THREADS, lanes, REGISTERS_PAIRS[lanes])
+
+
+def resident_programs(plan: Plan | PairPlan, multiprocessors: int) -> int:
     """Programs that the device holds at a time, as far as registers decide."""
     return multiprocessors * (REGISTER_FILE // (plan.registers * plan.threads))
 
 
 @functools.lru_cache(maxsize=1024)
-def programs(rows: int, branches: int, plan: Plan, multiprocessors: int) -> int:
+def programs(rows: int, branches: int, plan: Plan | PairPlan, multiprocessors: int) -> int:
     """Programs per branch: one per tile until the device is full, then each takes several tiles in turn.
 
     All programs run at once: those of a second wave would take as long again. This bounds the partial sums
