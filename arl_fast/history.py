@@ -545,10 +545,11 @@ class _Ring:
         rows, self.filled = self.buffer[: self.filled], 0
         if self.device.type == "cpu":
             return _Chunk(self.kind, rows.clone(), None, step, epoch)
+        # no memory that such a device could write without blocking
         if self.device.type not in (
             "cuda",
             "xpu",
-        ):  # no memory that such a device could write without blocking
+        ):
             return _Chunk(self.kind, rows.cpu(), None, step, epoch)
         host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         host.copy_(rows, non_blocking=True)

@@ -42,9 +42,8 @@ def spectrogram(path: Path) -> Tensor:
             torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16).float() / 32768
         )
     samples = F.pad(samples[:SAMPLES], (0, max(0, SAMPLES - len(samples))))
-    power = (
-        torch.stft(samples, 256, 128, window=torch.hann_window(256), return_complex=True).abs().square()
-    )  # [129, 41]
+    # [129, 41]
+    power = torch.stft(samples, 256, 128, window=torch.hann_window(256), return_complex=True).abs().square()
     return torch.log(F.adaptive_avg_pool2d(power[None, :96], 32)[0] + 1e-4)
 
 
@@ -73,9 +72,8 @@ class Digits:
         self.spoken = torch.tensor([int(digit) for digit, _, _ in names])
         speakers = sorted({speaker for _, speaker, _ in names})
         self.speaker = torch.tensor([speakers.index(speaker) for _, speaker, _ in names])
-        self.visual = standardise(
-            idx(folder / "mnist" / "t10k-images-idx3-ubyte").float()
-        )  # [10000, 1, 28, 28]
+        # [10000, 1, 28, 28]
+        self.visual = standardise(idx(folder / "mnist" / "t10k-images-idx3-ubyte").float())
         self.written = idx(folder / "mnist" / "t10k-labels-idx1-ubyte").long()
         self.noise = noise
 

@@ -56,9 +56,8 @@ def check(logits, target, tolerance=None, upstream=None, **options):
     statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     assert loss.dtype == statistics_dtype
     assert loss.shape == truth.loss.shape
-    exact = (
-        1e-12 if dtype == torch.float64 else 2e-5
-    )  # statistics are computed in float32 whatever the logits' dtype
+    # statistics are computed in float32 whatever the logits' dtype
+    exact = 1e-12 if dtype == torch.float64 else 2e-5
     assert relative(loss, truth.loss) < exact
     for name, want in truth.stats.items():
         got = getattr(stats, name)

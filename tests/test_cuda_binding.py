@@ -58,7 +58,6 @@ def implementation(binding: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
     )
     monkeypatch.setitem(dispatch.MODULES, "cuda_binding", "emulation.module")
     monkeypatch.setitem(dispatch._loaded, "cuda_binding", bound)
-    monkeypatch.setattr(dispatch, "MULTILABEL", {("cuda_binding", "cpu")})
     monkeypatch.setattr(dispatch, "override", "cuda_binding")
     return "cuda_binding"
 

@@ -45,7 +45,6 @@ def implementation(monkeypatch):
     """The emulated kernels serve everything in this test."""
     monkeypatch.setitem(dispatch.MODULES, "cuda_emulation", "emulation.module")
     monkeypatch.setitem(dispatch._loaded, "cuda_emulation", module)
-    monkeypatch.setattr(dispatch, "MULTILABEL", {("cuda_emulation", "cpu")})
     monkeypatch.setattr(dispatch, "override", "cuda_emulation")
     return "cuda_emulation"
 

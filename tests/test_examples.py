@@ -169,9 +169,8 @@ def test_hf_trainer(example):
     group = trainer.model.criterion.stats.gains
     assert (group > 1).all()
     assert metrics["eval_accuracy"] > 4 * CHANCE
-    assert (
-        int(trainer.model.criterion.steps) == 48
-    )  # two micro-batches for each of 24 steps, none for evaluation
+    # two micro-batches for each of 24 steps, none for evaluation
+    assert int(trainer.model.criterion.steps) == 48
     assert 0 < metrics["eval_loss"] < 6
 
 

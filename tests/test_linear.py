@@ -727,11 +727,12 @@ def test_one_call_for_any_number_of_modalities(served, poisoned, monkeypatch, ki
         torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
 
 
+# batch, classes, feature sizes
 WIDE = {
     "few": (9, 6, [5, 3]),
     "many": (130, 301, [40, 72]),
     "wide": (24, 3000, [520, 410]),
-}  # batch, classes, feature sizes
+}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
@@ -939,9 +940,8 @@ def test_one_call_in_evaluation_takes_no_memory_for_gradients(served):
     target = torch.randint(0, 5000, (64,))
     loss, _ = call(head, features, target)
     loss.backward()
-    assert (
-        native._C.kept_memory() >= 3 * 64 * 5000 * 4
-    )  # given back for the next step, while `loss` still holds the node
+    # given back for the next step, while `loss` still holds the node
+    assert native._C.kept_memory() >= 3 * 64 * 5000 * 4
     kept = native._C.kept_memory()
     with torch.no_grad():
         loss, _ = call(head, features, target)

@@ -18,7 +18,6 @@ from arl_fast._core.branches import Targets
 from arl_fast._core.options import Options, Schedule, make_options
 from arl_fast._core.stats import unpack
 from arl_fast.implementations import dispatch, reference
-from arl_fast.implementations.sharded import Sharded
 
 native, REASON = dispatch.load("native", "cpu")
 pytestmark = pytest.mark.skipif(native is None, reason=REASON)
@@ -412,15 +411,12 @@ def test_linear_head_in_one_call(count_served, monkeypatch, dtype, classes):
 
 
 def test_who_serves_labels(monkeypatch):
-    """The kernels, but for the loss that is torch's own to the last bit; an object that is set in their place
-    does not know labels.
-    """
+    """The kernels, but for the loss that is torch's own to the last bit."""
     x, options = torch.randn(2, 2), make_options(task="multilabel")
     plain = make_options(task="multilabel", rule="none")
     assert dispatch.for_loss(x, options, Schedule(1.0, 8.0)) is native
     assert dispatch.for_loss(x, plain, Schedule(0.0, 8.0)) is reference
     monkeypatch.setattr(dispatch, "override", None)
     assert dispatch.for_loss(x, options, Schedule(1.0, 8.0)) is native
-    for other in ("reference", Sharded()):
-        monkeypatch.setattr(dispatch, "override", other)
-        assert dispatch.for_loss(x, options, Schedule(1.0, 8.0)) is reference
+    monkeypatch.setattr(dispatch, "override", "reference")
+    assert dispatch.for_loss(x, options, Schedule(1.0, 8.0)) is reference

@@ -375,9 +375,8 @@ def test_the_launcher_never_takes_a_variant_for_other_arguments(bound):
     for call in calls:
         call()
     compiled = {name: len(kernel.compiled) for name, kernel in bound.items()}
-    assert all(
-        len(set(kernel.compiled)) == len(kernel.compiled) for kernel in bound.values()
-    )  # nothing twice
+    # nothing twice
+    assert all(len(set(kernel.compiled)) == len(kernel.compiled) for kernel in bound.values())
     for call in calls:
         call()
     assert compiled == {name: len(kernel.compiled) for name, kernel in bound.items()}

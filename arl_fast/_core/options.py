@@ -218,9 +218,8 @@ def check_scalar(
         _check_tensor(name, value, expected)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__} {value!r}, expected {expected}")
-    elif not (
-        value >= low and -math.inf < value < math.inf
-    ):  # the compiler's numbers are symbols: no math.isfinite
+    # the compiler's numbers are symbols: no math.isfinite
+    elif not (value >= low and -math.inf < value < math.inf):
         bound = f" >= {low:g}" if low > -math.inf else ""
         raise ValueError(f"{name}: got {value}, expected a finite number{bound}")
 

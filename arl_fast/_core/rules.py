@@ -64,9 +64,8 @@ def inverse_variance(share: Tensor, absent: Tensor, modalities: Tensor, floor: f
 
 def _softmax(scores: Tensor, present: Tensor) -> Tensor:
     absent = ~present
-    return torch.softmax(scores.masked_fill(absent, -torch.inf), 0).masked_fill_(
-        absent, 0
-    )  # NaN if all are absent
+    # NaN if all are absent
+    return torch.softmax(scores.masked_fill(absent, -torch.inf), 0).masked_fill_(absent, 0)
 
 
 def _ratio(top: Tensor, bottom: Tensor) -> Tensor:

@@ -23,8 +23,6 @@ from . import reference
 MODULES = {"reference": ".reference", "native": ".native", "triton": ".triton.host"}
 # Fastest first; docs/performance.md has the measurements behind the order.
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
-# Who serves task="multilabel" on which type of device; the reference serves it everywhere else.
-MULTILABEL = {(name, device) for name in ("native", "triton") for device in ("cpu", "cuda")}
 
 # What ARL_FAST_IMPL asks for: a name of MODULES, or None for the first that is available. Tests put an object
 # of the contract here.
@@ -82,15 +80,7 @@ def for_tensor(x: Tensor) -> Any:
 
 def for_loss(logits: Tensor, options: Options, schedule: Schedule) -> Any:
     """The implementation for a loss over tensors like ``logits``."""
-    if is_plain(options, schedule) or (options.task == "multilabel" and not _serves_labels(logits)):
-        return reference
-    return for_tensor(logits)
-
-
-def _serves_labels(logits: Tensor) -> bool:
-    device = logits.device.type
-    by_name = override is None or isinstance(override, str)
-    return by_name and (_name(device, override), device) in MULTILABEL
+    return reference if is_plain(options, schedule) else for_tensor(logits)
 
 
 @functools.cache

@@ -189,9 +189,8 @@ class Results:
                 for g in groups[name].values()
                 if len(g) == len(self.seeds)
             ]
-            if (
-                name == "weights" and "unimodal" in self.chosen
-            ):  # weights on the predictions of those very models
+            # weights on the predictions of those very models
+            if name == "weights" and "unimodal" in self.chosen:
                 complete = [group for group in complete if _choice(group) == _choice(self.chosen["unimodal"])]
             if complete:
                 self.chosen[name] = max(complete, key=_validation)

@@ -329,9 +329,8 @@ def _finished(path: Path) -> list[dict[str, Any]]:
     """The rows of models whose lines are all there. The file is cut back to them."""
     rows = load_rows(path)
     whole = {_key(row) for row in rows}
-    kept = [
-        row for row in rows if _key(row | {"method": row["of"]}) in whole
-    ]  # a model's own row is its last
+    # a model's own row is its last
+    kept = [row for row in rows if _key(row | {"method": row["of"]}) in whole]
     path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return kept
 

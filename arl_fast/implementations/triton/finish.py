@@ -20,9 +20,8 @@ from ..._core.stats import packed_offset
 FLOOR = tl.constexpr(spec.FLOOR)
 TINY_SHARE = tl.constexpr(spec.TINY_SHARE)
 HUGE_RATIO = tl.constexpr(spec.HUGE_RATIO)
-SMALLEST = tl.constexpr(
-    1.1754943508222875e-38
-)  # the smallest normal float32; without modalities 0 / 0 stays 0
+# the smallest normal float32; without modalities 0 / 0 stays 0
+SMALLEST = tl.constexpr(1.1754943508222875e-38)
 
 # Constants of the kernels, which read the fields of a NamedTuple by name.
 Sums = namedtuple("Sums", spec.SUMS)  # type: ignore[misc]

@@ -471,9 +471,8 @@ def forward_kernel(
             e_factor = tl.where(valid, e_factor * scale / s, 0.0)
             G: tl.constexpr = g.dtype.element_ty
             if ONLINE:
-                top = tl.where(
-                    row_valid, top, 0.0
-                )  # rows that are not valid read as zeros: keep their e finite
+                # rows that are not valid read as zeros: keep their e finite
+                top = tl.where(row_valid, top, 0.0)
                 row_e_factor = tl.sum(e_factor, 0)
                 row_u_factor = tl.sum(u_factor, 0)
                 for start in range(0, C, STEPS * OWNERS * LANES):

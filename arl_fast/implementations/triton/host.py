@@ -89,9 +89,8 @@ def gamma_numbers(gamma: float | tuple[float, ...], dtype: torch.dtype) -> tuple
     Triton passes the numbers in a tuple as float32. For float64 logits, what that cuts off follows in a
     second part.
     """
-    numbers = (
-        gamma if isinstance(gamma, tuple) else (float(gamma),)
-    )  # the kernel has other types for integers
+    # the kernel has other types for integers
+    numbers = gamma if isinstance(gamma, tuple) else (float(gamma),)
     if dtype != torch.float64:
         return numbers
     rounded = tuple([ctypes.c_float(g).value for g in numbers])

@@ -122,9 +122,8 @@ def plan(classes: int, itemsize: int, more_sums: bool) -> Plan:
     aligned = vector(classes, itemsize)
     online = classes > (LARGEST_ROW_F64 if double else LARGEST_ROW)
     per_thread = PER_THREAD_F64 if double else PER_THREAD
-    narrow = (
-        aligned * itemsize < 16 and not double
-    )  # each access of less than 16 bytes has an address of its own
+    # each access of less than 16 bytes has an address of its own
+    narrow = aligned * itemsize < 16 and not double
     if online:
         lanes, threads = aligned, 256
         steps, owners = (per_thread // 4 if narrow else per_thread) // lanes, threads
