@@ -228,14 +228,15 @@ def generated(found: list[Row]) -> dict[str, str]:
         for name, text in gpu_plots.items()
         if tables.select(found, kind="cuda", experiment="micro")
     ]
+    wide = ("large", "large-bf16", "narrow", "dense")
     return {
         "gpu-plots": "\n".join(drawn),
         "runs": tables.runs(found),
         "cpu-paper": tables.ratios(found, suite="paper", threads=1, **warm),
         "cpu-modalities": tables.ratios(found, suite="modalities", threads=1, **warm),
-        "cpu-large": tables.ratios(found, suite=("large", "large-bf16"), threads=1, **warm),
+        "cpu-large": tables.ratios(found, suite=wide, threads=1, **warm),
         "cpu-labels": tables.ratios(found, suite="labels", threads=1, **warm),
-        "cpu-two-threads": tables.ratios(found, suite=("paper", "large"), threads=2, **warm),
+        "cpu-two-threads": tables.ratios(found, suite=("paper", *wide), threads=2, **warm),
         "cpu-parts": tables.parts(found, kind="cpu", suite="paper", classes=309, threads=1),
         "cpu-parts-large": tables.parts(found, kind="cpu", suite="large", classes=1000, threads=1),
         "cpu-fits": tables.fits(found, "cpu"),

@@ -74,10 +74,15 @@ def commands(phase: str, device: str, out: str, tiny: bool) -> list[list[str]]:
             _micro(device, out, "modalities", "--rotations=6", "--no-compile"),
             _micro(device, out, "large", "--rotations=3"),
             _micro(device, out, "large-bf16", "--rotations=4", "--no-compile"),
+            _micro(device, out, "narrow,dense", "--rotations=3", "--no-compile"),
             _micro(device, out, "labels", "--rotations=4", "--no-compile"),
         ]
         more = [
-            [_micro(device, out, "paper,large", "--rotations=2", "--no-compile", f"--threads={t}")]
+            [
+                _micro(
+                    device, out, "paper,large,narrow,dense", "--rotations=2", "--no-compile", f"--threads={t}"
+                )
+            ]
             for t in threads()[1:]
         ]
         return [*first, *(c for cs in more for c in cs)]

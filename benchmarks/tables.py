@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from . import rows
+from .cases import IMAGES
 from .compare import UNIT
 from .rows import Row
 
@@ -43,7 +44,10 @@ def names(found: Iterable[Row]) -> list[str]:
 
 def shape(row: Row) -> str:
     kind = {"float32": "", "bfloat16": " bf16"}[row["dtype"]]
-    return f"{row['batch']} x {row['classes']}, M = {row['modalities']}{kind}"
+    size = f"{row['batch']} x {row['classes']}"
+    if row["suite"] == "dense":
+        size = f"[{IMAGES}, {row['classes']}, {row['batch'] // IMAGES}]"
+    return f"{size}, M = {row['modalities']}{kind}"
 
 
 def shapes(found: Iterable[Row]) -> list[str]:
