@@ -342,8 +342,9 @@ Outputs forward(const Inputs& inputs, const Options& options) {
     }
   }
   release_unused_memory();
-  const int64_t written = fused.numel() * int64_t(type == at::kHalf ? sizeof(float) : fused.element_size());
-  loss.streams = __builtin_popcountll(inputs.wanted) * written >= kStreamBytes;
+  int64_t written = 0;
+  for (const at::Tensor& grad : outputs.grads) written += grad.defined() ? int64_t(grad.nbytes()) : 0;
+  loss.streams = written >= kStreamBytes;
 
   const bool labels = options.task == kMultilabel;
   at::Tensor target = *given.target, weight, pos_weight, label_weight, mask, divisor, row_loss;
