@@ -157,6 +157,7 @@ def profiled(call: Callable[[], Any], device: str) -> tuple[int, Any]:
         result = call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, result
+    arl_fast.release_memory()  # a block of another shape could serve, and be too large
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     held = peak = 0
