@@ -115,8 +115,10 @@ def tile_of_pairs(
         scale: what its gradients are multiplied by.
         WHOLE: all pairs of the tile exist.
     """
-    first = (tile + tl.zeros((), tl.int64)) * (PLAN.threads * PLAN.lanes)
-    offsets = tl.arange(0, PLAN.threads)[:, None] * PLAN.lanes + tl.arange(0, PLAN.lanes)[None, :]
+    THREADS: tl.constexpr = PLAN.threads
+    LANES: tl.constexpr = PLAN.lanes
+    first = (tile + tl.zeros((), tl.int64)) * (THREADS * LANES)
+    offsets = tl.arange(0, THREADS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     inside = None
     if not WHOLE:
         inside = first + offsets < pairs
@@ -196,7 +198,8 @@ def process_branch(
     SUMS: tl.constexpr,
 ):
     """This program's tiles of a branch: gradients, losses of the pairs if asked for, and the partial sums."""
-    TILE: tl.constexpr = PLAN.threads * PLAN.lanes
+    THREADS: tl.constexpr = PLAN.threads
+    TILE: tl.constexpr = THREADS * PLAN.lanes
     COUNTED: tl.constexpr = 1 if mask is None else BRANCHES  # branches whose counts may differ
     p, programs = tl.program_id(0), tl.num_programs(0)
     x = select(logits, branch, BRANCHES)
@@ -234,7 +237,7 @@ def process_branch(
             # without a pair that counts all gradients are 0, not 0 / 0
             scale = tl.where(branch_divisor == 0, 0.0, factor / branch_divisor)
 
-    zero = tl.zeros([PLAN.threads], T)
+    zero = tl.zeros([THREADS], T)
     loss_sum, count, correct_sum, entropy_sum, dependence_sum = zero, zero, zero, zero, zero
     whole = pairs // TILE
     for tile in range(p, whole, programs):
