@@ -110,8 +110,8 @@ MORE_LABELS = [
 def check_labels(case, name):
     """No spills, few registers, accesses of 16 bytes in all tiles but the last, one exponential per pair."""
     found, plan = static.labels_report(case, name), case.plan
-    # the losses of pairs with everything else, on sm_100 and with Triton 3.6 on sm_90: a few addresses, once for
-    # each branch
+    # the losses of pairs with everything else, on sm_100 and with Triton 3.6 on sm_90: a few addresses, once
+    # for each branch
     known_spills = 64 if name in ("sm_90", "sm_100") and case.reduction == "none" else 0
     assert found.spills <= known_spills, (case, found)
     assert found.shared <= 256
