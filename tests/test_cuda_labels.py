@@ -16,6 +16,7 @@ from emulation import build
 if build.unavailable():
     pytest.skip(build.unavailable(), allow_module_level=True)
 
+import labels_truth
 from emulation import guarded, module
 from test_multilabel import *  # noqa: F403  its tests are collected here again, for these kernels
 
@@ -23,11 +24,8 @@ from arl_fast._core import dtypes
 from arl_fast._core.branches import Targets
 from arl_fast._core.options import Options, Schedule, make_options
 from arl_fast._core.stats import unpack
-from arl_fast.implementations import dispatch, reference
+from arl_fast.implementations import dispatch
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-7, torch.bfloat16: 3e-3, torch.float16: 2e-7}
-SCHEDULE = Schedule(1.5, 8.0)
 SHARED = 232448
 
 
@@ -52,40 +50,12 @@ def implementation(monkeypatch):
 test_compiled = None  # the emulation is no op that a compiler knows
 
 
-def inputs(shape=(33, 7), dtype=torch.float32, branches=3):
-    """Logits, and labels of which some are soft and some not known."""
-    logits = [(3 * torch.randn(shape)).to(dtype) for _ in range(branches)]
-    target = torch.randint(0, 2, shape).to(dtypes.compute_dtype(dtype))
-    target = torch.where(torch.rand(shape) < 0.2, torch.rand(shape), target)
-    return logits, torch.where(torch.rand(shape) < 0.2, math.nan, target)
-
-
-def double(values):
-    return [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values]
-
-
-def compare(logits, targets, grad=True, schedule=SCHEDULE, **options):
-    """The kernel next to the reference in float64, which test_multilabel.py checks against the formulas."""
-    options = make_options(task="multilabel", **options)
-    loss, packed, grads = module.forward(logits, targets, schedule, options, grad)
-    want = reference.forward(double(logits), Targets(*double(targets)), schedule, options, grad)
-    dtype = logits[0].dtype
-    exact = 1e-13 if dtype == torch.float64 else 2e-6
-    assert loss.dtype == packed.dtype == dtypes.compute_dtype(dtype)
-    for got, expected in zip((loss, packed), want[:2], strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=exact, atol=exact, equal_nan=True)
-    for got, expected in zip(grads, want[2], strict=True):
-        assert got.dtype == dtypes.grad_dtype(dtype)
-        assert (got.double() - expected).norm() <= ROUNDING[dtype] * expected.norm()
-    return loss, packed, grads
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", labels_truth.DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (9, 1), (31, 11), (3, 700), (700, 13)])
 def test_every_kernel(poisoned, dtype, reduction, shape):
     """With weights and without; the last shape takes several rounds of the blocks and a counting launch."""
-    logits, target = inputs(shape, dtype)
+    logits, target = labels_truth.inputs(shape, dtype)
     compute = dtypes.compute_dtype(dtype)
     weight, pos_weight = (torch.rand(shape[1], dtype=compute) + 0.5 for _ in range(2))
     mask = torch.rand(shape[0], 2) > 0.4
@@ -95,25 +65,27 @@ def test_every_kernel(poisoned, dtype, reduction, shape):
         Targets(target, weight=weight),
         Targets(target, mask, weight, pos_weight=pos_weight),
     ):
-        compare(logits, targets, reduction=reduction)
-    compare(logits, targets, reduction=reduction, grad=False, dependence="logit_l1", gain="mean_one")
+        labels_truth.compare(module, logits, targets, reduction=reduction)
+    labels_truth.compare(
+        module, logits, targets, reduction=reduction, grad=False, dependence="logit_l1", gain="mean_one"
+    )
 
 
 def test_counting_launch():
     """Many pairs are counted in a launch before, unless there is nothing to count."""
     lib = module.library()
-    logits, target = inputs((8193, 1))
+    logits, target = labels_truth.inputs((8193, 1))
     mask = torch.rand(8193, 2) > 0.4
     for masked, launches in ((None, 2), (mask, 2)):
         for labels in (target, torch.stack([target] * 2, 1)[:, 0], guarded.at_bit(target, 31, False)):
             before = lib.launches()
-            compare(logits, Targets(labels, masked))
+            labels_truth.compare(module, logits, Targets(labels, masked))
             assert lib.launches() == before + launches
     before = lib.launches()
-    compare(logits, Targets(target, mask, divisor=torch.tensor([1.0, 2.0, 3.0])))
-    compare(logits, Targets(target), reduction="none")
-    compare(logits, Targets(target), grad=False)
-    compare([x[:8192] for x in logits], Targets(target[:8192]))
+    labels_truth.compare(module, logits, Targets(target, mask, divisor=torch.tensor([1.0, 2.0, 3.0])))
+    labels_truth.compare(module, logits, Targets(target), reduction="none")
+    labels_truth.compare(module, logits, Targets(target), grad=False)
+    labels_truth.compare(module, [x[:8192] for x in logits], Targets(target[:8192]))
     assert lib.launches() == before + 4
 
 
@@ -137,11 +109,11 @@ def test_small_losses_and_gradients_keep_their_digits():
             assert ((g.double() - wanted).abs() <= error * wanted.abs()).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", labels_truth.DTYPES)
 @pytest.mark.parametrize("labels", [1, 5, 37])
 def test_no_access_out_of_range(dtype, labels, monkeypatch):
     """Every buffer ends at a forbidden page, then starts after one."""
-    logits, target = inputs((7, labels), dtype)
+    logits, target = labels_truth.inputs((7, labels), dtype)
     weight = torch.rand(labels, dtype=target.dtype)
     mask = torch.rand(7, 2) > 0.3
     for at_start, reduction in itertools.product((False, True), ("mean", "none")):
@@ -152,17 +124,19 @@ def test_no_access_out_of_range(dtype, labels, monkeypatch):
         )
         given = [guarded.copy(x, at_start) for x in (target, mask, weight, weight)]
         targets = Targets(*given[:3], pos_weight=given[3])
-        _, _, grads = compare([guarded.copy(x, at_start) for x in logits], targets, reduction=reduction)
+        _, _, grads = labels_truth.compare(
+            module, [guarded.copy(x, at_start) for x in logits], targets, reduction=reduction
+        )
         upstream = guarded.copy(torch.rand(7, labels, dtype=target.dtype), at_start)
         for g, s in zip(grads, module.scale(grads, upstream, None, dtype, True), strict=True):
             torch.testing.assert_close(s, (g.to(target.dtype) * upstream).to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("labels", [1, 6])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", labels_truth.DTYPES)
 def test_rows_of_any_stride(poisoned, labels, dtype):
     """A gap of NaN, a stride between labels, addresses that no wide load likes, expanded rows."""
-    logits, target = inputs((20, labels), dtype)
+    logits, target = labels_truth.inputs((20, labels), dtype)
     wide = [torch.full((20, labels + 3), math.nan, dtype=dtype) for _ in logits]
     for w, x in zip(wide, logits, strict=True):
         w[:, :labels] = x
@@ -174,15 +148,18 @@ def test_rows_of_any_stride(poisoned, labels, dtype):
     for reduction in ("mean", "none"):
         for x in (gap, shifted, turned, [gap[0], *logits[1:]], [logits[0][:1].expand(20, labels)] * 3):
             for y in (strided, target):
-                compare(x, Targets(y), reduction=reduction)
-                compare(x, Targets(y, mask), reduction=reduction)
+                labels_truth.compare(module, x, Targets(y), reduction=reduction)
+                labels_truth.compare(module, x, Targets(y, mask), reduction=reduction)
 
 
 def test_rows_far_apart():
     """Offsets beyond 2^31 elements."""
-    logits, target = inputs((3, 40), branches=2)
+    logits, target = labels_truth.inputs((3, 40), branches=2)
     far = [guarded.far_apart(x, 2**31 + 4) for x in logits]
-    near, got = compare(logits, Targets(target)), compare(far, Targets(target))
+    near, got = (
+        labels_truth.compare(module, logits, Targets(target)),
+        labels_truth.compare(module, far, Targets(target)),
+    )
     for a, b in zip([*got[:2], *got[2]], [*near[:2], *near[2]], strict=True):
         assert torch.equal(a, b)
 
@@ -190,12 +167,12 @@ def test_rows_far_apart():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_same_bits_whatever_the_order_of_the_blocks(reduction):
     module.library().set_device(4, SHARED)
-    logits, target = inputs((3000, 3))
+    logits, target = labels_truth.inputs((3000, 3))
     results = []
     for seed in range(3):
         module.library().set_seed(seed)
         options = Options(task="multilabel", reduction=reduction)
-        loss, packed, grads = module.forward(logits, Targets(target), SCHEDULE, options, True)
+        loss, packed, grads = module.forward(logits, Targets(target), labels_truth.SCHEDULE, options, True)
         results.append([loss, packed, *grads])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -204,20 +181,20 @@ def test_same_bits_whatever_the_order_of_the_blocks(reduction):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_what_does_not_count_is_never_read(poisoned, reduction):
     """NaN beside unknown labels and absent modalities, one absent from the batch; a NaN that counts shows."""
-    logits, target = inputs()
+    logits, target = labels_truth.inputs()
     mask = torch.rand(33, 2) > 0.5
     mask[:, 1] = False
-    clean = compare(logits, Targets(target, mask), reduction=reduction)
+    clean = labels_truth.compare(module, logits, Targets(target, mask), reduction=reduction)
     for b, x in enumerate(logits):
         x[target.isnan()] = math.nan
         if b:
             x[~mask[:, b - 1]] = math.nan
     options = make_options(task="multilabel", reduction=reduction)
-    got = module.forward(logits, Targets(target, mask), SCHEDULE, options, True)
+    got = module.forward(logits, Targets(target, mask), labels_truth.SCHEDULE, options, True)
     for a, b in zip([*got[:2], *got[2]], [*clean[:2], *clean[2]], strict=True):
         assert torch.equal(a, b)
     logits[1].fill_(math.nan)
-    loss, packed, grads = module.forward(logits, Targets(target), SCHEDULE, options, True)
+    loss, packed, grads = module.forward(logits, Targets(target), labels_truth.SCHEDULE, options, True)
     assert loss.isnan().any()
     assert unpack(packed).gains.isnan().all()
     assert grads[0].isfinite().all()
@@ -225,22 +202,22 @@ def test_what_does_not_count_is_never_read(poisoned, reduction):
 
 def test_nothing_counts_and_no_rows():
     x, unknown = torch.randn(4, 3), torch.full((4, 3), math.nan)
-    loss, _, grads = compare([x, x], Targets(unknown))
+    loss, _, grads = labels_truth.compare(module, [x, x], Targets(unknown))
     assert loss.isnan()
     assert all(g.eq(0).all() for g in grads)
     for reduction in ("mean", "sum", "none"):
-        _, packed, _ = compare([x[:0]] * 3, Targets(unknown[:0]), reduction=reduction)
+        _, packed, _ = labels_truth.compare(module, [x[:0]] * 3, Targets(unknown[:0]), reduction=reduction)
         assert unpack(packed).gains.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("branches", [2, 16])
 def test_branches_and_schedules(branches):
-    logits, target = inputs((5, 6), branches=branches)
+    logits, target = labels_truth.inputs((5, 6), branches=branches)
     gammas = torch.rand(branches - 1)
     for reduction in ("mean", "none"):
         for schedule in (
-            SCHEDULE,
+            labels_truth.SCHEDULE,
             Schedule(gammas, torch.tensor(3.0)),
             Schedule(gammas, 3.0, 5, torch.tensor(4)),
         ):
-            compare(logits, Targets(target), schedule=schedule, reduction=reduction)
+            labels_truth.compare(module, logits, Targets(target), schedule=schedule, reduction=reduction)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 
+import labels_truth
 import pytest
 import torch
 from test_multilabel import *  # noqa: F403  its tests are collected here again, for Triton
@@ -25,52 +26,21 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from arl_fast.implementations.triton import host
 
 pytestmark = pytest.mark.contract
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-7, torch.bfloat16: 3e-3, torch.float16: 2e-7}
-SCHEDULE = Schedule(1.5, 8.0)
-
-
-def inputs(shape=(33, 7), dtype=torch.float32, branches=3):
-    """Logits, and labels of which some are soft and some not known."""
-    logits = [(3 * torch.randn(shape)).to(dtype) for _ in range(branches)]
-    target = torch.randint(0, 2, shape).to(dtypes.compute_dtype(dtype))
-    target = torch.where(torch.rand(shape) < 0.2, torch.rand(shape), target)
-    return logits, torch.where(torch.rand(shape) < 0.2, math.nan, target)
-
-
-def double(values):
-    return [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values]
-
-
-def compare(logits, targets, grad=True, schedule=SCHEDULE, **options):
-    """The kernel next to the reference in float64, which test_multilabel.py checks against the formulas."""
-    options = make_options(task="multilabel", **options)
-    loss, packed, grads = host.forward(logits, targets, schedule, options, grad)
-    want = reference.forward(double(logits), Targets(*double(targets)), schedule, options, grad)
-    dtype = logits[0].dtype
-    exact = 1e-13 if dtype == torch.float64 else 2e-6
-    assert loss.dtype == packed.dtype == dtypes.compute_dtype(dtype)
-    for got, expected in zip((loss, packed), want[:2], strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=exact, atol=exact, equal_nan=True)
-    for got, expected in zip(grads, want[2], strict=True):
-        assert got.dtype == dtypes.grad_dtype(dtype)
-        assert (got.double() - expected).norm() <= ROUNDING[dtype] * expected.norm()
-    return loss, packed, grads
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", labels_truth.DTYPES)
 def test_several_tiles_and_programs(poisoned, monkeypatch, dtype, reduction):
     """Whole tiles, a last one that is not, and programs that have none; weights go round with the labels."""
     for count in (1, 2, 5):
         monkeypatch.setattr(launch_plan, "programs", lambda *arguments, n=count: n)
         for shape in ((1024, 1), (130, 11), (3, 700)):
-            logits, target = inputs(shape, dtype)
+            logits, target = labels_truth.inputs(shape, dtype)
             compute = dtypes.compute_dtype(dtype)
             weights = [torch.rand(shape[1], dtype=compute) + 0.5 for _ in range(2)]
-            compare(logits, Targets(target), reduction=reduction)
+            labels_truth.compare(host, logits, Targets(target), reduction=reduction)
             targets = Targets(target, torch.rand(shape[0], 2) > 0.4, weights[0], None, weights[1])
-            compare(logits, targets, reduction=reduction, dependence="logit_l1")
+            labels_truth.compare(host, logits, targets, reduction=reduction, dependence="logit_l1")
 
 
 @pytest.mark.parametrize("shape", [(16, 1), (5, 13), (31, 3)])
@@ -81,12 +51,12 @@ def test_many_pairs_are_counted_together(poisoned, monkeypatch, shape, masked):
     host._labels_configuration.cache_clear()
     work = host.new_workspace(torch.device("cpu"), torch.float32, 10_000)
     monkeypatch.setattr(host.workspaces, "take", lambda *arguments: work)
-    logits, target = inputs(shape)
+    logits, target = labels_truth.inputs(shape)
     targets = Targets(target, torch.rand(shape[0], 2) > 0.4 if masked else None)
-    compare(logits, targets)
+    labels_truth.compare(host, logits, targets)
     assert not work.counters.any()
-    compare(logits, targets._replace(divisor=torch.tensor([3.0, 5.0, 7.0])))
-    compare(logits, targets, reduction="sum")
+    labels_truth.compare(host, logits, targets._replace(divisor=torch.tensor([3.0, 5.0, 7.0])))
+    labels_truth.compare(host, logits, targets, reduction="sum")
     host._labels_configuration.cache_clear()
 
 
@@ -113,7 +83,7 @@ def test_small_losses_and_gradients_keep_their_digits():
 @pytest.mark.parametrize("labels", [1, 6])
 def test_rows_of_any_stride(poisoned, labels):
     """A gap, a stride between labels, an address that no wide load likes, expanded rows, strided labels."""
-    logits, target = inputs((20, labels))
+    logits, target = labels_truth.inputs((20, labels))
     wide = [torch.full((20, labels + 3), math.nan) for _ in logits]
     for w, x in zip(wide, logits, strict=True):
         w[:, :labels] = x
@@ -123,26 +93,26 @@ def test_rows_of_any_stride(poisoned, labels):
     strided = torch.stack([target] * 2, 1)[:, 0]
     for reduction in ("mean", "none"):
         for x in (gap, shifted, turned, [gap[0], *logits[1:]], [logits[0][:1].expand(20, labels)] * 3):
-            compare(x, Targets(strided), reduction=reduction)
+            labels_truth.compare(host, x, Targets(strided), reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_what_does_not_count_is_never_read(poisoned, reduction):
     """NaN beside unknown labels and absent modalities, one absent from the batch; a NaN that counts shows."""
-    logits, target = inputs()
+    logits, target = labels_truth.inputs()
     mask = torch.rand(33, 2) > 0.5
     mask[:, 1] = False
-    clean = compare(logits, Targets(target, mask), reduction=reduction)
+    clean = labels_truth.compare(host, logits, Targets(target, mask), reduction=reduction)
     for b, x in enumerate(logits):
         x[target.isnan()] = math.nan
         if b:
             x[~mask[:, b - 1]] = math.nan
     options = make_options(task="multilabel", reduction=reduction)
-    got = host.forward(logits, Targets(target, mask), SCHEDULE, options, True)
+    got = host.forward(logits, Targets(target, mask), labels_truth.SCHEDULE, options, True)
     for a, b in zip([*got[:2], *got[2]], [*clean[:2], *clean[2]], strict=True):
         assert torch.equal(a, b)
     logits[1].fill_(math.nan)
-    loss, packed, grads = host.forward(logits, Targets(target), SCHEDULE, options, True)
+    loss, packed, grads = host.forward(logits, Targets(target), labels_truth.SCHEDULE, options, True)
     assert loss.isnan().any()
     assert unpack(packed).gains.isnan().all()
     assert grads[0].isfinite().all()
@@ -150,11 +120,11 @@ def test_what_does_not_count_is_never_read(poisoned, reduction):
 
 def test_nothing_counts_and_no_rows():
     x, unknown = torch.randn(4, 3), torch.full((4, 3), math.nan)
-    loss, _, grads = compare([x, x], Targets(unknown))
+    loss, _, grads = labels_truth.compare(host, [x, x], Targets(unknown))
     assert loss.isnan()
     assert all(g.eq(0).all() for g in grads)
     for reduction in ("mean", "sum", "none"):
-        loss, packed, _ = compare([x[:0]] * 3, Targets(unknown[:0]), reduction=reduction)
+        loss, packed, _ = labels_truth.compare(host, [x[:0]] * 3, Targets(unknown[:0]), reduction=reduction)
         assert unpack(packed).gains.tolist() == [1, 1]
 
 
@@ -164,15 +134,15 @@ def test_which_answers_are_correct():
         for t in (0.0, 0.5, 0.500001, 1.0, math.nan):
             logits, target = torch.full((5, 1), x), torch.full((5, 1), t)
             options = make_options(task="multilabel")
-            _, packed, _ = host.forward([logits] * 2, Targets(target), SCHEDULE, options, False)
+            _, packed, _ = host.forward([logits] * 2, Targets(target), labels_truth.SCHEDULE, options, False)
             expected = 0.0 if math.isnan(t) else float((x > 0) == (t > 0.5))
             assert unpack(packed).accuracy.tolist() == [expected] * 2
 
 
 def test_targets_of_any_dtype_and_schedules():
-    logits, target = inputs()
-    for dtype in DTYPES:
-        compare(logits, Targets(target.to(dtype)), gain="mean_one")
+    logits, target = labels_truth.inputs()
+    for dtype in labels_truth.DTYPES:
+        labels_truth.compare(host, logits, Targets(target.to(dtype)), gain="mean_one")
     three, gammas = torch.tensor(3.0), torch.tensor([[0.5, 7.0], [2.0, 7.0]])[:, 0]
     for schedule in (
         Schedule((0.5, 2.0), 3.0),
@@ -180,8 +150,8 @@ def test_targets_of_any_dtype_and_schedules():
         Schedule(gammas, three, 5, torch.tensor(4)),
         Schedule(2.5, three, 5, torch.tensor(5)),
     ):
-        compare(logits, Targets(target), schedule=schedule, reduction="none")
-        compare(logits, Targets(target), schedule=schedule, grad=False)
+        labels_truth.compare(host, logits, Targets(target), schedule=schedule, reduction="none")
+        labels_truth.compare(host, logits, Targets(target), schedule=schedule, grad=False)
 
 
 def test_one_launch(monkeypatch):
@@ -189,7 +159,7 @@ def test_one_launch(monkeypatch):
     run = host.run_labels
     monkeypatch.setattr(host, "run_labels", lambda *arguments: launches.append(run(*arguments)))
     monkeypatch.setattr(dispatch, "override", "triton")
-    logits, target = inputs((40, 3))
+    logits, target = labels_truth.inputs((40, 3))
     for reduction in ("mean", "none"):
         arl_loss(logits[0], logits[1:], target, task="multilabel", reduction=reduction)  # noqa: F405
     assert len(launches) == 2
@@ -203,11 +173,11 @@ def test_op(monkeypatch, reduction):
         raise AssertionError("the op asked for a workspace that outlives it")
 
     monkeypatch.setattr(host.workspaces, "take", refuse)
-    logits, target = inputs(dtype=torch.bfloat16)
+    logits, target = labels_truth.inputs(dtype=torch.bfloat16)
     weight = torch.rand(7)
     targets = Targets(target, torch.rand(33, 2) > 0.3, weight, torch.ones(3), weight + 1)
     options = make_options(task="multilabel", reduction=reduction)
-    encoded = (*ops.encode_schedule(SCHEDULE), *ops.encode_options(options))
+    encoded = (*ops.encode_schedule(labels_truth.SCHEDULE), *ops.encode_options(options))
     arguments = (logits, *targets, *encoded, True)
     torch.library.opcheck(torch.ops.arl_fast.triton_forward.default, arguments, test_utils="test_faketensor")
     upstream = torch.rand(33, 7) if reduction == "none" else torch.tensor(0.7)
