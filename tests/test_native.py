@@ -69,6 +69,7 @@ def step(logits, target, upstream=None, **options):
         (7, 49),
         (33, 100),
         (9, 113),
+        (40, 128),
         (33, 309),
         (3, 2000),
     ],
@@ -95,7 +96,7 @@ def test_every_instruction_set(isa, dtype, batch, classes):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("batch", [64, 512])
-@pytest.mark.parametrize("classes", [6, 40, 309, 5000])
+@pytest.mark.parametrize("classes", [6, 40, 101, 309, 5000])
 def test_error_is_not_above_torch(isa, batch, classes):
     """Relative RMS error of the gradient against float64, next to torch's own cross-entropy."""
     native._C.set_isa(isa)
@@ -124,7 +125,7 @@ def test_infinities_and_nan_agree_with_reference(isa):
         [-inf] * 3,
         [1e4, -1e4, 0.0],
     ]
-    for width in (3, 17, 60):
+    for width in (3, 17, 60, 140):
         x = torch.tensor([row + [-inf] * (width - 3) for row in rows])
         for y in range(3):
             target = torch.full((6,), y)
@@ -140,7 +141,7 @@ def test_infinities_and_nan_agree_with_reference(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("classes", [3, 17, 60])
+@pytest.mark.parametrize("classes", [3, 17, 60, 140])
 def test_which_is_the_first_largest(isa, classes):
     """Ties, in logits and in soft targets, and a NaN, which counts as the largest: accuracy as torch.argmax
     has it.
@@ -167,9 +168,11 @@ def test_which_is_the_first_largest(isa, classes):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("classes", [6, 60])
+@pytest.mark.parametrize("classes", [6, 60, 140])
 def test_probabilities_too_small_for_float32(isa, classes):
-    """From exp(-87) on results may be 0, but are never something else."""
+    """From exp(-87) on results may be 0, but are never something else. Others are as exact as logits there:
+    float32 has 8e-6 between neighbours at 87.
+    """
     native._C.set_isa(isa)
     x = torch.full((120, classes), -1000.0)
     x[:, 0], x[:, 1] = 0, -torch.arange(120)
@@ -177,7 +180,7 @@ def test_probabilities_too_small_for_float32(isa, classes):
     _, _, grads, _ = step([x, x, x], target, reduction="sum")
     p = torch.softmax(x.double(), 1)
     p[:, 0] = -p[:, 1:].sum(1)
-    torch.testing.assert_close(grads[0].double(), p, rtol=1e-6, atol=2e-38)
+    torch.testing.assert_close(grads[0].double(), p, rtol=4e-6, atol=2e-38)
 
 
 @pytest.mark.parametrize("shape", [(64, 6), (300, 309), (40, 5000)])

@@ -13,7 +13,7 @@ namespace arl::cpu {
 constexpr int kMaxBranches = 64;          // M+1; more modalities than this are served by the reference
 constexpr int kChunkRows = 64;            // most rows of one unit of work
 constexpr int64_t kChunkPairs = 4096;     // pairs of a row and a label of one unit of work
-constexpr int64_t kNarrowClasses = 112;   // most of which any instruction set gives each row a vector lane
+constexpr int64_t kNarrowClasses = 128;   // most that any instruction set takes as more than a row at a time
 constexpr int64_t kColumnClasses = 1024;  // most that are read where the positions lie side by side
 constexpr int64_t kSingleClasses = 4;     // up to here logits are read and written one by one
 constexpr int kMostLanes = 16;
@@ -79,7 +79,8 @@ using RowsFn = void (*)(const Loss& loss, int branch, int64_t begin, int64_t end
                         ChunkSums* sums);
 
 constexpr int64_t scratch_elements(int64_t classes, bool columns) {
-  return columns || classes <= kNarrowClasses ? (classes + 1) * kMostLanes : 2 * ((classes + 15) / 16 * 16);
+  const int64_t padded = (classes + kMostLanes - 1) / kMostLanes * kMostLanes;
+  return padded * (columns || classes <= kNarrowClasses ? kMostLanes : 2);
 }
 
 // How many labels T of [begin, end), row by row, are known, or -1 if one lies outside of [0, 1].

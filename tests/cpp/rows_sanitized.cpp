@@ -343,7 +343,7 @@ void extremes() {
 int main() {
   int wrong = 0, cases = 0;
   for (int64_t classes :
-       {1, 2, 4, 5, 6, 7, 12, 16, 17, 28, 31, 34, 48, 56, 57, 65, 100, 112, 113, 309, 1000}) {
+       {1, 2, 4, 5, 6, 7, 12, 16, 17, 28, 31, 34, 48, 56, 57, 65, 100, 112, 113, 128, 129, 309, 1000}) {
     for (int64_t rows : {1, 3, 16, 61, 67}) {
       for (int variant = 0; variant < 16; ++variant) {
         const Case c{rows,

@@ -1,0 +1,175 @@
+// Some vectors of classes: as many rows together as a vector has lanes, so that what is left in the lanes of
+// each row is brought together for all of them at once.
+#pragma once
+
+#include <type_traits>
+
+#include "chunk.h"
+
+namespace arl::ARL_ISA {
+
+// So many rows at a time get their exponentials: the registers hold two sums for each.
+constexpr int kTileRows = ARL_VECTOR_BYTES == 64 ? 8 : 4;
+
+// The lanes of each of L vectors joined: lane i of the result belongs to vector i.
+template <class T, class Join>
+ARL_INLINE V<T> fold_each(V<T>* v, Join join) {
+  constexpr int L = Vector<T>::lanes, piece = 16 / sizeof(T), pieces = L / piece;
+  const auto joined = [&join](V<T> a, V<T> b, auto first, auto second)
+                          ARL_LAMBDA { return join(shuffle<T>(a, b, first), shuffle<T>(a, b, second)); };
+  // within pieces of 16 bytes: [a0 b0 a1 b1] with [a2 b2 a3 b3], then [a0 a1 b0 b1] with [a2 a3 b2 b3]
+  for (int i = 0; i < L / 2; ++i) {
+    const auto low = [](int lane)
+                         ARL_LAMBDA { return lane / piece * piece + lane % piece / 2 + lane % 2 * L; };
+    const auto high = [low](int lane) ARL_LAMBDA { return low(lane) + piece / 2; };
+    v[i] = joined(v[2 * i], v[2 * i + 1], low, high);
+  }
+  for (int i = 0; i < L / 4 && piece == 4; ++i) {
+    const auto low = [](int lane) ARL_LAMBDA { return lane / 4 * 4 + lane % 2 + lane % 4 / 2 * L; };
+    const auto high = [low](int lane) ARL_LAMBDA { return low(lane) + 2; };
+    v[i] = joined(v[2 * i], v[2 * i + 1], low, high);
+  }
+  // whole pieces: halves, then the pieces of each half
+  const auto lower = [](int lane) ARL_LAMBDA { return lane < L / 2 ? lane : lane + L / 2; };
+  const auto upper = [lower](int lane) ARL_LAMBDA { return lower(lane) + L / 2; };
+  if constexpr (pieces == 1) return v[0];
+  if constexpr (pieces == 2) return joined(v[0], v[1], lower, upper);
+  const auto even = [](int lane) ARL_LAMBDA { return lane - lane / piece % 2 * (piece - L); };
+  const auto odd = [even](int lane) ARL_LAMBDA { return even(lane) + piece; };
+  return joined(joined(v[0], v[2], lower, upper), joined(v[1], v[3], lower, upper), even, odd);
+}
+
+// Class indices, L classes or more. The gradient is written if `Keep`.
+template <class T, class S, class G, bool Keep>
+ARL_INLINE void group_rows(const Loss& loss, int branch, int64_t begin, int rows, T* scratch, Chunk<T>& chunk,
+                           int first) {
+  constexpr int L = Vector<T>::lanes, kTile = kTileRows < L ? kTileRows : L;
+  const int64_t classes = loss.classes, padded = (classes + L - 1) / L * L;
+  const S* logits = static_cast<const S*>(loss.logits[branch]) + begin * loss.row_stride[branch];
+  const S* x[L];
+  alignas(64) Lane<T> ys[L], valids[L];
+  alignas(64) T x_ys[L], weights[L], l1s[L] = {};
+  for (int l = 0; l < L; ++l) {  // lanes past the last row repeat it, and are dropped
+    const int own = l < rows ? l : rows - 1;
+    const int64_t row = begin + own;
+    x[l] = logits + own * loss.row_stride[branch];
+    const bool used = l < rows && loss.valid(branch, row);
+    const int64_t y = used ? loss.class_index(row) : 0;
+    valids[l] = used ? -1 : 0;
+    ys[l] = Lane<T>(y);
+    x_ys[l] = to_float(x[l][y]);
+    weights[l] = weight_of<T>(loss, y);
+    if (loss.logit_l1) l1s[l] = row_l1<T>(x[l], classes);
+  }
+  // act(c, at, last) for each vector of classes, the exponentials of which are kept from c on. It lies at
+  // `at`: the last one has some classes for a second time.
+  const auto each_vector = [&](const auto& act) ARL_LAMBDA {
+    for (int64_t c = 0; c + L < classes; c += L) act(c, c, std::false_type());
+    act(padded - L, classes - L, std::true_type());
+  };
+  const auto add = [](V<T> a, V<T> b) ARL_LAMBDA { return a + b; };
+  const auto larger_of = [](V<T> a, V<T> b) ARL_LAMBDA { return larger<T>(a, b); };
+
+  V<T> sums[L], energies[L];
+  for (int l = 0; l < L; ++l) sums[l] = splat<T>(-T(__builtin_inf()));
+  each_vector([&](int64_t, int64_t at, auto) ARL_LAMBDA {
+    for (int l = 0; l < L; ++l) sums[l] = larger<T>(load<T>(x[l] + at), sums[l]);
+  });
+  const V<T> top = fold_each<T>(sums, larger_of);
+  alignas(64) T tops[L];
+  store<T>(tops, top);
+
+  // For a gradient the true class is left out of the sums at first: p_y - 1 = -others / Z keeps its digits as
+  // p_y goes to 1.
+  for (int from = 0; from < L; from += kTile) {
+    V<T> z[kTile] = {}, e[kTile] = {};
+    each_vector([&](int64_t c, int64_t at, auto last) ARL_LAMBDA {
+      const Bits<T> number = class_numbers<T>(at);
+      for (int k = 0; k < kTile; ++k) {
+        const int l = from + k;
+        V<T> d = load<T>(x[l] + at) - tops[l];
+        V<T> p = exp_nonpositive<T>(d);
+        if (Keep) p = number == ys[l] ? V<T>{} : p;
+        if (decltype(last)::value) p = number < Lane<T>(c) ? V<T>{} : p;
+        z[k] += p;
+        e[k] += p * d;
+        if (Keep) store<T>(scratch + l * padded + c, p);
+      }
+    });
+    for (int k = 0; k < kTile; ++k) {
+      sums[from + k] = z[k];
+      energies[from + k] = e[k];
+    }
+  }
+  V<T> partition = fold_each<T>(sums, add), energy = fold_each<T>(energies, add);
+  const V<T> d_y = load<T>(x_ys) - top;
+  V<T> bounded = d_y;
+  const V<T> e_y = exp_nonpositive<T>(bounded);
+  const V<T> others = Keep ? partition : partition - e_y;
+  if (Keep) {
+    partition += e_y;
+    energy += e_y * bounded;
+  }
+  const V<T> inverse = T(1) / partition, p_y = e_y * inverse;
+
+  const Bits<T> valid = bit_cast<Bits<T>>(valids);
+  const V<T> zero{}, one = splat<T>(T(1));
+  Bits<T> right = d_y == zero;
+  const Bits<T> unsure = valid & ((right & ~(others < one)) | (partition != partition));
+  if (any<T>(unsure)) {
+    for (int l = 0; l < rows; ++l) {
+      if (!unsure[l]) continue;
+      right[l] = first_largest_is<T, S>(x[l], classes, ys[l], tops[l], partition[l] != partition[l]) ? -1 : 0;
+    }
+  }
+
+  const T smooth = T(loss.label_smoothing / double(classes));
+  V<T> smooth_b{};
+  if (loss.label_smoothing != 0) {
+    for (int l = 0; l < L; ++l) {
+      sums[l] = zero;
+      each_vector([&](int64_t c, int64_t at, auto last) ARL_LAMBDA {
+        V<T> b = weights_of<T>(loss, at) * (load<T>(x[l] + at) - tops[l]);
+        if (decltype(last)::value) b = class_numbers<T>(at) < Lane<T>(c) ? zero : b;
+        sums[l] += b;
+      });
+    }
+    smooth_b = smooth * fold_each<T>(sums, add);
+  }
+  const V<T> weighted = T(1 - loss.label_smoothing) * load<T>(weights);
+  const V<T> a = weighted + smooth * T(loss.weight_total);
+  store<T>(chunk.a + first, valid ? a : zero);
+  store<T>(chunk.b + first, valid ? weighted * d_y + smooth_b : zero);
+  store<T>(chunk.partition + first, valid ? partition : one);
+  store<T>(chunk.energy + first, valid ? energy : zero);
+  store<T>(chunk.confidence + first, valid ? p_y : zero);
+  store<T>(chunk.l1 + first, valid ? load<T>(l1s) : zero);
+  store<T>(chunk.correct + first, valid & right ? one : zero);
+
+  // d(row loss)/dx_c = A p_c - t_c
+  if (!Keep) return;
+  const T scale = T(loss.grad_scale[branch]);
+  alignas(64) T factors[L], g_ys[L];
+  store<T>(factors, a * scale * inverse);
+  store<T>(g_ys, ((a - weighted) * p_y - weighted * (others * inverse)) * scale);
+  G* grad = static_cast<G*>(loss.grad[branch]) + begin * classes;
+  for (int l = 0; l < rows; ++l, grad += classes) {
+    if (!valids[l]) {
+      for (int64_t c = 0; c < classes; ++c) grad[c] = G{};
+      continue;
+    }
+    const T factor = factors[l];
+    const auto write = [&](int64_t c, int64_t at) ARL_LAMBDA {
+      V<T> g = load<T>(scratch + l * padded + c) * factor;
+      if (loss.label_smoothing != 0) g -= smooth * scale * weights_of<T>(loss, at);
+      store(grad + at, g);
+    };
+    write(padded - L, classes - L);  // first, since some of its elements have their value elsewhere
+    for (int64_t c = 0; c + L < classes; c += L) write(c, c);
+    T g_y = g_ys[l];
+    if (loss.label_smoothing != 0) g_y -= smooth * scale * weight_of<T>(loss, ys[l]);
+    grad[ys[l]] = from_float<G>(g_y);
+  }
+}
+
+}  // namespace arl::ARL_ISA
