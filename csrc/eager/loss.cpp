@@ -47,15 +47,10 @@ struct LossBackward final : Node {
     if (!upstream.defined()) return results;
     refuse_second_derivatives();
     const bool keep = hooked || torch::autograd::get_current_graph_task_keep_graph();
-    c10::SmallVector<size_t, 4> needed;
-    variable_list given;
     for (size_t b = 0; b < branches; ++b) {
-      if (!task_should_compute_output(b)) continue;
-      needed.push_back(b);
-      given.push_back(grads[b].unpack());
+      if (task_should_compute_output(b)) results[b] = grads[b].unpack();
     }
-    if (!given.empty()) scale(upstream, keep, &given);
-    for (size_t i = 0; i < needed.size(); ++i) results[needed[i]] = std::move(given[i]);
+    scale(upstream, keep, &results);
     if (link.defined() && task_should_compute_output(branches)) {
       const bool as_is = !keep && link.scalar_type() == link_dtype;
       results[branches] = as_is ? link : link.to(link_dtype, /*non_blocking=*/false, /*copy=*/keep);
@@ -63,14 +58,26 @@ struct LossBackward final : Node {
     return results;
   }
 
-  // In the place of the gradients unless they are seen again, so that autograd need not copy them.
+  // Those that are defined, in their place unless they are seen again, so that autograd need not copy them.
   void scale(const at::Tensor& upstream, bool keep, variable_list* given) const {
-    if (cuda::serves(given->front())) {
-      if constexpr (cuda::kBuilt) *given = cuda::scale(*given, upstream, std::nullopt, dtype, !keep);
+    if (cuda::serves(upstream)) {
+      if constexpr (cuda::kBuilt) {
+        variable_list defined;
+        for (const at::Tensor& g : *given) {
+          if (g.defined()) defined.push_back(g);
+        }
+        if (defined.empty()) return;
+        defined = cuda::scale(defined, upstream, std::nullopt, dtype, !keep);
+        auto next = defined.begin();
+        for (at::Tensor& g : *given) {
+          if (g.defined()) g = std::move(*next++);
+        }
+      }
       return;
     }
     const double factor = read_scalar(upstream);
     for (at::Tensor& g : *given) {
+      if (!g.defined()) continue;
       if (g.scalar_type() != dtype) {  // float16 logits: round after scaling
         g = g.mul(factor).to(dtype);
       } else if (keep) {
@@ -159,13 +166,12 @@ bool names_agree(PyObject* unimodal, PyObject* link) {
 
 PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != Py_ssize_t(std::size(kFastLoss)) || !PyTuple_Check(args[1]) || PyTuple_GET_SIZE(args[1]) != 3)
-    Py_RETURN_NONE;
-  if (!no_mode_intercepts()) Py_RETURN_NONE;
-  PyObject* unimodal = PyTuple_GET_ITEM(args[1], 1);
-  PyObject* link_object = PyTuple_GET_ITEM(args[1], 2);
+  if (count != Py_ssize_t(std::size(kFastLoss))) Py_RETURN_NONE;
+  PyObject* const* branches = items_of(args[1], std::size(kBranchLogitsFields));
+  if (branches == nullptr || !no_mode_intercepts()) Py_RETURN_NONE;
+  PyObject *unimodal = branches[1], *link_object = branches[2];
   const Options* options = options_of(args[0]);
-  const at::Tensor* fused = plain(PyTuple_GET_ITEM(args[1], 0));
+  const at::Tensor* fused = plain(branches[0]);
   if (options == nullptr || fused == nullptr) Py_RETURN_NONE;
   const bool dense = fused->dim() > 2, labels = options->task == kMultilabel;
   if (fused->dim() < 2 || (dense && !labels && cuda::serves(*fused))) Py_RETURN_NONE;
@@ -176,8 +182,8 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const at::ScalarType type = fused->scalar_type();
   cpu::Inputs inputs;
   Schedule schedule;
-  if (!read_targets(args[2], Classes::kOwn, &inputs.targets) ||
-      !read_schedule(args[3], Classes::kOwn, &schedule) ||
+  if (!read_targets(args + 2, Classes::kOwn, &inputs.targets) ||
+      !read_schedule(args + 2 + std::size(kTargetsFields), Classes::kOwn, &schedule) ||
       !is_usual(inputs.targets, schedule, *options, fused->sizes(), modalities, *fused)) {
     Py_RETURN_NONE;
   }
@@ -208,31 +214,32 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
 
   RECORD_FUNCTION("arl_fast::loss", c10::ArrayRef<const c10::IValue>());
-  at::Tensor loss, packed;
+  cpu::Outputs results;
   {
     const bool on_cuda = cuda::serves(*fused);
     std::optional<pybind11::gil_scoped_release> release;
     if (on_cuda || fused->numel() > 16384) release.emplace();
-    variable_list grads;
     std::optional<Flat> flat;
     if (dense) flat.emplace(&inputs, labels);
     if (on_cuda) {
       if constexpr (cuda::kBuilt) {
-        std::tie(loss, packed, grads) = cuda::forward(inputs.logits, inputs.targets, schedule, *options,
-                                                      inputs.wanted != 0, cuda::Memory::kShared);
+        variable_list grads;
+        std::tie(results.loss, results.packed, grads) = cuda::forward(
+            inputs.logits, inputs.targets, schedule, *options, inputs.wanted != 0, cuda::Memory::kShared);
+        results.grads.assign(grads.begin(), grads.end());
       }
     } else {
       if constexpr (!kWithoutCpu) {
         if (is_plain_loss(schedule, *options)) inputs.wanted = 0;
         inputs.numbers = cpu::read(schedule);
-        cpu::Outputs outputs = cpu::forward(inputs, *options);
-        loss = std::move(outputs.loss);
-        packed = std::move(outputs.packed);
-        grads.assign(outputs.grads.begin(), outputs.grads.end());
-        if (is_plain_loss(schedule, *options)) loss = torch_cross_entropy(*fused, inputs, *options, packed);
+        inputs.shared = true;
+        results = cpu::forward(inputs, *options);
+        if (is_plain_loss(schedule, *options)) {
+          results.loss = torch_cross_entropy(*fused, inputs, *options, results.packed);
+        }
       }
     }
-    for (at::Tensor& g : grads) {
+    for (at::Tensor& g : results.grads) {
       if (dense && g.defined()) g = g.view(fused->sizes());
     }
     if (inputs.wanted != 0) {
@@ -243,15 +250,15 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
       variable_list edges(logits.begin(), logits.end());
       edges.push_back(has_link ? *link : at::Tensor());
       node->set_next_edges(torch::autograd::collect_next_edges(edges));
-      for (at::Tensor& grad : grads) node->grads.emplace_back(std::move(grad), /*is_output=*/false);
+      for (const at::Tensor& grad : results.grads) node->grads.emplace_back(grad, /*is_output=*/false);
       if (has_link) {
         node->link_dtype = link->scalar_type();
-        node->link = part_of(packed, packed_offset<kPackedLink>(int(modalities)), {modalities});
+        node->link = part_of(results.packed, packed_offset<kPackedLink>(int(modalities)), {modalities});
       }
-      torch::autograd::set_history(loss, node);
+      torch::autograd::set_history(results.loss, node);
     }
   }
-  return pair(THPVariable_Wrap(std::move(loss)), THPVariable_Wrap(std::move(packed)));
+  return pair(THPVariable_Wrap(std::move(results.loss)), THPVariable_Wrap(std::move(results.packed)));
   END_HANDLE_TH_ERRORS
 }
 

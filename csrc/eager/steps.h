@@ -14,8 +14,10 @@ inline constexpr const char* kBranchLogitsFields[] = {"fused", "unimodal", "link
 inline constexpr const char* kLinearHeadFields[] = {"features", "weights",   "bias",
                                                     "fusion",   "bias_mode", "chunk"};
 
-// -> (loss, packed)
-inline constexpr const char* kFastLoss[] = {"options", "branches", "targets", "schedule"};
+// -> (loss, packed); after the branches come the fields of Targets and of Schedule.
+inline constexpr const char* kFastLoss[] = {"options",     "branches", "target",     "mask",
+                                            "weight",      "divisor",  "pos_weight", "gamma",
+                                            "temperature", "warmup",   "step"};
 PyObject* fast_loss(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
 // -> (loss, packed), if all rows are one chunk; `budget` in bytes holds where the head names no chunk.
