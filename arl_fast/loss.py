@@ -276,11 +276,14 @@ class ARLLoss(nn.Module):
         self.history = None
 
     def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        if not self.training and isinstance(output, Tensor):
+        if isinstance(output, BranchLogits):  # as heads return it
+            branches = output
+        elif not self.training and isinstance(output, Tensor):
             return self._plain(output, target)
-        if mask is None and isinstance(output, dict):
-            mask = output.get("mask")
-        branches = as_branch_logits(output)
+        else:
+            if mask is None and isinstance(output, dict):
+                mask = output.get("mask")
+            branches = as_branch_logits(output)
         buffers = self._buffers  # nn.Module's own way to them costs as much as a small evaluation
         warmup = self.warmup
         loss, packed = loss_and_packed(
