@@ -6,8 +6,10 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <iterator>
 #include <mutex>
 
@@ -141,13 +143,19 @@ struct Flat {
   }
 };
 
+// An attribute of a tensor's own, borrowed, or null.
+PyObject* attribute_of(PyObject* tensor, PyObject* name) {
+  PyObject** attributes = _PyObject_GetDictPtr(tensor);
+  return attributes == nullptr || *attributes == nullptr ? nullptr : PyDict_GetItem(*attributes, name);
+}
+
+pybind11::object borrow(PyObject* object) { return pybind11::reinterpret_borrow<pybind11::object>(object); }
+
 // Whether the modalities' names, if unimodal has any, come in the order that modulate has left on its link.
 bool names_agree(PyObject* unimodal, PyObject* link) {
   static PyObject* attribute = PyUnicode_InternFromString("modalities");
   if (!PyDict_CheckExact(unimodal)) return true;
-  PyObject** attributes = _PyObject_GetDictPtr(link);
-  PyObject* names =
-      attributes == nullptr || *attributes == nullptr ? nullptr : PyDict_GetItem(*attributes, attribute);
+  PyObject* names = attribute_of(link, attribute);
   if (names == nullptr) return true;
   if (!PyTuple_CheckExact(names) || PyTuple_GET_SIZE(names) != PyDict_GET_SIZE(unimodal)) return false;
   PyObject *name, *value;
@@ -162,21 +170,18 @@ bool names_agree(PyObject* unimodal, PyObject* link) {
   return true;
 }
 
-}  // namespace
-
-PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  if (count != Py_ssize_t(std::size(kFastLoss))) Py_RETURN_NONE;
+// The loss and the statistics of the arguments kFastLoss, or nothing if anything is unusual or wrong.
+std::optional<cpu::Outputs> usual_loss(PyObject* const* args) {
   PyObject* const* branches = items_of(args[1], std::size(kBranchLogitsFields));
-  if (branches == nullptr || !no_mode_intercepts()) Py_RETURN_NONE;
+  if (branches == nullptr || !no_mode_intercepts()) return std::nullopt;
   PyObject *unimodal = branches[1], *link_object = branches[2];
   const Options* options = options_of(args[0]);
   const at::Tensor* fused = plain(branches[0]);
-  if (options == nullptr || fused == nullptr) Py_RETURN_NONE;
+  if (options == nullptr || fused == nullptr) return std::nullopt;
   const bool dense = fused->dim() > 2, labels = options->task == kMultilabel;
-  if (fused->dim() < 2 || (dense && !labels && cuda::serves(*fused))) Py_RETURN_NONE;
-  if (dense && !labels && (fused->numel() == 0 || fused->size(1) > cpu::kColumnClasses)) Py_RETURN_NONE;
-  if (!fused->is_cpu() && !cuda::serves(*fused)) Py_RETURN_NONE;
+  if (fused->dim() < 2 || (dense && !labels && cuda::serves(*fused))) return std::nullopt;
+  if (dense && !labels && (fused->numel() == 0 || fused->size(1) > cpu::kColumnClasses)) return std::nullopt;
+  if (!fused->is_cpu() && !cuda::serves(*fused)) return std::nullopt;
   const auto values = values_of(unimodal);
   const int64_t modalities = int64_t(values.size());
   const at::ScalarType type = fused->scalar_type();
@@ -185,9 +190,9 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!read_targets(args + 2, Classes::kOwn, &inputs.targets) ||
       !read_schedule(args + 2 + std::size(kTargetsFields), Classes::kOwn, &schedule) ||
       !is_usual(inputs.targets, schedule, *options, fused->sizes(), modalities, *fused)) {
-    Py_RETURN_NONE;
+    return std::nullopt;
   }
-  if ((cuda::serves(*fused) || dense) && is_plain_loss(schedule, *options)) Py_RETURN_NONE;
+  if ((cuda::serves(*fused) || dense) && is_plain_loss(schedule, *options)) return std::nullopt;
 
   c10::SmallVector<at::Tensor, 4> logits;
   const bool record = at::GradMode::is_enabled();
@@ -195,7 +200,7 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const at::Tensor* x = b == 0 ? fused : plain(values[b - 1]);
     if (x == nullptr || x->scalar_type() != type || x->sizes() != fused->sizes() ||
         x->device() != fused->device() || !(dense ? x->is_contiguous() : x->stride(1) == 1)) {
-      Py_RETURN_NONE;
+      return std::nullopt;
     }
     if (record && x->requires_grad()) inputs.wanted |= uint64_t(1) << b;
     logits.push_back(*x);
@@ -207,14 +212,15 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
     link = plain(link_object);
     if (link == nullptr || link->device() != fused->device() || link->dim() != 1 ||
         link->size(0) != modalities || !link->is_floating_point() || !names_agree(unimodal, link_object)) {
-      Py_RETURN_NONE;
+      return std::nullopt;
     }
   } else if (inputs.wanted != 0 && options->rule != kNone) {
-    Py_RETURN_NONE;  // a missing link: the general path says so
+    return std::nullopt;  // a missing link: the general path says so
   }
 
   RECORD_FUNCTION("arl_fast::loss", c10::ArrayRef<const c10::IValue>());
-  cpu::Outputs results;
+  std::optional<cpu::Outputs> outputs(std::in_place);
+  cpu::Outputs& results = *outputs;
   {
     const bool on_cuda = cuda::serves(*fused);
     std::optional<pybind11::gil_scoped_release> release;
@@ -258,7 +264,94 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
       torch::autograd::set_history(results.loss, node);
     }
   }
-  return pair(THPVariable_Wrap(std::move(results.loss)), THPVariable_Wrap(std::move(results.packed)));
+  return outputs;
+}
+
+// The attributes of ARLLoss that are read or written here.
+struct Names {
+  PyObject* options = PyUnicode_InternFromString("options");
+  PyObject* gamma = PyUnicode_InternFromString("gamma");
+  PyObject* temperature = PyUnicode_InternFromString("temperature");
+  PyObject* warmup = PyUnicode_InternFromString("warmup");
+  PyObject* training = PyUnicode_InternFromString("training");
+  PyObject* sync_stats = PyUnicode_InternFromString("sync_stats");
+  PyObject* history = PyUnicode_InternFromString("history");
+  PyObject* unseen = PyUnicode_InternFromString("_unseen");
+  PyObject* buffers = PyUnicode_InternFromString("_buffers");
+  PyObject* weight = PyUnicode_InternFromString("weight");
+  PyObject* pos_weight = PyUnicode_InternFromString("pos_weight");
+  PyObject* steps = PyUnicode_InternFromString("steps");
+  PyObject* packed = PyUnicode_InternFromString("_packed");
+  PyObject* modalities = PyUnicode_InternFromString("modalities");
+  PyObject* mask = PyUnicode_InternFromString("mask");  // of the link
+};
+
+}  // namespace
+
+PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != Py_ssize_t(std::size(kFastLoss))) Py_RETURN_NONE;
+  std::optional<cpu::Outputs> outputs = usual_loss(args);
+  if (!outputs) Py_RETURN_NONE;
+  return pair(THPVariable_Wrap(std::move(outputs->loss)), THPVariable_Wrap(std::move(outputs->packed)));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* fast_criterion(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  static const Names& names = *new Names;
+  if (count != Py_ssize_t(std::size(kFastCriterion)) || !PyDict_CheckExact(args[0])) Py_RETURN_NONE;
+  PyObject *own = args[0], *mask = args[3];
+  PyObject* const* branches = items_of(args[1], std::size(kBranchLogitsFields));
+  PyObject* buffers = PyDict_GetItem(own, names.buffers);
+  const bool record = at::GradMode::is_enabled();
+  if (branches == nullptr || buffers == nullptr || !PyDict_Check(buffers) ||
+      PyDict_GetItem(own, names.sync_stats) != Py_False || PyDict_GetItem(own, names.history) != Py_None ||
+      (record && PyDict_GetItem(own, names.unseen) != Py_False)) {
+    Py_RETURN_NONE;
+  }
+  PyObject *unimodal = branches[1], *link = branches[2];
+  if (mask == Py_None && THPVariable_CheckExact(link)) {
+    PyObject* of_head = attribute_of(link, names.mask);
+    if (of_head != nullptr) mask = of_head;
+  }
+  PyObject* warmup = PyDict_GetItem(own, names.warmup);
+  if (warmup == nullptr) Py_RETURN_NONE;
+  const bool warms = PyObject_IsTrue(warmup) == 1;
+  // held, since another thread may change the criterion while rows are computed
+  const std::array<pybind11::object, std::size(kFastLoss)> held = {
+      borrow(PyDict_GetItem(own, names.options)),
+      borrow(args[1]),
+      borrow(args[2]),
+      borrow(mask),
+      borrow(PyDict_GetItem(buffers, names.weight)),
+      borrow(Py_None),
+      borrow(PyDict_GetItem(buffers, names.pos_weight)),
+      borrow(PyDict_GetItem(own, names.gamma)),
+      borrow(PyDict_GetItem(own, names.temperature)),
+      borrow(warmup),
+      borrow(warms ? PyDict_GetItem(buffers, names.steps) : Py_None),
+  };
+  std::array<PyObject*, held.size()> fields;
+  for (size_t i = 0; i < held.size(); ++i) {
+    fields[i] = held[i].ptr();
+    if (fields[i] == nullptr) Py_RETURN_NONE;
+  }
+  std::optional<cpu::Outputs> outputs = usual_loss(fields.data());
+  if (!outputs) Py_RETURN_NONE;
+  THPObjectPtr packed(THPVariable_Wrap(std::move(outputs->packed)));
+  THPObjectPtr modalities(PyDict_Check(unimodal) ? PySequence_Tuple(unimodal)
+                                                       : pybind11::none().release().ptr());
+  if (!packed || !modalities || PyDict_SetItem(own, names.packed, packed) != 0 ||
+      PyDict_SetItem(own, names.modalities, modalities) != 0) {
+    return nullptr;
+  }
+  PyObject* training = PyDict_GetItem(own, names.training);
+  if (warms && record && training != nullptr && PyObject_IsTrue(training) == 1) {
+    at::Tensor steps = THPVariable_Unpack(fields.back());
+    steps.add_(1);  // after the loss has read it
+  }
+  return THPVariable_Wrap(std::move(outputs->loss));
   END_HANDLE_TH_ERRORS
 }
 
