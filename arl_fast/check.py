@@ -159,9 +159,8 @@ class _Measured:
         logits = [unimodal[name] for name in self.names]  # type: ignore[index]
         schedule = Schedule(criterion.gamma, criterion.temperature)
         targets = targets._replace(weight=criterion.weight, pos_weight=criterion.pos_weight)
-        options = criterion.options
-        loss, packed = loss_and_packed(options, branches, *targets, *schedule)
-        none, _ = loss_and_packed(options._replace(rule="none"), branches, *targets, *schedule)
+        loss, packed = loss_and_packed(branches, targets, schedule, criterion.options)
+        none, _ = loss_and_packed(branches, targets, schedule, criterion.options._replace(rule="none"))
         self.said = dict(zip(self.names, unpack(packed).gains.tolist(), strict=True))
         self.link: Tensor = link if link is not None else fused.new_zeros(len(logits))
 

@@ -94,14 +94,10 @@ def arl_loss(
         IndexError: a class index out of range, on a CPU. On a GPU, and when compiled, that row's loss is NaN.
     """
     loss, packed = loss_and_packed(
-        make_options(rule=rule, **options),
         BranchLogits(fused, unimodal, link),
-        target,
-        mask,
-        weight,
-        None,
-        pos_weight,
-        *make_schedule(gamma, temperature, warming, rule),
+        Targets(target, mask, weight, pos_weight=pos_weight),
+        make_schedule(gamma, temperature, warming, rule),
+        make_options(rule=rule, **options),
         sync_stats,
         implementation,
     )
@@ -281,29 +277,14 @@ class ARLLoss(nn.Module):
             loss = native.fast_criterion(self.__dict__, output, target, mask)
             if loss is not None:  # None where anything is unusual or wrong
                 return loss
-        if isinstance(output, BranchLogits):  # as heads return it
-            branches = output
-        elif not self.training and isinstance(output, Tensor):
+        if not self.training and isinstance(output, Tensor):
             return self._plain(output, target)
-        else:
-            if mask is None and isinstance(output, dict):
-                mask = output.get("mask")
-            branches = as_branch_logits(output)
-        buffers = self._buffers  # nn.Module's own way to them costs as much as a small evaluation
-        warmup = self.warmup
+        if mask is None and isinstance(output, dict):
+            mask = output.get("mask")
+        branches = as_branch_logits(output)
+        schedule = self._schedule(branches.fused)
         loss, packed = loss_and_packed(
-            self.options,
-            branches,
-            target,
-            mask,
-            buffers["weight"],
-            None,
-            buffers["pos_weight"],
-            self.gamma,
-            self.temperature,
-            warmup,
-            self._steps_near(branches.fused) if warmup else None,
-            self.sync_stats,
+            branches, self._targets(target, mask), schedule, self.options, self.sync_stats
         )
         self._remember(packed, branches.unimodal)
         if self._unseen and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -318,10 +299,10 @@ class ARLLoss(nn.Module):
         options = self.options
         if options.task == "multilabel":  # torch's loss does not know of labels that are not known
             return loss_and_packed(
-                options._replace(rule="none"),
                 BranchLogits(fused, [fused.detach()], None),
-                *Targets(target, weight=self.weight, pos_weight=self.pos_weight),
-                *Schedule(0.0, 1.0),
+                Targets(target, weight=self.weight, pos_weight=self.pos_weight),
+                Schedule(0.0, 1.0),
+                options._replace(rule="none"),
             )[0]
         return F.cross_entropy(
             fused,
@@ -354,13 +335,8 @@ class ARLLoss(nn.Module):
         """
         loss, packed, _ = linear_loss_and_packed(
             LinearHead(features, weights, bias, fusion, bias_mode, chunk),
-            Targets(target, mask, self.weight, None, self.pos_weight),
-            Schedule(
-                self.gamma,
-                self.temperature,
-                self.warmup,
-                self._steps_near(target) if self.warmup else None,
-            ),
+            self._targets(target, mask),
+            self._schedule(target),
             self.options,
             self.sync_stats,
         )
@@ -370,25 +346,31 @@ class ARLLoss(nn.Module):
             self._unseen = not wiring.look_at_linear(self, self.options, list(given))
         return loss
 
+    def _targets(self, target: Tensor, mask: Tensor | None) -> Targets:
+        buffers = self._buffers  # nn.Module's own way to them costs as much as a small evaluation
+        return Targets(target, mask, buffers["weight"], None, buffers["pos_weight"])
+
     def _remember(self, packed: Tensor, modalities: Any) -> None:
         """Keep the statistics and the names of this call, and count it where it counts for the warm-up."""
-        attributes = self.__dict__  # past nn.Module's own setter, which takes microseconds
-        attributes["_packed"] = packed
-        attributes["modalities"] = tuple(modalities) if isinstance(modalities, dict) else None
+        # past nn.Module's own setter, which takes microseconds
+        object.__setattr__(self, "_packed", packed)
+        object.__setattr__(self, "modalities", tuple(modalities) if isinstance(modalities, dict) else None)
         if self.warmup and self.training and torch.is_grad_enabled():
             self.steps.add_(1)  # after the loss has read it
         if self.history is not None:
             self.history.observe(self)
 
-    def _steps_near(self, like: Tensor) -> Tensor:
-        """The warm-up's counter, which is on the device: no host read and no recompilation."""
+    def _schedule(self, like: Tensor) -> Schedule:
+        """This step's numbers. The warm-up is counted on the device: no host read and no recompilation."""
+        if not self.warmup:
+            return Schedule(self.gamma, self.temperature)
         if (
             isinstance(like, Tensor)
             and self.steps.device != like.device
             and not torch.compiler.is_compiling()
         ):
             self.steps = self.steps.to(like.device)
-        return self.steps
+        return Schedule(self.gamma, self.temperature, self.warmup, self.steps)
 
     def extra_repr(self) -> str:
         shown = self.options._asdict() | {

@@ -111,7 +111,7 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
         "ARL step, C++ node, warm-up counted on the device": step(warming, node, "native"),
         "ARL step, Python autograd Function": step(criterion, None, general),
         "forward alone, with all checks and the node": lambda: module.fast_loss(
-            options, branches, *targets, *schedule
+            options, branches, targets, schedule
         ),
         "forward alone, without": lambda: module.cuda_forward(logits, targets, schedule, options, True),
         "modulate, C++ node": links(node, "native"),
@@ -122,7 +122,7 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
             "CPU: ARL step, C++ node": step(criterion, native, "native"),
             "CPU: ARL step, Python autograd Function": step(criterion, None, "native"),
             "CPU: forward alone, with all checks and the node": lambda: native.fast_loss(
-                options, branches, *targets, *schedule
+                options, branches, targets, schedule
             ),
             "CPU: forward alone, without": lambda: native._C.forward(
                 logits, targets, schedule, options, True

@@ -210,7 +210,7 @@ def test_allocations_of_a_step(fast_calls):
     logits, target = [torch.randn(6, 5, requires_grad=True) for _ in range(3)], torch.randint(0, 5, (6,))
     link = torch.zeros(2, requires_grad=True)
     schedule = Schedule(torch.tensor([1.0, 2.0]), torch.tensor(8.0), 3, torch.tensor(1))
-    arguments = Options(), BranchLogits(logits[0], logits[1:], link), *Targets(target), *schedule
+    arguments = Options(), BranchLogits(logits[0], logits[1:], link), Targets(target), schedule
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         loss, _ = dispatch.native_steps().fast_loss(*arguments)
     counts = {event.key: event.count for event in profile.key_averages()}

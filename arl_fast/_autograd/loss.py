@@ -96,59 +96,32 @@ def refuse_second_derivatives() -> None:
 
 
 def loss_and_packed(
-    options: Options,
     branches: BranchLogits,
-    target: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    divisor: None,
-    pos_weight: Tensor | None,
-    gamma: float | tuple[float, ...] | Tensor,
-    temperature: float | Tensor,
-    warmup: int = 0,
-    step: Tensor | None = None,
+    targets: Targets,
+    schedule: Schedule,
+    options: Options,
     sync_stats: bool | Any = False,
     implementation: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """What every form of the loss calls: the loss and the packed statistics.
 
-    Targets and Schedule come in their parts, since to make the two takes as long as a small loss.
-
     Args:
-        target, mask, weight, divisor, pos_weight: of Targets.
-        gamma, temperature, warmup, step: of Schedule.
         sync_stats: True or a group: the processes among which the batch is divided.
         implementation: of the contract; None: the one that dispatch chooses.
     """
-    if mask is None:
-        mask = getattr(branches.link, "mask", None)  # of a head that was given it
+    if targets.mask is None and (mask := getattr(branches.link, "mask", None)) is not None:
+        targets = targets._replace(mask=mask)  # of a head that was given it
     if implementation is None and sync_stats is False and (native := dispatch.native_steps()) is not None:
-        result = native.fast_loss(
-            options,
-            branches,
-            target,
-            mask,
-            weight,
-            divisor,
-            pos_weight,
-            gamma,
-            temperature,
-            warmup,
-            step,
-        )
+        result = native.fast_loss(options, branches, targets, schedule)
         if result is not None:  # None where anything is unusual or wrong
             return result
     logits, targets, schedule = check_loss(
-        branches,
-        Targets(target, mask, weight, divisor, pos_weight),
-        Schedule(gamma, temperature, warmup, step),
-        options,
-        isinstance(implementation, Sharded),
+        branches, targets, schedule, options, isinstance(implementation, Sharded)
     )
     group = None if sync_stats is False else resolve_group(sync_stats)
     if implementation is None:
         implementation = dispatch.for_loss(logits[0], options, schedule)
-    call = Step(implementation, options, schedule, targets, group)
+    step = Step(implementation, options, schedule, targets, group)
     if recorded((branches.link, *logits)):
-        return _ARLLoss.apply(call, branches.link, *logits)
-    return compute(call, logits, False)[:2]
+        return _ARLLoss.apply(step, branches.link, *logits)
+    return compute(step, logits, False)[:2]

@@ -34,7 +34,7 @@ def _expected() -> dict[str, Any]:
         facts[kind.__name__] = kind._fields  # type: ignore[attr-defined]
     for function in (reference.forward, reference.scale, reference.modulate_backward):
         facts[function.__name__] = tuple(inspect.signature(function).parameters)
-    facts["fast_loss"] = ("options", "branches", *Targets._fields, *Schedule._fields)
+    facts["fast_loss"] = ("options", "branches", "targets", "schedule")
     facts["fast_criterion"] = ("attributes", "output", "target", "mask")
     facts["fast_linear_loss"] = ("options", "head", "targets", "schedule", "budget")
     facts["fast_modulate"] = ("features",)
@@ -71,7 +71,7 @@ else:
 
 # Usual eager steps, checked, computed and recorded for autograd in one call (csrc/eager/steps.h), the linear
 # head's on a CPU only:
-#   fast_loss(options, branches, *targets, *schedule) -> (loss, packed)
+#   fast_loss(options, branches, targets, schedule) -> (loss, packed)
 #   fast_criterion(attributes, output, target, mask) -> loss, with the attributes as after ARLLoss.forward
 #   fast_linear_loss(options, head, targets, schedule, budget) -> (loss, packed)
 #   fast_modulate([z_1, ...]) -> ([z_1, ...], link)

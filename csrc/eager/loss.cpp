@@ -143,25 +143,46 @@ struct Flat {
   }
 };
 
+// Attributes of ARLLoss, and of the link, that are read or written here.
+struct Names {
+  PyObject* options = PyUnicode_InternFromString("options");
+  PyObject* gamma = PyUnicode_InternFromString("gamma");
+  PyObject* temperature = PyUnicode_InternFromString("temperature");
+  PyObject* warmup = PyUnicode_InternFromString("warmup");
+  PyObject* training = PyUnicode_InternFromString("training");
+  PyObject* sync_stats = PyUnicode_InternFromString("sync_stats");
+  PyObject* history = PyUnicode_InternFromString("history");
+  PyObject* unseen = PyUnicode_InternFromString("_unseen");
+  PyObject* buffers = PyUnicode_InternFromString("_buffers");
+  PyObject* weight = PyUnicode_InternFromString("weight");
+  PyObject* pos_weight = PyUnicode_InternFromString("pos_weight");
+  PyObject* steps = PyUnicode_InternFromString("steps");
+  PyObject* packed = PyUnicode_InternFromString("_packed");
+  PyObject* modalities = PyUnicode_InternFromString("modalities");
+  PyObject* mask = PyUnicode_InternFromString("mask");
+};
+
+const Names& names() {
+  static const Names& interned = *new Names;
+  return interned;
+}
+
 // An attribute of a tensor's own, borrowed, or null.
 PyObject* attribute_of(PyObject* tensor, PyObject* name) {
   PyObject** attributes = _PyObject_GetDictPtr(tensor);
   return attributes == nullptr || *attributes == nullptr ? nullptr : PyDict_GetItem(*attributes, name);
 }
 
-pybind11::object borrow(PyObject* object) { return pybind11::reinterpret_borrow<pybind11::object>(object); }
-
 // Whether the modalities' names, if unimodal has any, come in the order that modulate has left on its link.
 bool names_agree(PyObject* unimodal, PyObject* link) {
-  static PyObject* attribute = PyUnicode_InternFromString("modalities");
   if (!PyDict_CheckExact(unimodal)) return true;
-  PyObject* names = attribute_of(link, attribute);
-  if (names == nullptr) return true;
-  if (!PyTuple_CheckExact(names) || PyTuple_GET_SIZE(names) != PyDict_GET_SIZE(unimodal)) return false;
+  PyObject* own = attribute_of(link, names().modalities);
+  if (own == nullptr) return true;
+  if (!PyTuple_CheckExact(own) || PyTuple_GET_SIZE(own) != PyDict_GET_SIZE(unimodal)) return false;
   PyObject *name, *value;
   Py_ssize_t at = 0;
   for (Py_ssize_t i = 0; PyDict_Next(unimodal, &at, &name, &value); ++i) {
-    PyObject* expected = PyTuple_GET_ITEM(names, i);
+    PyObject* expected = PyTuple_GET_ITEM(own, i);
     if (name != expected && PyObject_RichCompareBool(name, expected, Py_EQ) != 1) {
       PyErr_Clear();
       return false;
@@ -170,12 +191,14 @@ bool names_agree(PyObject* unimodal, PyObject* link) {
   return true;
 }
 
-// The loss and the statistics of the arguments kFastLoss, or nothing if anything is unusual or wrong.
-std::optional<cpu::Outputs> usual_loss(PyObject* const* args) {
-  PyObject* const* branches = items_of(args[1], std::size(kBranchLogitsFields));
+// The loss and the statistics of BranchLogits and the fields of Targets and Schedule; nothing if anything is
+// unusual or wrong.
+std::optional<cpu::Outputs> usual_loss(PyObject* options_object, PyObject* output, PyObject* const* targets,
+                                       PyObject* const* numbers) {
+  PyObject* const* branches = items_of(output, std::size(kBranchLogitsFields));
   if (branches == nullptr || !no_mode_intercepts()) return std::nullopt;
   PyObject *unimodal = branches[1], *link_object = branches[2];
-  const Options* options = options_of(args[0]);
+  const Options* options = options_of(options_object);
   const at::Tensor* fused = plain(branches[0]);
   if (options == nullptr || fused == nullptr) return std::nullopt;
   const bool dense = fused->dim() > 2, labels = options->task == kMultilabel;
@@ -187,8 +210,8 @@ std::optional<cpu::Outputs> usual_loss(PyObject* const* args) {
   const at::ScalarType type = fused->scalar_type();
   cpu::Inputs inputs;
   Schedule schedule;
-  if (!read_targets(args + 2, Classes::kOwn, &inputs.targets) ||
-      !read_schedule(args + 2 + std::size(kTargetsFields), Classes::kOwn, &schedule) ||
+  if (!read_targets(targets, Classes::kOwn, &inputs.targets) ||
+      !read_schedule(numbers, Classes::kOwn, &schedule) ||
       !is_usual(inputs.targets, schedule, *options, fused->sizes(), modalities, *fused)) {
     return std::nullopt;
   }
@@ -253,9 +276,8 @@ std::optional<cpu::Outputs> usual_loss(PyObject* const* args) {
       node->dtype = type;
       node->hooked = at::SavedTensorDefaultHooks::get_hooks().has_value();
       const bool has_link = link != nullptr && link->requires_grad();
-      variable_list edges(logits.begin(), logits.end());
-      edges.push_back(has_link ? *link : at::Tensor());
-      node->set_next_edges(torch::autograd::collect_next_edges(edges));
+      node->set_next_edges(
+          torch::autograd::collect_next_edges(at::TensorList(logits), has_link ? *link : at::Tensor()));
       for (const at::Tensor& grad : results.grads) node->grads.emplace_back(grad, /*is_output=*/false);
       if (has_link) {
         node->link_dtype = link->scalar_type();
@@ -267,31 +289,15 @@ std::optional<cpu::Outputs> usual_loss(PyObject* const* args) {
   return outputs;
 }
 
-// The attributes of ARLLoss that are read or written here.
-struct Names {
-  PyObject* options = PyUnicode_InternFromString("options");
-  PyObject* gamma = PyUnicode_InternFromString("gamma");
-  PyObject* temperature = PyUnicode_InternFromString("temperature");
-  PyObject* warmup = PyUnicode_InternFromString("warmup");
-  PyObject* training = PyUnicode_InternFromString("training");
-  PyObject* sync_stats = PyUnicode_InternFromString("sync_stats");
-  PyObject* history = PyUnicode_InternFromString("history");
-  PyObject* unseen = PyUnicode_InternFromString("_unseen");
-  PyObject* buffers = PyUnicode_InternFromString("_buffers");
-  PyObject* weight = PyUnicode_InternFromString("weight");
-  PyObject* pos_weight = PyUnicode_InternFromString("pos_weight");
-  PyObject* steps = PyUnicode_InternFromString("steps");
-  PyObject* packed = PyUnicode_InternFromString("_packed");
-  PyObject* modalities = PyUnicode_InternFromString("modalities");
-  PyObject* mask = PyUnicode_InternFromString("mask");  // of the link
-};
-
 }  // namespace
 
 PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != Py_ssize_t(std::size(kFastLoss))) Py_RETURN_NONE;
-  std::optional<cpu::Outputs> outputs = usual_loss(args);
+  PyObject* const* targets = items_of(args[2], std::size(kTargetsFields));
+  PyObject* const* schedule = items_of(args[3], std::size(kScheduleFields));
+  if (targets == nullptr || schedule == nullptr) Py_RETURN_NONE;
+  std::optional<cpu::Outputs> outputs = usual_loss(args[0], args[1], targets, schedule);
   if (!outputs) Py_RETURN_NONE;
   return pair(THPVariable_Wrap(std::move(outputs->loss)), THPVariable_Wrap(std::move(outputs->packed)));
   END_HANDLE_TH_ERRORS
@@ -299,57 +305,49 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* fast_criterion(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  static const Names& names = *new Names;
   if (count != Py_ssize_t(std::size(kFastCriterion)) || !PyDict_CheckExact(args[0])) Py_RETURN_NONE;
   PyObject *own = args[0], *mask = args[3];
   PyObject* const* branches = items_of(args[1], std::size(kBranchLogitsFields));
-  PyObject* buffers = PyDict_GetItem(own, names.buffers);
+  PyObject* buffers = PyDict_GetItem(own, names().buffers);
+  PyObject* options = PyDict_GetItem(own, names().options);
+  PyObject* warmup = PyDict_GetItem(own, names().warmup);
   const bool record = at::GradMode::is_enabled();
-  if (branches == nullptr || buffers == nullptr || !PyDict_Check(buffers) ||
-      PyDict_GetItem(own, names.sync_stats) != Py_False || PyDict_GetItem(own, names.history) != Py_None ||
-      (record && PyDict_GetItem(own, names.unseen) != Py_False)) {
+  if (branches == nullptr || buffers == nullptr || !PyDict_Check(buffers) || options == nullptr ||
+      warmup == nullptr || !PyLong_CheckExact(warmup) ||
+      PyDict_GetItem(own, names().sync_stats) != Py_False ||
+      PyDict_GetItem(own, names().history) != Py_None ||
+      (record && PyDict_GetItem(own, names().unseen) != Py_False)) {
     Py_RETURN_NONE;
   }
   PyObject *unimodal = branches[1], *link = branches[2];
   if (mask == Py_None && THPVariable_CheckExact(link)) {
-    PyObject* of_head = attribute_of(link, names.mask);
+    PyObject* of_head = attribute_of(link, names().mask);
     if (of_head != nullptr) mask = of_head;
   }
-  PyObject* warmup = PyDict_GetItem(own, names.warmup);
-  if (warmup == nullptr) Py_RETURN_NONE;
   const bool warms = PyObject_IsTrue(warmup) == 1;
-  // held, since another thread may change the criterion while rows are computed
-  const std::array<pybind11::object, std::size(kFastLoss)> held = {
-      borrow(PyDict_GetItem(own, names.options)),
-      borrow(args[1]),
-      borrow(args[2]),
-      borrow(mask),
-      borrow(PyDict_GetItem(buffers, names.weight)),
-      borrow(Py_None),
-      borrow(PyDict_GetItem(buffers, names.pos_weight)),
-      borrow(PyDict_GetItem(own, names.gamma)),
-      borrow(PyDict_GetItem(own, names.temperature)),
-      borrow(warmup),
-      borrow(warms ? PyDict_GetItem(buffers, names.steps) : Py_None),
-  };
-  std::array<PyObject*, held.size()> fields;
-  for (size_t i = 0; i < held.size(); ++i) {
-    fields[i] = held[i].ptr();
-    if (fields[i] == nullptr) Py_RETURN_NONE;
+  PyObject* steps = warms ? PyDict_GetItem(buffers, names().steps) : Py_None;
+  PyObject* const targets[] = {args[2], mask, PyDict_GetItem(buffers, names().weight), /*divisor=*/Py_None,
+                               PyDict_GetItem(buffers, names().pos_weight)};
+  PyObject* const schedule[] = {PyDict_GetItem(own, names().gamma), PyDict_GetItem(own, names().temperature),
+                                warmup, steps};
+  c10::SmallVector<pybind11::object, 9> held;  // another thread may change the criterion meanwhile
+  for (const auto fields : {c10::ArrayRef<PyObject*>(targets), c10::ArrayRef<PyObject*>(schedule)}) {
+    for (PyObject* object : fields) {
+      if (object == nullptr) Py_RETURN_NONE;
+      held.push_back(pybind11::reinterpret_borrow<pybind11::object>(object));
+    }
   }
-  std::optional<cpu::Outputs> outputs = usual_loss(fields.data());
+  std::optional<cpu::Outputs> outputs = usual_loss(options, args[1], targets, schedule);
   if (!outputs) Py_RETURN_NONE;
   THPObjectPtr packed(THPVariable_Wrap(std::move(outputs->packed)));
   THPObjectPtr modalities(PyDict_Check(unimodal) ? PySequence_Tuple(unimodal)
-                                                       : pybind11::none().release().ptr());
-  if (!packed || !modalities || PyDict_SetItem(own, names.packed, packed) != 0 ||
-      PyDict_SetItem(own, names.modalities, modalities) != 0) {
+                                                 : pybind11::none().release().ptr());
+  if (!packed || !modalities || PyDict_SetItem(own, names().packed, packed) != 0 ||
+      PyDict_SetItem(own, names().modalities, modalities) != 0) {
     return nullptr;
   }
-  PyObject* training = PyDict_GetItem(own, names.training);
-  if (warms && record && training != nullptr && PyObject_IsTrue(training) == 1) {
-    at::Tensor steps = THPVariable_Unpack(fields.back());
-    steps.add_(1);  // after the loss has read it
+  if (warms && record && PyDict_GetItem(own, names().training) == Py_True) {
+    at::Tensor(THPVariable_Unpack(steps)).add_(1);  // after the loss has read it
   }
   return THPVariable_Wrap(std::move(outputs->loss));
   END_HANDLE_TH_ERRORS

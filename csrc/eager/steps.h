@@ -14,10 +14,8 @@ inline constexpr const char* kBranchLogitsFields[] = {"fused", "unimodal", "link
 inline constexpr const char* kLinearHeadFields[] = {"features", "weights",   "bias",
                                                     "fusion",   "bias_mode", "chunk"};
 
-// -> (loss, packed); after the branches come the fields of Targets and of Schedule.
-inline constexpr const char* kFastLoss[] = {"options",     "branches", "target",     "mask",
-                                            "weight",      "divisor",  "pos_weight", "gamma",
-                                            "temperature", "warmup",   "step"};
+// -> (loss, packed)
+inline constexpr const char* kFastLoss[] = {"options", "branches", "targets", "schedule"};
 PyObject* fast_loss(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
 // -> the loss of a criterion by its __dict__, in which the call leaves what ARLLoss.forward does.
