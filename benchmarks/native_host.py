@@ -71,7 +71,10 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
     torch.set_num_threads(1)
     module = stubbed()
     node = SimpleNamespace(
-        fast_loss=module.fast_loss, fast_modulate=module.fast_modulate, fast_linear_loss=lambda *_: None
+        fast_loss=module.fast_loss,
+        fast_criterion=module.fast_criterion,
+        fast_modulate=module.fast_modulate,
+        fast_linear_loss=lambda *_: None,
     )
     general = general_path(module)
     leaf, target = torch.randn(64, 6, requires_grad=True), torch.randint(6, (64,))

@@ -53,6 +53,7 @@ inline pybind11::dict spec() {
   spec["scale"] = tuple_of(kScale);
   spec["modulate_backward"] = tuple_of(kModulateBackward);
   spec["fast_loss"] = tuple_of(kFastLoss);
+  spec["fast_criterion"] = tuple_of(kFastCriterion);
   spec["fast_linear_loss"] = tuple_of(kFastLinearLoss);
   spec["fast_modulate"] = tuple_of(kFastModulate);
   spec["fast_unpack"] = tuple_of(kFastUnpack);

@@ -166,16 +166,20 @@ def test_native_leaves_more_branches_to_the_reference(monkeypatch):
 
 @pytest.fixture
 def fast_calls(binding, implementation, monkeypatch):
-    """The node of csrc/eager over the emulated launchers; what each call of fast_loss has served."""
+    """The node of csrc/eager over the emulated launchers; whether it has served each call of the loss."""
     calls = []
 
-    def fast_loss(*arguments):
-        result = binding.fast_loss(*arguments)
-        calls.append(result is not None)
-        return result
+    def counted(name):
+        def call(*arguments):
+            result = getattr(binding, name)(*arguments)
+            calls.append(result is not None)
+            return result
+
+        return call
 
     steps = SimpleNamespace(
-        fast_loss=fast_loss,
+        fast_loss=counted("fast_loss"),
+        fast_criterion=counted("fast_criterion"),
         fast_modulate=binding.fast_modulate,
         fast_linear_loss=lambda *_: None,
         fast_unpack=lambda _: None,

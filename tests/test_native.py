@@ -523,6 +523,107 @@ def test_saved_tensor_hooks_and_checkpoint():
     assert all(torch.equal(x.grad, g) for x, g in zip(leaves, full, strict=True))
 
 
+WEIGHTS = torch.linspace(0.5, 1.5, 37)
+CRITERIA = {
+    "plain": (dict(), 2),
+    "weights": (dict(weight=WEIGHTS, gamma=(0.5, 2.0), temperature=3, rule="paper"), 2),
+    "tensors": (dict(gamma=torch.tensor(2.0), temperature=torch.tensor(3.0)), 2),
+    "labels": (dict(task="multilabel", weight=WEIGHTS, pos_weight=2 * WEIGHTS, gamma=0.5), 2),
+    "warm-up": (dict(warmup=2, gamma=4.0), 3),
+}
+
+
+def criterion_calls(options, calls, named, masked):
+    """All that some calls of a criterion leave behind."""
+    torch.manual_seed(0)
+    logits, target = inputs()
+    if options.get("task") == "multilabel":
+        target = (torch.arange(33 * 37).view(33, 37) % 3 == 0).float()
+    criterion = ARLLoss(**options)
+    criterion._unseen = False
+    seen = []
+    for call in range(calls + 1):
+        criterion.train(call < calls)  # the last one is an evaluation, which does not count as a step
+        leaves = [x.detach().clone().requires_grad_() for x in logits]
+        link = torch.zeros(2, requires_grad=True)
+        if masked:
+            link.mask = torch.arange(66).view(33, 2) % 5 > 0
+        unimodal = {"a": leaves[1], "b": leaves[2]} if named else leaves[1:]
+        loss = criterion(BranchLogits(leaves[0], unimodal, link), target)
+        loss.backward(torch.tensor(0.5))
+        seen += [
+            loss.detach(),
+            *criterion.stats,
+            link.grad,
+            *(x.grad for x in leaves),
+            criterion.steps.clone(),
+        ]
+    with torch.no_grad():
+        seen.append(criterion(BranchLogits(leaves[0], unimodal, link), target))
+    return seen, criterion.modalities
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_in_one_call_leaves_what_forward_does(name, named, masked, count_served, monkeypatch):
+    options, calls = CRITERIA[name]
+    served = count_served("fast_criterion")
+    fast, modalities = criterion_calls(options, calls, named, masked)
+    assert served == [True] * (calls + 2)
+    assert modalities == (("a", "b") if named else None)
+    monkeypatch.setattr(dispatch, "native_steps", lambda: None)
+    general, names = criterion_calls(options, calls, named, masked)
+    assert names == modalities
+    for got, want in zip(fast, general, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_a_criterion_with_more_to_do_takes_the_general_way(count_served):
+    logits, target = inputs()
+    leaves = [x.detach().clone().requires_grad_() for x in logits]
+    output = BranchLogits(leaves[0], leaves[1:], torch.zeros(2, requires_grad=True))
+    served = count_served("fast_criterion")
+    criterion = ARLLoss()
+    criterion._unseen = False
+    want = criterion(output, target)
+    assert served.pop()
+    for changes in (dict(history=arl_fast.History()), dict(sync_stats=True), dict(_unseen=True)):
+        criterion = ARLLoss()
+        for attribute, value in (dict(_unseen=False) | changes).items():
+            setattr(criterion, attribute, value)
+        if changes.get("sync_stats"):
+            with pytest.raises(RuntimeError, match="not initialised"):
+                criterion(output, target)
+        else:
+            torch.testing.assert_close(criterion(output, target), want)
+        assert not served.pop(), changes
+    assert len(criterion.stats.entropy) == 2
+
+
+def test_results_that_share_memory_do_not_meet(fast_calls):
+    """The loss lies behind its statistics, and the gradients behind each other: each is its own to write."""
+    logits, target = inputs()
+    leaves = [x.detach().clone().requires_grad_() for x in logits]
+    loss, stats = arl_loss(leaves[0], leaves[1:], target, torch.zeros(2, requires_grad=True))
+    assert loss._version == 0
+    before = [x.clone() for x in stats]
+    value = loss.item()
+    loss /= 4
+    assert loss._version > 0
+    assert {x._version for x in stats} == {0}
+    assert all(torch.equal(a, b) for a, b in zip(stats, before, strict=True))
+    stats.loss.fill_(torch.nan)
+    assert loss.item() == value / 4
+    loss.backward()
+    kept = [x.grad.clone() for x in leaves]
+    for i, x in enumerate(leaves):
+        x.grad.fill_(float(i))
+        assert all(torch.equal(y.grad, g) for y, g in zip(leaves[i + 1 :], kept[i + 1 :], strict=True))
+    assert [x.grad.unique().tolist() for x in leaves] == [[0.0], [1.0], [2.0]]
+    torch.testing.assert_close(kept[0], step(logits, target)[2][0] / 4)
+
+
 def test_modulate_node_equals_the_function(monkeypatch):
     results = []
     for fast in (True, False):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .._core._torch import constant_for_compiler
 from .._core.options import Options, Schedule, is_plain
@@ -90,7 +91,7 @@ def _native_steps(name: Any) -> ModuleType | None:
 
 def native_steps() -> ModuleType | None:
     """The module whose ``fast_...`` functions serve usual eager steps on a CPU in one call, or None."""
-    return None if torch.compiler.is_compiling() else _native_steps(override)
+    return None if is_dynamo_compiling() else _native_steps(override)
 
 
 def report() -> str:

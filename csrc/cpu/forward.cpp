@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "../dtype.h"
+#include "../parts.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -51,6 +52,7 @@ const Isa*& chosen() {
 constexpr int64_t kStreamBytes = 64 << 20;  // gradients of all branches from which on no cache keeps them
 constexpr int64_t kGrain = 16384;           // fewest logits worth another thread
 constexpr int64_t kCountRows = 1 << 15;
+constexpr int64_t kSharedBytes = 256 << 10;  // gradients of all branches up to which they share memory
 
 struct RowCount {
   double count = 0, divisor = 0;  // what is valid, rows or pairs, and the sum of the rows' weights
@@ -221,18 +223,18 @@ void run(Loss& loss, const Options& options, const Numbers& numbers, const T* di
   const int branches = loss.branches;
   const auto gamma = [&](int modality) { return T(numbers.gamma(modality)); };
   const bool labels = options.task == kMultilabel;
-  RowCount counts[kMaxBranches];
-  labels ? count_pairs<T>(loss, counts) : count_rows<T>(loss, counts);
+  c10::SmallVector<RowCount, 4> counts(branches);
+  labels ? count_pairs<T>(loss, counts.data()) : count_rows<T>(loss, counts.data());
   for (int b = 0; b < branches; ++b) {
     loss.grad_scale[b] = b == 0 ? 1.0 : double(gamma(b - 1));
     const double rows = divisor != nullptr ? double(divisor[b]) : counts[b].divisor;
     if (options.reduction == kMean) loss.grad_scale[b] /= rows;
   }
-  ChunkSums totals[kMaxBranches] = {};
+  c10::SmallVector<ChunkSums, 4> totals(branches);
   if (labels) {
-    run_pairs(loss, chosen()->labels[loss.dtype], totals);
+    run_pairs(loss, chosen()->labels[loss.dtype], totals.data());
   } else if (loss.rows > 0) {
-    run_rows(loss, chosen()->rows[loss.dtype], sizeof(T), totals);
+    run_rows(loss, chosen()->rows[loss.dtype], sizeof(T), totals.data());
   }
 
   T* sums = packed + packed_offset<kPackedSums>(branches - 1);
@@ -268,6 +270,27 @@ at::Tensor label_weights(const at::Tensor& weight, const at::Tensor& pos_weight,
   }
   return table;
 }
+
+// Uninitialised gradients [rows, classes] of the wanted branches.
+struct Gradients {
+  int64_t rows, classes, step;
+  at::ScalarType type;
+  at::Tensor all;  // where they share an allocation
+  int taken = 0;
+
+  Gradients(const Loss& loss, at::ScalarType type, uint64_t wanted, bool shared)
+      : rows(loss.rows), classes(loss.classes), type(type) {
+    constexpr int64_t line = 64;  // bytes at whose multiples each starts
+    const int64_t element = int64_t(c10::elementSize(type)), count = __builtin_popcountll(wanted);
+    step = (rows * classes * element + line - 1) / line * line / element;
+    if (shared && count > 1 && count * step * element <= kSharedBytes)
+      all = empty_gradient(count, step, type);
+  }
+  at::Tensor next() {
+    return all.defined() ? part_of(all, step * taken++, {rows, classes})
+                         : empty_gradient(rows, classes, type);
+  }
+};
 
 // Element i of a tensor on the CPU.
 double element(const at::Tensor& tensor, int64_t i) {
@@ -319,6 +342,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   Outputs outputs;
   outputs.grads.resize(branches);
   c10::SmallVector<at::Tensor, 4> copies;
+  Gradients gradients(loss, type == at::kHalf ? at::kFloat : type, inputs.wanted, inputs.shared);
   for (int b = 0; b < branches; ++b) {
     const at::Tensor* x = &inputs.logits[b];
     TORCH_CHECK_VALUE((x->dim() == 2 || loss.positions > 0) && x->sizes() == fused.sizes() &&
@@ -335,8 +359,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
     if (inputs.wanted >> b & 1) {
       TORCH_CHECK(!inputs.in_place || (type != at::kHalf && x->is_contiguous()),
                   "logits: gradients of these do not fit in their place");
-      const at::ScalarType grad_type = type == at::kHalf ? at::kFloat : type;
-      outputs.grads[b] = inputs.in_place ? *x : empty_gradient(loss.rows, loss.classes, grad_type);
+      outputs.grads[b] = inputs.in_place ? *x : gradients.next();
       if (loss.positions > 0) outputs.grads[b] = outputs.grads[b].view(fused.sizes());
       loss.grad[b] = outputs.grads[b].mutable_data_ptr();
     }
@@ -395,12 +418,18 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   loss.ignore_index = options.ignore_index;
   loss.logit_l1 = options.dependence == kLogitL1;
 
-  outputs.packed = empty({packed_length(branches - 1)}, compute);
+  const int64_t length = packed_length(branches - 1);
   if (options.reduction == kNoReduction) {
+    outputs.packed = empty({length}, compute);
     outputs.loss = labels ? empty({loss.rows, loss.classes}, compute) : empty({loss.rows}, compute);
     row_loss = empty({branches, outputs.loss.numel()}, compute);
     loss.row_loss = row_loss.mutable_data_ptr();
+  } else if (inputs.shared) {  // the loss behind the statistics
+    outputs.packed = empty({length + 1}, compute);
+    outputs.loss = part_of(outputs.packed, length, {});
+    outputs.packed.unsafeGetTensorImpl()->set_sizes_contiguous({length});
   } else {
+    outputs.packed = empty({length}, compute);
     outputs.loss = empty({}, compute);
   }
   const void* divisors = divisor.defined() ? divisor.const_data_ptr() : nullptr;

@@ -31,6 +31,7 @@ struct Inputs {
   Numbers numbers;
   uint64_t wanted = 0;    // bit b: the gradient of branch b is to be written
   bool in_place = false;  // gradients overwrite the logits, which are contiguous and not float16
+  bool shared = false;    // small results may share an allocation
 };
 
 struct Outputs {

@@ -125,21 +125,21 @@ const Options* options_of(PyObject* object) {
   return &known->emplace(object, options).first->second;
 }
 
-bool read_targets(PyObject* object, Classes classes, Targets* targets) {
-  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != Py_ssize_t(std::size(kTargetsFields)))
-    return false;
-  targets->target = as_tensor(PyTuple_GET_ITEM(object, 0), classes);
-  return targets->target != nullptr && read_optional(PyTuple_GET_ITEM(object, 1), classes, &targets->mask) &&
-         read_optional(PyTuple_GET_ITEM(object, 2), classes, &targets->weight) &&
-         read_optional(PyTuple_GET_ITEM(object, 3), classes, &targets->divisor) &&
-         read_optional(PyTuple_GET_ITEM(object, 4), classes, &targets->pos_weight);
+PyObject* const* items_of(PyObject* object, size_t count) {
+  const bool fits = PyTuple_Check(object) && size_t(PyTuple_GET_SIZE(object)) == count;
+  return fits ? PySequence_Fast_ITEMS(object) : nullptr;
 }
 
-bool read_schedule(PyObject* object, Classes classes, Schedule* schedule) {
-  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 4) return false;
-  PyObject* gamma = PyTuple_GET_ITEM(object, 0);
-  PyObject* temperature = PyTuple_GET_ITEM(object, 1);
-  PyObject* warmup = PyTuple_GET_ITEM(object, 2);
+bool read_targets(PyObject* const* fields, Classes classes, Targets* targets) {
+  targets->target = as_tensor(fields[0], classes);
+  return targets->target != nullptr && read_optional(fields[1], classes, &targets->mask) &&
+         read_optional(fields[2], classes, &targets->weight) &&
+         read_optional(fields[3], classes, &targets->divisor) &&
+         read_optional(fields[4], classes, &targets->pos_weight);
+}
+
+bool read_schedule(PyObject* const* fields, Classes classes, Schedule* schedule) {
+  PyObject *gamma = fields[0], *temperature = fields[1], *warmup = fields[2];
   schedule->gamma = as_tensor(gamma, classes);
   if (schedule->gamma == nullptr) {
     const bool several = PyTuple_Check(gamma) || PyList_Check(gamma);
@@ -158,13 +158,15 @@ bool read_schedule(PyObject* object, Classes classes, Schedule* schedule) {
     PyErr_Clear();
     return false;
   }
-  return read_optional(PyTuple_GET_ITEM(object, 3), classes, &schedule->step);
+  return read_optional(fields[3], classes, &schedule->step);
 }
 
 Arguments::Arguments(PyObject* given_targets, PyObject* given_schedule, PyObject* given_options) {
-  TORCH_CHECK_TYPE(read_targets(given_targets, Classes::kAll, &targets),
+  PyObject* const* fields = items_of(given_targets, std::size(kTargetsFields));
+  TORCH_CHECK_TYPE(fields != nullptr && read_targets(fields, Classes::kAll, &targets),
                    "targets: expected Targets with a Tensor");
-  TORCH_CHECK_TYPE(read_schedule(given_schedule, Classes::kAll, &schedule),
+  fields = items_of(given_schedule, std::size(kScheduleFields));
+  TORCH_CHECK_TYPE(fields != nullptr && read_schedule(fields, Classes::kAll, &schedule),
                    "schedule: expected a Schedule of numbers and tensors");
   const Options* read = options_of(given_options);
   TORCH_CHECK_TYPE(read != nullptr, "options: expected Options with a built-in rule (Options.for_kernels)");
@@ -263,14 +265,6 @@ bool is_usual(const Targets& targets, const Schedule& schedule, const Options& o
 double value_at(const at::Tensor& packed, int64_t position) {
   const bool is_double = packed.scalar_type() == at::kDouble;
   return is_double ? packed.const_data_ptr<double>()[position] : packed.const_data_ptr<float>()[position];
-}
-
-at::Tensor part_of(const at::Tensor& memory, int64_t first, at::IntArrayRef sizes) {
-  auto part = at::detail::make_tensor<at::TensorImpl>(c10::Storage(memory.storage()), memory.key_set(),
-                                                      memory.dtype());
-  part.unsafeGetTensorImpl()->set_storage_offset(memory.storage_offset() + first);
-  part.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
-  return part;
 }
 
 c10::SmallVector<double, 4> link_gradient(const at::Tensor& packed, int modalities) {

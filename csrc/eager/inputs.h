@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "../contract.h"
+#include "../parts.h"
 
 namespace arl {
 
@@ -37,9 +38,12 @@ const Options* options_of(PyObject* object);
 // Which Python classes of tensors are read: torch's own, or its subclasses too.
 enum class Classes { kOwn, kAll };
 
-// From the NamedTuples of Python, or tuples like them, whose tensors are borrowed; false for anything else.
-bool read_targets(PyObject* object, Classes classes, Targets* targets);
-bool read_schedule(PyObject* object, Classes classes, Schedule* schedule);
+// The items of a tuple of this many, borrowed; null for anything else.
+PyObject* const* items_of(PyObject* object, size_t count);
+
+// From the fields of the NamedTuples of Python, whose tensors are borrowed; false for anything else.
+bool read_targets(PyObject* const* fields, Classes classes, Targets* targets);
+bool read_schedule(PyObject* const* fields, Classes classes, Schedule* schedule);
 
 // What one call of forward is given besides the logits; a TypeError if it is not what the contract says.
 struct Arguments {
@@ -80,9 +84,6 @@ inline bool is_plain_loss(const Schedule& schedule, const Options& options) {
 
 // An entry of a packed vector on a CPU.
 double value_at(const at::Tensor& packed, int64_t position);
-
-// A dense tensor that is a part of another's memory, from an element on, with a version counter of its own.
-at::Tensor part_of(const at::Tensor& memory, int64_t first, at::IntArrayRef sizes);
 
 // The gains - 1 of a packed vector on a CPU.
 c10::SmallVector<double, 4> link_gradient(const at::Tensor& packed, int modalities);

@@ -336,8 +336,10 @@ PyObject* fast_linear_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const at::ScalarType type = head.features[0].scalar_type();
   cpu::Inputs inputs;
   Schedule schedule;
-  if (!read_targets(args[2], Classes::kOwn, &inputs.targets) ||
-      !read_schedule(args[3], Classes::kOwn, &schedule) ||
+  PyObject* const* targets = items_of(args[2], std::size(kTargetsFields));
+  PyObject* const* numbers = items_of(args[3], std::size(kScheduleFields));
+  if (targets == nullptr || numbers == nullptr || !read_targets(targets, Classes::kOwn, &inputs.targets) ||
+      !read_schedule(numbers, Classes::kOwn, &schedule) ||
       !is_usual(inputs.targets, schedule, *options, {rows, classes}, modalities, head.features[0])) {
     Py_RETURN_NONE;
   }

@@ -6,8 +6,10 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <iterator>
 #include <mutex>
 
@@ -47,15 +49,10 @@ struct LossBackward final : Node {
     if (!upstream.defined()) return results;
     refuse_second_derivatives();
     const bool keep = hooked || torch::autograd::get_current_graph_task_keep_graph();
-    c10::SmallVector<size_t, 4> needed;
-    variable_list given;
     for (size_t b = 0; b < branches; ++b) {
-      if (!task_should_compute_output(b)) continue;
-      needed.push_back(b);
-      given.push_back(grads[b].unpack());
+      if (task_should_compute_output(b)) results[b] = grads[b].unpack();
     }
-    if (!given.empty()) scale(upstream, keep, &given);
-    for (size_t i = 0; i < needed.size(); ++i) results[needed[i]] = std::move(given[i]);
+    scale(upstream, keep, &results);
     if (link.defined() && task_should_compute_output(branches)) {
       const bool as_is = !keep && link.scalar_type() == link_dtype;
       results[branches] = as_is ? link : link.to(link_dtype, /*non_blocking=*/false, /*copy=*/keep);
@@ -63,14 +60,26 @@ struct LossBackward final : Node {
     return results;
   }
 
-  // In the place of the gradients unless they are seen again, so that autograd need not copy them.
+  // Those that are defined, in their place unless they are seen again, so that autograd need not copy them.
   void scale(const at::Tensor& upstream, bool keep, variable_list* given) const {
-    if (cuda::serves(given->front())) {
-      if constexpr (cuda::kBuilt) *given = cuda::scale(*given, upstream, std::nullopt, dtype, !keep);
+    if (cuda::serves(upstream)) {
+      if constexpr (cuda::kBuilt) {
+        variable_list defined;
+        for (const at::Tensor& g : *given) {
+          if (g.defined()) defined.push_back(g);
+        }
+        if (defined.empty()) return;
+        defined = cuda::scale(defined, upstream, std::nullopt, dtype, !keep);
+        auto next = defined.begin();
+        for (at::Tensor& g : *given) {
+          if (g.defined()) g = std::move(*next++);
+        }
+      }
       return;
     }
     const double factor = read_scalar(upstream);
     for (at::Tensor& g : *given) {
+      if (!g.defined()) continue;
       if (g.scalar_type() != dtype) {  // float16 logits: round after scaling
         g = g.mul(factor).to(dtype);
       } else if (keep) {
@@ -134,19 +143,46 @@ struct Flat {
   }
 };
 
+// Attributes of ARLLoss, and of the link, that are read or written here.
+struct Names {
+  PyObject* options = PyUnicode_InternFromString("options");
+  PyObject* gamma = PyUnicode_InternFromString("gamma");
+  PyObject* temperature = PyUnicode_InternFromString("temperature");
+  PyObject* warmup = PyUnicode_InternFromString("warmup");
+  PyObject* training = PyUnicode_InternFromString("training");
+  PyObject* sync_stats = PyUnicode_InternFromString("sync_stats");
+  PyObject* history = PyUnicode_InternFromString("history");
+  PyObject* unseen = PyUnicode_InternFromString("_unseen");
+  PyObject* buffers = PyUnicode_InternFromString("_buffers");
+  PyObject* weight = PyUnicode_InternFromString("weight");
+  PyObject* pos_weight = PyUnicode_InternFromString("pos_weight");
+  PyObject* steps = PyUnicode_InternFromString("steps");
+  PyObject* packed = PyUnicode_InternFromString("_packed");
+  PyObject* modalities = PyUnicode_InternFromString("modalities");
+  PyObject* mask = PyUnicode_InternFromString("mask");
+};
+
+const Names& names() {
+  static const Names& interned = *new Names;
+  return interned;
+}
+
+// An attribute of a tensor's own, borrowed, or null.
+PyObject* attribute_of(PyObject* tensor, PyObject* name) {
+  PyObject** attributes = _PyObject_GetDictPtr(tensor);
+  return attributes == nullptr || *attributes == nullptr ? nullptr : PyDict_GetItem(*attributes, name);
+}
+
 // Whether the modalities' names, if unimodal has any, come in the order that modulate has left on its link.
 bool names_agree(PyObject* unimodal, PyObject* link) {
-  static PyObject* attribute = PyUnicode_InternFromString("modalities");
   if (!PyDict_CheckExact(unimodal)) return true;
-  PyObject** attributes = _PyObject_GetDictPtr(link);
-  PyObject* names =
-      attributes == nullptr || *attributes == nullptr ? nullptr : PyDict_GetItem(*attributes, attribute);
-  if (names == nullptr) return true;
-  if (!PyTuple_CheckExact(names) || PyTuple_GET_SIZE(names) != PyDict_GET_SIZE(unimodal)) return false;
+  PyObject* own = attribute_of(link, names().modalities);
+  if (own == nullptr) return true;
+  if (!PyTuple_CheckExact(own) || PyTuple_GET_SIZE(own) != PyDict_GET_SIZE(unimodal)) return false;
   PyObject *name, *value;
   Py_ssize_t at = 0;
   for (Py_ssize_t i = 0; PyDict_Next(unimodal, &at, &name, &value); ++i) {
-    PyObject* expected = PyTuple_GET_ITEM(names, i);
+    PyObject* expected = PyTuple_GET_ITEM(own, i);
     if (name != expected && PyObject_RichCompareBool(name, expected, Py_EQ) != 1) {
       PyErr_Clear();
       return false;
@@ -155,33 +191,31 @@ bool names_agree(PyObject* unimodal, PyObject* link) {
   return true;
 }
 
-}  // namespace
-
-PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  if (count != Py_ssize_t(std::size(kFastLoss)) || !PyTuple_Check(args[1]) || PyTuple_GET_SIZE(args[1]) != 3)
-    Py_RETURN_NONE;
-  if (!no_mode_intercepts()) Py_RETURN_NONE;
-  PyObject* unimodal = PyTuple_GET_ITEM(args[1], 1);
-  PyObject* link_object = PyTuple_GET_ITEM(args[1], 2);
-  const Options* options = options_of(args[0]);
-  const at::Tensor* fused = plain(PyTuple_GET_ITEM(args[1], 0));
-  if (options == nullptr || fused == nullptr) Py_RETURN_NONE;
+// The loss and the statistics of BranchLogits and the fields of Targets and Schedule; nothing if anything is
+// unusual or wrong.
+std::optional<cpu::Outputs> usual_loss(PyObject* options_object, PyObject* output, PyObject* const* targets,
+                                       PyObject* const* numbers) {
+  PyObject* const* branches = items_of(output, std::size(kBranchLogitsFields));
+  if (branches == nullptr || !no_mode_intercepts()) return std::nullopt;
+  PyObject *unimodal = branches[1], *link_object = branches[2];
+  const Options* options = options_of(options_object);
+  const at::Tensor* fused = plain(branches[0]);
+  if (options == nullptr || fused == nullptr) return std::nullopt;
   const bool dense = fused->dim() > 2, labels = options->task == kMultilabel;
-  if (fused->dim() < 2 || (dense && !labels && cuda::serves(*fused))) Py_RETURN_NONE;
-  if (dense && !labels && (fused->numel() == 0 || fused->size(1) > cpu::kColumnClasses)) Py_RETURN_NONE;
-  if (!fused->is_cpu() && !cuda::serves(*fused)) Py_RETURN_NONE;
+  if (fused->dim() < 2 || (dense && !labels && cuda::serves(*fused))) return std::nullopt;
+  if (dense && !labels && (fused->numel() == 0 || fused->size(1) > cpu::kColumnClasses)) return std::nullopt;
+  if (!fused->is_cpu() && !cuda::serves(*fused)) return std::nullopt;
   const auto values = values_of(unimodal);
   const int64_t modalities = int64_t(values.size());
   const at::ScalarType type = fused->scalar_type();
   cpu::Inputs inputs;
   Schedule schedule;
-  if (!read_targets(args[2], Classes::kOwn, &inputs.targets) ||
-      !read_schedule(args[3], Classes::kOwn, &schedule) ||
+  if (!read_targets(targets, Classes::kOwn, &inputs.targets) ||
+      !read_schedule(numbers, Classes::kOwn, &schedule) ||
       !is_usual(inputs.targets, schedule, *options, fused->sizes(), modalities, *fused)) {
-    Py_RETURN_NONE;
+    return std::nullopt;
   }
-  if ((cuda::serves(*fused) || dense) && is_plain_loss(schedule, *options)) Py_RETURN_NONE;
+  if ((cuda::serves(*fused) || dense) && is_plain_loss(schedule, *options)) return std::nullopt;
 
   c10::SmallVector<at::Tensor, 4> logits;
   const bool record = at::GradMode::is_enabled();
@@ -189,7 +223,7 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const at::Tensor* x = b == 0 ? fused : plain(values[b - 1]);
     if (x == nullptr || x->scalar_type() != type || x->sizes() != fused->sizes() ||
         x->device() != fused->device() || !(dense ? x->is_contiguous() : x->stride(1) == 1)) {
-      Py_RETURN_NONE;
+      return std::nullopt;
     }
     if (record && x->requires_grad()) inputs.wanted |= uint64_t(1) << b;
     logits.push_back(*x);
@@ -201,38 +235,40 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
     link = plain(link_object);
     if (link == nullptr || link->device() != fused->device() || link->dim() != 1 ||
         link->size(0) != modalities || !link->is_floating_point() || !names_agree(unimodal, link_object)) {
-      Py_RETURN_NONE;
+      return std::nullopt;
     }
   } else if (inputs.wanted != 0 && options->rule != kNone) {
-    Py_RETURN_NONE;  // a missing link: the general path says so
+    return std::nullopt;  // a missing link: the general path says so
   }
 
   RECORD_FUNCTION("arl_fast::loss", c10::ArrayRef<const c10::IValue>());
-  at::Tensor loss, packed;
+  std::optional<cpu::Outputs> outputs(std::in_place);
+  cpu::Outputs& results = *outputs;
   {
     const bool on_cuda = cuda::serves(*fused);
     std::optional<pybind11::gil_scoped_release> release;
     if (on_cuda || fused->numel() > 16384) release.emplace();
-    variable_list grads;
     std::optional<Flat> flat;
     if (dense) flat.emplace(&inputs, labels);
     if (on_cuda) {
       if constexpr (cuda::kBuilt) {
-        std::tie(loss, packed, grads) = cuda::forward(inputs.logits, inputs.targets, schedule, *options,
-                                                      inputs.wanted != 0, cuda::Memory::kShared);
+        variable_list grads;
+        std::tie(results.loss, results.packed, grads) = cuda::forward(
+            inputs.logits, inputs.targets, schedule, *options, inputs.wanted != 0, cuda::Memory::kShared);
+        results.grads.assign(grads.begin(), grads.end());
       }
     } else {
       if constexpr (!kWithoutCpu) {
         if (is_plain_loss(schedule, *options)) inputs.wanted = 0;
         inputs.numbers = cpu::read(schedule);
-        cpu::Outputs outputs = cpu::forward(inputs, *options);
-        loss = std::move(outputs.loss);
-        packed = std::move(outputs.packed);
-        grads.assign(outputs.grads.begin(), outputs.grads.end());
-        if (is_plain_loss(schedule, *options)) loss = torch_cross_entropy(*fused, inputs, *options, packed);
+        inputs.shared = true;
+        results = cpu::forward(inputs, *options);
+        if (is_plain_loss(schedule, *options)) {
+          results.loss = torch_cross_entropy(*fused, inputs, *options, results.packed);
+        }
       }
     }
-    for (at::Tensor& g : grads) {
+    for (at::Tensor& g : results.grads) {
       if (dense && g.defined()) g = g.view(fused->sizes());
     }
     if (inputs.wanted != 0) {
@@ -240,18 +276,80 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
       node->dtype = type;
       node->hooked = at::SavedTensorDefaultHooks::get_hooks().has_value();
       const bool has_link = link != nullptr && link->requires_grad();
-      variable_list edges(logits.begin(), logits.end());
-      edges.push_back(has_link ? *link : at::Tensor());
-      node->set_next_edges(torch::autograd::collect_next_edges(edges));
-      for (at::Tensor& grad : grads) node->grads.emplace_back(std::move(grad), /*is_output=*/false);
+      node->set_next_edges(
+          torch::autograd::collect_next_edges(at::TensorList(logits), has_link ? *link : at::Tensor()));
+      for (const at::Tensor& grad : results.grads) node->grads.emplace_back(grad, /*is_output=*/false);
       if (has_link) {
         node->link_dtype = link->scalar_type();
-        node->link = part_of(packed, packed_offset<kPackedLink>(int(modalities)), {modalities});
+        node->link = part_of(results.packed, packed_offset<kPackedLink>(int(modalities)), {modalities});
       }
-      torch::autograd::set_history(loss, node);
+      torch::autograd::set_history(results.loss, node);
     }
   }
-  return pair(THPVariable_Wrap(std::move(loss)), THPVariable_Wrap(std::move(packed)));
+  return outputs;
+}
+
+}  // namespace
+
+PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != Py_ssize_t(std::size(kFastLoss))) Py_RETURN_NONE;
+  PyObject* const* targets = items_of(args[2], std::size(kTargetsFields));
+  PyObject* const* schedule = items_of(args[3], std::size(kScheduleFields));
+  if (targets == nullptr || schedule == nullptr) Py_RETURN_NONE;
+  std::optional<cpu::Outputs> outputs = usual_loss(args[0], args[1], targets, schedule);
+  if (!outputs) Py_RETURN_NONE;
+  return pair(THPVariable_Wrap(std::move(outputs->loss)), THPVariable_Wrap(std::move(outputs->packed)));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* fast_criterion(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != Py_ssize_t(std::size(kFastCriterion)) || !PyDict_CheckExact(args[0])) Py_RETURN_NONE;
+  PyObject *own = args[0], *mask = args[3];
+  PyObject* const* branches = items_of(args[1], std::size(kBranchLogitsFields));
+  PyObject* buffers = PyDict_GetItem(own, names().buffers);
+  PyObject* options = PyDict_GetItem(own, names().options);
+  PyObject* warmup = PyDict_GetItem(own, names().warmup);
+  const bool record = at::GradMode::is_enabled();
+  if (branches == nullptr || buffers == nullptr || !PyDict_Check(buffers) || options == nullptr ||
+      warmup == nullptr || !PyLong_CheckExact(warmup) ||
+      PyDict_GetItem(own, names().sync_stats) != Py_False ||
+      PyDict_GetItem(own, names().history) != Py_None ||
+      (record && PyDict_GetItem(own, names().unseen) != Py_False)) {
+    Py_RETURN_NONE;
+  }
+  PyObject *unimodal = branches[1], *link = branches[2];
+  if (mask == Py_None && THPVariable_CheckExact(link)) {
+    PyObject* of_head = attribute_of(link, names().mask);
+    if (of_head != nullptr) mask = of_head;
+  }
+  const bool warms = PyObject_IsTrue(warmup) == 1;
+  PyObject* steps = warms ? PyDict_GetItem(buffers, names().steps) : Py_None;
+  PyObject* const targets[] = {args[2], mask, PyDict_GetItem(buffers, names().weight), /*divisor=*/Py_None,
+                               PyDict_GetItem(buffers, names().pos_weight)};
+  PyObject* const schedule[] = {PyDict_GetItem(own, names().gamma), PyDict_GetItem(own, names().temperature),
+                                warmup, steps};
+  c10::SmallVector<pybind11::object, 9> held;  // another thread may change the criterion meanwhile
+  for (const auto fields : {c10::ArrayRef<PyObject*>(targets), c10::ArrayRef<PyObject*>(schedule)}) {
+    for (PyObject* object : fields) {
+      if (object == nullptr) Py_RETURN_NONE;
+      held.push_back(pybind11::reinterpret_borrow<pybind11::object>(object));
+    }
+  }
+  std::optional<cpu::Outputs> outputs = usual_loss(options, args[1], targets, schedule);
+  if (!outputs) Py_RETURN_NONE;
+  THPObjectPtr packed(THPVariable_Wrap(std::move(outputs->packed)));
+  THPObjectPtr modalities(PyDict_Check(unimodal) ? PySequence_Tuple(unimodal)
+                                                 : pybind11::none().release().ptr());
+  if (!packed || !modalities || PyDict_SetItem(own, names().packed, packed) != 0 ||
+      PyDict_SetItem(own, names().modalities, modalities) != 0) {
+    return nullptr;
+  }
+  if (warms && record && PyDict_GetItem(own, names().training) == Py_True) {
+    at::Tensor(THPVariable_Unpack(steps)).add_(1);  // after the loss has read it
+  }
+  return THPVariable_Wrap(std::move(outputs->loss));
   END_HANDLE_TH_ERRORS
 }
 

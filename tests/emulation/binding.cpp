@@ -13,6 +13,7 @@ PyCFunction as_method(FastCall function) {
 
 PyMethodDef fast_methods[] = {
     {"fast_loss", as_method(&arl::fast_loss), METH_FASTCALL, nullptr},
+    {"fast_criterion", as_method(&arl::fast_criterion), METH_FASTCALL, nullptr},
     {"fast_modulate", &arl::fast_modulate, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
