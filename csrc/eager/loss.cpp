@@ -33,24 +33,27 @@ constexpr bool kWithoutCpu = false;
 
 // Hands out the gradients that forward has written: the logits of each branch first, the link last.
 struct LossBackward final : Node {
-  c10::SmallVector<SavedVariable, 4> grads;
+  // Nobody else sees the gradients, so that they need no SavedVariable, unless a saved-tensor hook holds
+  // them.
+  c10::SmallVector<at::Tensor, 4> grads;
+  std::vector<SavedVariable> hooked;
+  bool released = false;
   at::Tensor link;            // gains - 1, a part of the packed vector, if the link gets a gradient
   at::ScalarType dtype;       // of the logits
   at::ScalarType link_dtype;  // of the link
-  bool hooked = false;        // a saved-tensor hook may hold the gradients too
 
   std::string name() const override { return "ARLLossBackward"; }
 
   variable_list apply(variable_list&& upstreams) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    const size_t branches = grads.size();
+    const size_t branches = num_outputs() - 1;
     variable_list results(branches + 1);
     const at::Tensor& upstream = upstreams[0];
     if (!upstream.defined()) return results;
     refuse_second_derivatives();
-    const bool keep = hooked || torch::autograd::get_current_graph_task_keep_graph();
+    const bool keep = !hooked.empty() || torch::autograd::get_current_graph_task_keep_graph();
     for (size_t b = 0; b < branches; ++b) {
-      if (task_should_compute_output(b)) results[b] = grads[b].unpack();
+      if (task_should_compute_output(b)) results[b] = gradient(b);
     }
     scale(upstream, keep, &results);
     if (link.defined() && task_should_compute_output(branches)) {
@@ -58,6 +61,12 @@ struct LossBackward final : Node {
       results[branches] = as_is ? link : link.to(link_dtype, /*non_blocking=*/false, /*copy=*/keep);
     }
     return results;
+  }
+
+  at::Tensor gradient(size_t branch) const {
+    if (!hooked.empty()) return hooked[branch].unpack();
+    TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+    return grads[branch];
   }
 
   // Those that are defined, in their place unless they are seen again, so that autograd need not copy them.
@@ -92,8 +101,10 @@ struct LossBackward final : Node {
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable& grad : grads) grad.reset_data();
+    for (SavedVariable& grad : hooked) grad.reset_data();
+    grads.clear();
     link.reset();
+    released = true;
   }
 };
 
@@ -274,11 +285,14 @@ std::optional<cpu::Outputs> usual_loss(PyObject* options_object, PyObject* outpu
     if (inputs.wanted != 0) {
       const auto node = make_node<LossBackward>();
       node->dtype = type;
-      node->hooked = at::SavedTensorDefaultHooks::get_hooks().has_value();
       const bool has_link = link != nullptr && link->requires_grad();
       node->set_next_edges(
           torch::autograd::collect_next_edges(at::TensorList(logits), has_link ? *link : at::Tensor()));
-      for (const at::Tensor& grad : results.grads) node->grads.emplace_back(grad, /*is_output=*/false);
+      if (at::SavedTensorDefaultHooks::get_hooks().has_value()) {
+        for (const at::Tensor& grad : results.grads) node->hooked.emplace_back(grad, /*is_output=*/false);
+      } else {
+        node->grads = std::move(results.grads);
+      }
       if (has_link) {
         node->link_dtype = link->scalar_type();
         node->link = part_of(results.packed, packed_offset<kPackedLink>(int(modalities)), {modalities});
