@@ -65,6 +65,33 @@ ARL_INLINE V<T> weights_of(const Loss& loss, int64_t c) {  // of L classes from 
   return loss.weight == nullptr ? splat<T>(T(1)) : load<T>(static_cast<const T*>(loss.weight) + c);
 }
 
+// L rows of a branch, `to_next` elements apart. What follows the last one has its logits, and does not count.
+template <class T, class S>
+struct LaneRows {
+  static constexpr int L = Vector<T>::lanes;
+  const S* x[L];
+  Bits<T> y, valid;      // class indices, 0 where a row does not count
+  alignas(64) T x_y[L];  // logits of the classes y, whose stride is given
+
+  ARL_LAMBDA LaneRows(const Loss& loss, int branch, int64_t begin, int rows, const S* first, int64_t to_next,
+                      int64_t stride) {
+    const int32_t* target = loss.target + begin;
+    for (int l = 0; l < L; ++l) {
+      x[l] = first + (l < rows ? l : rows - 1) * to_next;
+      x_y[l] = to_float(x[l][(target[l] < 0 || l >= rows ? 0 : target[l]) * stride]);
+    }
+    typedef int32_t Indices __attribute__((vector_size(4 * L)));
+    Indices indices;
+    __builtin_memcpy(&indices, target, sizeof(indices));
+    y = __builtin_convertvector(indices, Bits<T>);
+    valid = (y >= 0) & (class_numbers<T>(0) < Lane<T>(rows));
+    if (branch > 0 && loss.mask != nullptr) {
+      for (int l = 0; l < rows; ++l) valid[l] &= loss.present(branch, begin + l) ? -1 : 0;
+    }
+    y &= valid;
+  }
+};
+
 // Whether the first largest logit of a row has the index `y`; a NaN, which `top` may have missed, counts as
 // the largest. Where y's is the largest and the others' exponentials sum to less than 1, none is as large.
 template <class T, class S>

@@ -58,25 +58,37 @@ struct RowCount {
   double count = 0, divisor = 0;  // what is valid, rows or pairs, and the sum of the rows' weights
 };
 
-// Valid rows of each branch and what "mean" divides by, before any gradient is written; checks the class
-// indices.
+// The class indices as they are given, and where they go as the row kernels read them.
+struct Indices {
+  const void* given = nullptr;
+  bool is_int64 = false;
+  int64_t ignore_index = 0;
+  std::unique_ptr<int32_t[]> read;
+};
+
+// Valid rows of each branch and what "mean" divides by, before any gradient is written; reads and checks the
+// class indices.
 template <class T, class Index>
-void count_chunk(const Loss& loss, int64_t begin, int64_t end, RowCount* counts) {
-  const Index* target = static_cast<const Index*>(loss.target);
+void count_chunk(const Loss& loss, const Indices& indices, int64_t begin, int64_t end, RowCount* counts) {
+  const Index* target = static_cast<const Index*>(indices.given);
   const T* weight = static_cast<const T*>(loss.weight);
+  int32_t* read = indices.read.get();
   if (target != nullptr) {
+    const int64_t ignore_index = indices.ignore_index, classes = loss.classes;
     bool bad = false;
     int64_t valid = 0;
     for (int64_t i = begin; i < end; ++i) {
-      const bool used = int64_t(target[i]) != loss.ignore_index;
-      bad |= used && uint64_t(int64_t(target[i])) >= uint64_t(loss.classes);
+      const int64_t y = target[i];
+      const bool used = y != ignore_index;
+      bad |= used && uint64_t(y) >= uint64_t(classes);
       valid += used;
+      read[i] = used ? int32_t(y) : -1;
     }
     if (bad) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t y = target[i];
-        TORCH_CHECK_INDEX(y == loss.ignore_index || (y >= 0 && y < loss.classes), "target: got class ", y,
-                          ", expected 0 <= target < ", loss.classes, " or ignore_index=", loss.ignore_index);
+        TORCH_CHECK_INDEX(y == ignore_index || (y >= 0 && y < classes), "target: got class ", y,
+                          ", expected 0 <= target < ", classes, " or ignore_index=", ignore_index);
       }
     }
     if (loss.mask == nullptr && weight == nullptr) {
@@ -89,21 +101,27 @@ void count_chunk(const Loss& loss, int64_t begin, int64_t end, RowCount* counts)
     for (int64_t i = begin; i < end; ++i) {
       if (!loss.valid(b, i)) continue;
       own.count += 1;
-      own.divisor += weight != nullptr && target != nullptr ? double(weight[target[i]]) : 1;
+      own.divisor += weight != nullptr && target != nullptr ? double(weight[read[i]]) : 1;
     }
     counts[b] = own;
   }
 }
 
 template <class T>
-void count_rows(const Loss& loss, RowCount* counts) {
-  const auto count = loss.target_is_int64 ? &count_chunk<T, int64_t> : &count_chunk<T, int32_t>;
-  if (loss.rows <= kCountRows) return count(loss, 0, loss.rows, counts);
+void count_rows(Loss& loss, Indices& indices, RowCount* counts) {
+  if (indices.given != nullptr) {
+    indices.read.reset(new int32_t[loss.rows + kMostLanes]);
+    std::fill_n(indices.read.get() + loss.rows, kMostLanes, -1);
+    loss.target = indices.read.get();
+  }
+  const auto count = indices.is_int64 ? &count_chunk<T, int64_t> : &count_chunk<T, int32_t>;
+  if (loss.rows <= kCountRows) return count(loss, indices, 0, loss.rows, counts);
   const int64_t chunks = (loss.rows + kCountRows - 1) / kCountRows;
   std::vector<RowCount> parts(chunks * loss.branches);
   parallel(chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      count(loss, i * kCountRows, std::min(loss.rows, (i + 1) * kCountRows), &parts[i * loss.branches]);
+      const int64_t first = i * kCountRows;
+      count(loss, indices, first, std::min(loss.rows, first + kCountRows), &parts[i * loss.branches]);
     }
   });
   for (int64_t i = 0; i < chunks; ++i) {
@@ -219,12 +237,13 @@ void run_pairs(const Loss& loss, RowsFn labels, ChunkSums* totals) {
 }
 
 template <class T>
-void run(Loss& loss, const Options& options, const Numbers& numbers, const T* divisor, T* packed, T* out) {
+void run(Loss& loss, Indices& indices, const Options& options, const Numbers& numbers, const T* divisor,
+         T* packed, T* out) {
   const int branches = loss.branches;
   const auto gamma = [&](int modality) { return T(numbers.gamma(modality)); };
   const bool labels = options.task == kMultilabel;
   c10::SmallVector<RowCount, 4> counts(branches);
-  labels ? count_pairs<T>(loss, counts.data()) : count_rows<T>(loss, counts.data());
+  labels ? count_pairs<T>(loss, counts.data()) : count_rows<T>(loss, indices, counts.data());
   for (int b = 0; b < branches; ++b) {
     loss.grad_scale[b] = b == 0 ? 1.0 : double(gamma(b - 1));
     const double rows = divisor != nullptr ? double(divisor[b]) : counts[b].divisor;
@@ -334,6 +353,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   const at::ScalarType compute = type == at::kDouble ? at::kDouble : at::kFloat;
 
   Loss loss = {};
+  Indices indices;
   loss.branches = branches;
   loss.positions = fused.dim() == 3 ? fused.size(2) : 0;
   loss.rows = fused.size(0) * (loss.positions > 0 ? loss.positions : 1);
@@ -383,8 +403,9 @@ Outputs forward(const Inputs& inputs, const Options& options) {
     TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
                      "target: expected int64 or int32 class indices");
     if (!target.is_contiguous()) target = target.contiguous();
-    loss.target = target.const_data_ptr();
-    loss.target_is_int64 = target.scalar_type() == at::kLong;
+    indices.given = target.const_data_ptr();
+    indices.is_int64 = target.scalar_type() == at::kLong;
+    indices.ignore_index = options.ignore_index;
   }
   loss.weight_total = double(loss.classes);
   if (given.weight != nullptr) {
@@ -415,7 +436,6 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   }
   if (given.divisor != nullptr) divisor = given.divisor->to(compute).contiguous();
   loss.label_smoothing = options.label_smoothing;
-  loss.ignore_index = options.ignore_index;
   loss.logit_l1 = options.dependence == kLogitL1;
 
   const int64_t length = packed_length(branches - 1);
@@ -437,7 +457,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   void* out = outputs.loss.mutable_data_ptr();
   const auto run_as = [&](auto zero) {
     using T = decltype(zero);
-    run<T>(loss, options, inputs.numbers, static_cast<const T*>(divisors), static_cast<T*>(packed),
+    run<T>(loss, indices, options, inputs.numbers, static_cast<const T*>(divisors), static_cast<T*>(packed),
            static_cast<T*>(out));
   };
   compute == at::kDouble ? run_as(double()) : run_as(float());

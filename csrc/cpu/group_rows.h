@@ -46,20 +46,16 @@ ARL_INLINE void group_rows(const Loss& loss, int branch, int64_t begin, int rows
   constexpr int L = Vector<T>::lanes, kTile = kTileRows < L ? kTileRows : L;
   const int64_t classes = loss.classes, padded = (classes + L - 1) / L * L;
   const S* logits = static_cast<const S*>(loss.logits[branch]) + begin * loss.row_stride[branch];
-  const S* x[L];
-  alignas(64) Lane<T> ys[L], valids[L];
-  alignas(64) T x_ys[L], weights[L], l1s[L] = {};
-  for (int l = 0; l < L; ++l) {  // lanes past the last row repeat it, and are dropped
-    const int own = l < rows ? l : rows - 1;
-    const int64_t row = begin + own;
-    x[l] = logits + own * loss.row_stride[branch];
-    const bool used = l < rows && loss.valid(branch, row);
-    const int64_t y = used ? loss.class_index(row) : 0;
-    valids[l] = used ? -1 : 0;
-    ys[l] = Lane<T>(y);
-    x_ys[l] = to_float(x[l][y]);
-    weights[l] = weight_of<T>(loss, y);
-    if (loss.logit_l1) l1s[l] = row_l1<T>(x[l], classes);
+  const LaneRows<T, S> lanes(loss, branch, begin, rows, logits, loss.row_stride[branch], 1);
+  const S* const* x = lanes.x;
+  const Bits<T> valid = lanes.valid;
+  const int32_t* target = loss.target + begin;
+  V<T> weighted = splat<T>(T(1 - loss.label_smoothing)), l1{};
+  if (loss.weight != nullptr) {
+    for (int l = 0; l < L; ++l) weighted[l] *= weight_of<T>(loss, lanes.y[l]);
+  }
+  if (loss.logit_l1) {
+    for (int l = 0; l < rows; ++l) l1[l] = row_l1<T>(x[l], classes);
   }
   // act(c, at, last) for each vector of classes, the exponentials of which are kept from c on. It lies at
   // `at`: the last one has some classes for a second time.
@@ -85,11 +81,12 @@ ARL_INLINE void group_rows(const Loss& loss, int branch, int64_t begin, int rows
     V<T> z[kTile] = {}, e[kTile] = {};
     each_vector([&](int64_t c, int64_t at, auto last) ARL_LAMBDA {
       const Bits<T> number = class_numbers<T>(at);
+#pragma GCC unroll 8  // so that the sums stay in registers
       for (int k = 0; k < kTile; ++k) {
         const int l = from + k;
         V<T> d = load<T>(x[l] + at) - tops[l];
         V<T> p = exp_nonpositive<T>(d);
-        if (Keep) p = number == ys[l] ? V<T>{} : p;
+        if (Keep) p = number == Lane<T>(target[l]) ? V<T>{} : p;
         if (decltype(last)::value) p = number < Lane<T>(c) ? V<T>{} : p;
         z[k] += p;
         e[k] += p * d;
@@ -102,7 +99,7 @@ ARL_INLINE void group_rows(const Loss& loss, int branch, int64_t begin, int rows
     }
   }
   V<T> partition = fold_each<T>(sums, add), energy = fold_each<T>(energies, add);
-  const V<T> d_y = load<T>(x_ys) - top;
+  const V<T> d_y = load<T>(lanes.x_y) - top;
   V<T> bounded = d_y;
   const V<T> e_y = exp_nonpositive<T>(bounded);
   const V<T> others = Keep ? partition : partition - e_y;
@@ -112,14 +109,14 @@ ARL_INLINE void group_rows(const Loss& loss, int branch, int64_t begin, int rows
   }
   const V<T> inverse = T(1) / partition, p_y = e_y * inverse;
 
-  const Bits<T> valid = bit_cast<Bits<T>>(valids);
   const V<T> zero{}, one = splat<T>(T(1));
   Bits<T> right = d_y == zero;
   const Bits<T> unsure = valid & ((right & ~(others < one)) | (partition != partition));
   if (any<T>(unsure)) {
     for (int l = 0; l < rows; ++l) {
       if (!unsure[l]) continue;
-      right[l] = first_largest_is<T, S>(x[l], classes, ys[l], tops[l], partition[l] != partition[l]) ? -1 : 0;
+      right[l] =
+          first_largest_is<T, S>(x[l], classes, target[l], tops[l], partition[l] != partition[l]) ? -1 : 0;
     }
   }
 
@@ -136,14 +133,13 @@ ARL_INLINE void group_rows(const Loss& loss, int branch, int64_t begin, int rows
     }
     smooth_b = smooth * fold_each<T>(sums, add);
   }
-  const V<T> weighted = T(1 - loss.label_smoothing) * load<T>(weights);
   const V<T> a = weighted + smooth * T(loss.weight_total);
   store<T>(chunk.a + first, valid ? a : zero);
   store<T>(chunk.b + first, valid ? weighted * d_y + smooth_b : zero);
   store<T>(chunk.partition + first, valid ? partition : one);
   store<T>(chunk.energy + first, valid ? energy : zero);
   store<T>(chunk.confidence + first, valid ? p_y : zero);
-  store<T>(chunk.l1 + first, valid ? load<T>(l1s) : zero);
+  store<T>(chunk.l1 + first, valid ? l1 : zero);
   store<T>(chunk.correct + first, valid & right ? one : zero);
 
   // d(row loss)/dx_c = A p_c - t_c
@@ -154,7 +150,7 @@ ARL_INLINE void group_rows(const Loss& loss, int branch, int64_t begin, int rows
   store<T>(g_ys, ((a - weighted) * p_y - weighted * (others * inverse)) * scale);
   G* grad = static_cast<G*>(loss.grad[branch]) + begin * classes;
   for (int l = 0; l < rows; ++l, grad += classes) {
-    if (!valids[l]) {
+    if (!loss.valid(branch, begin + l)) {
       for (int64_t c = 0; c < classes; ++c) grad[c] = G{};
       continue;
     }
@@ -167,8 +163,8 @@ ARL_INLINE void group_rows(const Loss& loss, int branch, int64_t begin, int rows
     write(padded - L, classes - L);  // first, since some of its elements have their value elsewhere
     for (int64_t c = 0; c + L < classes; c += L) write(c, c);
     T g_y = g_ys[l];
-    if (loss.label_smoothing != 0) g_y -= smooth * scale * weight_of<T>(loss, ys[l]);
-    grad[ys[l]] = from_float<G>(g_y);
+    if (loss.label_smoothing != 0) g_y -= smooth * scale * weight_of<T>(loss, target[l]);
+    grad[target[l]] = from_float<G>(g_y);
   }
 }
 

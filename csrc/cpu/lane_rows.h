@@ -65,18 +65,10 @@ ARL_INLINE void lane_rows(const Loss& loss, int branch, int64_t begin, int rows,
   const S* logits = static_cast<const S*>(loss.logits[branch]);
   logits +=
       kColumns ? begin / stride * loss.row_stride[branch] + begin % stride : begin * loss.row_stride[branch];
-  const S* x[L];
-  alignas(64) Lane<T> ys[L], valids[L];
-  alignas(64) T x_ys[L];
-  for (int l = 0; l < L; ++l) {  // lanes past the last row repeat it, and are dropped
-    const int own = l < rows ? l : rows - 1;
-    const int64_t row = begin + own;
-    x[l] = logits + own * (kColumns ? 1 : loss.row_stride[branch]);
-    const bool used = l < rows && loss.valid(branch, row);
-    valids[l] = used ? -1 : 0;
-    ys[l] = Lane<T>(used ? loss.class_index(row) : 0);
-    x_ys[l] = to_float(x[l][ys[l] * stride]);
-  }
+  const LaneRows<T, S> lanes(loss, branch, begin, rows, logits, kColumns ? 1 : loss.row_stride[branch],
+                             stride);
+  const S* const* x = lanes.x;
+  const Bits<T> y = lanes.y, valid = lanes.valid;
 
   // The first largest logit. A NaN is seen at the end.
   V<T> top = splat<T>(-T(__builtin_inf()));
@@ -119,7 +111,6 @@ ARL_INLINE void lane_rows(const Loss& loss, int branch, int64_t begin, int rows,
   }
   // For a gradient the true class is left out of the sums at first: p_y - 1 = -others / Z keeps its digits as
   // p_y goes to 1.
-  const Bits<T> y = bit_cast<Bits<T>>(ys), valid = bit_cast<Bits<T>>(valids);
   V<T> others{}, energy{};
   Bits<T> number{};
   for (int64_t c = 0; c < classes; ++c) {
@@ -131,7 +122,7 @@ ARL_INLINE void lane_rows(const Loss& loss, int branch, int64_t begin, int rows,
     if (Keep) store<T>(scratch + c * L, e);
     number += 1;
   }
-  const V<T> d_y = load<T>(x_ys) - top;
+  const V<T> d_y = load<T>(lanes.x_y) - top;
   V<T> bounded = d_y;
   const V<T> e_y = exp_nonpositive<T>(bounded);
   V<T> partition = others;
@@ -151,7 +142,7 @@ ARL_INLINE void lane_rows(const Loss& loss, int branch, int64_t begin, int rows,
 
   V<T> weighted = splat<T>(T(1 - loss.label_smoothing));
   if (loss.weight != nullptr) {
-    for (int l = 0; l < L; ++l) weighted[l] *= weight_of<T>(loss, ys[l]);
+    for (int l = 0; l < L; ++l) weighted[l] *= weight_of<T>(loss, y[l]);
   }
   const V<T> zero{}, one = splat<T>(T(1));
   const V<T> a = weighted + smooth * T(loss.weight_total);

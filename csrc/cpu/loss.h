@@ -34,8 +34,7 @@ struct Loss {
   bool streams;                      // the gradients are more than the caches keep
   double grad_scale[kMaxBranches];   // of the branch's term in the loss: gamma and the divisor of the mean
 
-  const void* target;  // [rows] int64 or int32, or null
-  bool target_is_int64;
+  const int32_t* target;    // [rows + kMostLanes], -1 where a row is ignored and behind the last one, or null
   const void* soft_target;  // T [rows, classes], contiguous, or null; a label that is NaN is not known
   bool all_known;           // no label is NaN
   const uint8_t* mask;      // [rows, modalities], or [batch, modalities] with positions, or null
@@ -43,7 +42,6 @@ struct Loss {
   const void* weight;   // T [classes], or null
   double weight_total;  // their sum; the number of classes without
   double label_smoothing;
-  int64_t ignore_index;
   bool logit_l1;  // the dependence is sum_c |x_c| instead of the confidence
 
   // T [classes + kMostLanes], behind the last label the first ones again, or null. The loss of a label t is
@@ -53,17 +51,13 @@ struct Loss {
   void* row_loss;  // T [branches, rows], of labels [branches, rows, classes], for reduction "none", or null
 
   // Inlined always: a copy made for one instruction set must not serve another.
-  ARL_ALWAYS int64_t class_index(int64_t row) const {
-    return target_is_int64 ? static_cast<const int64_t*>(target)[row]
-                           : static_cast<const int32_t*>(target)[row];
-  }
   ARL_ALWAYS bool present(int branch, int64_t row) const {
     if (branch == 0 || mask == nullptr) return true;
     if (positions > 0) row /= positions;
     return mask[row * mask_row_stride + (branch - 1) * mask_stride] != 0;
   }
   ARL_ALWAYS bool valid(int branch, int64_t row) const {
-    return present(branch, row) && (soft_target != nullptr || class_index(row) != ignore_index);
+    return present(branch, row) && (soft_target != nullptr || target[row] >= 0);
   }
 };
 

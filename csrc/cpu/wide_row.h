@@ -30,7 +30,7 @@ ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, bool more, T
 
   const T* soft =
       loss.soft_target == nullptr ? nullptr : static_cast<const T*>(loss.soft_target) + row * classes;
-  const int64_t y = soft == nullptr ? loss.class_index(row) : first_largest(soft, classes);
+  const int64_t y = soft == nullptr ? loss.target[row] : first_largest(soft, classes);
 
   // A = sum_c t_c, B = sum_c t_c (x_c - top); the class index is added to the smooth part of t by hand
   const T on_class = soft == nullptr ? T(1 - loss.label_smoothing) * weight_of<T>(loss, y) : T(0);

@@ -30,7 +30,7 @@ double noise() {  // uniform in [-4, 4)
 struct Case {
   int64_t rows, classes, stride;
   arl::Dtype dtype;
-  bool soft, weighted, masked, int64_target;
+  bool soft, weighted, masked, streams;
   double smoothing;
 };
 
@@ -64,8 +64,7 @@ int check(const Case& c) {
   std::unique_ptr<S[]> x(new S[elements]);
   for (int64_t i = 0; i < elements; ++i) x[i] = write<S>(noise());
   std::unique_ptr<G[]> grad(new G[c.rows * c.classes]);
-  std::unique_ptr<int64_t[]> y64(new int64_t[c.rows]);
-  std::unique_ptr<int32_t[]> y32(new int32_t[c.rows]);
+  std::vector<int32_t> y(c.rows + arl::cpu::kMostLanes, -1);
   std::unique_ptr<uint8_t[]> mask(new uint8_t[c.rows]);
   std::unique_ptr<T[]> weight(new T[c.classes]), soft(new T[c.rows * c.classes]);
   double weight_total = 0;
@@ -75,9 +74,9 @@ int check(const Case& c) {
   }
   for (int64_t i = 0; i < c.rows * c.classes; ++i) soft[i] = T((noise() + 4) / double(8 * c.classes));
   for (int64_t i = 0; i < c.rows; ++i) {
-    y64[i] = y32[i] = int32_t(state >> 8) % int32_t(c.classes);
+    y[i] = int32_t(state >> 8) % int32_t(c.classes);
     noise();
-    if (i % 7 == 3) y64[i] = y32[i] = -100;
+    if (i % 7 == 3) y[i] = -1;
     mask[i] = i % 5 != 2;
   }
 
@@ -90,9 +89,8 @@ int check(const Case& c) {
   loss.row_stride[1] = c.stride;
   loss.grad[1] = grad.get();
   loss.grad_scale[1] = 0.25;
-  loss.streams = c.int64_target;
-  loss.target = c.int64_target ? static_cast<const void*>(y64.get()) : y32.get();
-  loss.target_is_int64 = c.int64_target;
+  loss.streams = c.streams;
+  loss.target = y.data();
   if (c.soft) loss.soft_target = soft.get();
   if (c.masked) {
     loss.mask = mask.get();
@@ -101,7 +99,6 @@ int check(const Case& c) {
   if (c.weighted) loss.weight = weight.get();
   loss.weight_total = c.weighted ? weight_total : double(c.classes);
   loss.label_smoothing = c.smoothing;
-  loss.ignore_index = -100;
   loss.logit_l1 = c.classes % 2 == 0;
 
   const size_t scratch_bytes = size_t(arl::cpu::scratch_elements(c.classes, !c.soft)) * sizeof(T);
@@ -168,14 +165,14 @@ int check(const Case& c) {
     double top = -INFINITY, z = 0;
     for (int64_t k = 0; k < c.classes; ++k) top = std::fmax(top, read(row[k]));
     for (int64_t k = 0; k < c.classes; ++k) z += std::exp(read(row[k]) - top);
-    const bool valid = (!c.masked || mask[i]) && (c.soft || y64[i] != -100);
+    const bool valid = (!c.masked || mask[i]) && (c.soft || y[i] >= 0);
     double a = 0;
     int64_t best = 0,
-            label = c.soft ? 0 : y64[i];  // the first largest logit, and the first largest of a soft target
+            label = c.soft ? 0 : y[i];  // the first largest logit, and the first largest of a soft target
     std::vector<double> t(c.classes), log_p(c.classes);
     for (int64_t k = 0; k < c.classes; ++k) {
       log_p[k] = read(row[k]) - top - std::log(z);
-      t[k] = c.soft ? double(soft[i * c.classes + k]) : double(k == y64[i]);
+      t[k] = c.soft ? double(soft[i * c.classes + k]) : double(k == y[i]);
       t[k] = (t[k] * (1 - c.smoothing) + c.smoothing / double(c.classes)) *
              (c.weighted ? double(weight[k]) : 1.0);
       a += t[k];
@@ -189,7 +186,7 @@ int check(const Case& c) {
       if (!valid) continue;
       expected -= t[k] * log_p[k];
       entropy -= std::exp(log_p[k]) * log_p[k];
-      const double given = c.soft ? double(soft[i * c.classes + k]) : double(k == y64[i]);
+      const double given = c.soft ? double(soft[i * c.classes + k]) : double(k == y[i]);
       dependence += loss.logit_l1 ? std::fabs(read(row[k])) : given * std::exp(log_p[k]);
     }
   }
@@ -314,7 +311,8 @@ void extremes() {
       for (int64_t k = 0; k < classes; ++k)
         x[i * classes + k] = float(k % 3 == 0 ? values[i] : values[(i + k) % 6]);
     }
-    std::unique_ptr<int64_t[]> y(new int64_t[6]());
+    std::vector<int32_t> y(6 + arl::cpu::kMostLanes, -1);
+    std::fill_n(y.begin(), 6, 0);
     Loss loss = {};
     loss.branches = 2;
     loss.rows = 6;
@@ -324,8 +322,7 @@ void extremes() {
     loss.row_stride[0] = classes;
     loss.grad[0] = grad.get();
     loss.grad_scale[0] = 1;
-    loss.target = y.get();
-    loss.target_is_int64 = true;
+    loss.target = y.data();
     loss.weight_total = double(classes);
     const size_t scratch_bytes = size_t(arl::cpu::scratch_elements(classes, false) * 4 + 63) / 64 * 64;
     std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, scratch_bytes), &std::free);
