@@ -121,11 +121,41 @@ def test_uniform_exactly_when_shares_agree(modalities):
     stats = stats_of([x] * (modalities + 1), target)
     torch.testing.assert_close(stats.coefficients, torch.full((modalities,), 1 / modalities))
     q = torch.softmax(torch.randn(modalities), 0)
-    present = torch.ones(modalities, dtype=torch.bool)
-    a = rules.coefficients("share", 8.0, q, q, q, q, present)
+    a = rules.coefficients("share", 8.0, q, q, q, q, None)
     torch.testing.assert_close(a, torch.full((modalities,), 1 / modalities))
-    other = rules.coefficients("share", 8.0, q, q, q, q.roll(1), present)
+    other = rules.coefficients("share", 8.0, q, q, q, q.roll(1), None)
     assert not torch.allclose(other, a)
+
+
+@pytest.mark.parametrize("rule", ["share", "paper", "constant", "none", "ogm"])
+@pytest.mark.parametrize("gain", ["residual", "mean_one", "plain"])
+@pytest.mark.parametrize("floor", [None, 0.2])
+def test_nobody_absent_is_the_same_as_no_mask_of_the_absent(rule, gain, floor, monkeypatch):
+    """The shorter form for batches in which every modality has a row."""
+    torch.manual_seed(4)
+    sums = torch.rand(6, 3) + 0.5
+    sums[1:3] += 7
+    options = make_options(rule=rule, gain="plain" if rule == "ogm" else gain, entropy_floor=floor)
+    short = rules.finish(sums, Schedule(0.7, 3.0), options)
+    monkeypatch.setattr(rules, "_absent", torch.logical_not)
+    torch.testing.assert_close(short, rules.finish(sums, Schedule(0.7, 3.0), options), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("classes", [5, 40, 600])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_the_reference_are_torchs(classes, weighted, smoothing, reduction):
+    torch.manual_seed(2)
+    leaves = [torch.randn(8, classes, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    target = torch.randint(0, classes, (8,))
+    weight = torch.rand(classes, dtype=torch.float64) + 0.1 if weighted else None
+    options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+    want = torch.autograd.grad(sum(F.cross_entropy(x, target, **options) for x in leaves), leaves)
+    checked = make_options(label_smoothing=smoothing, reduction=reduction)
+    rows = [x.detach() for x in leaves]
+    _, _, got = reference.forward(rows, Targets(target, weight=weight), Schedule(1.0, 8.0), checked, True)
+    torch.testing.assert_close(tuple(got), want, rtol=1e-12, atol=1e-14)
 
 
 def test_the_papers_rule_depends_on_the_order():

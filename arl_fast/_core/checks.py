@@ -170,27 +170,29 @@ def _check_branches(branches: BranchLogits) -> tuple[Tensor, ...]:
     if len(names) == 0:
         raise ValueError("unimodal: got no logits, expected at least one modality")
     logits = [fused]
+    shape, dtype, device = fused.shape, fused.dtype, fused.device
     for name in names:
         x = unimodal[name]
-        label = f"unimodal[{name!r}]"
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{label}: got {type(x).__name__}, expected a Tensor of logits")
-        if type(x) is not Tensor:
-            check_not_dtensor(label, x)
-        if x.shape != fused.shape:
-            raise ValueError(
-                f"{label}: got shape {list(x.shape)}, expected that of the fused logits, {list(fused.shape)}"
-            )
-        if x.dtype != fused.dtype:
-            raise TypeError(f"{label}: got dtype {x.dtype}, expected that of the fused logits, {fused.dtype}")
-        if x.device != fused.device:
-            raise ValueError(
-                f"{label}: got device {x.device}, expected that of the fused logits, {fused.device}"
-            )
+        if type(x) is not Tensor or x.shape != shape or x.dtype != dtype or x.device != device:
+            _check_like_fused(f"unimodal[{name!r}]", x, fused)
         logits.append(x)
     if link is not None:
         _check_link(link, names, fused)
     return tuple(logits)
+
+
+def _check_like_fused(label: str, x: object, fused: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{label}: got {type(x).__name__}, expected a Tensor of logits")
+    check_not_dtensor(label, x)
+    if x.shape != fused.shape:
+        raise ValueError(
+            f"{label}: got shape {list(x.shape)}, expected that of the fused logits, {list(fused.shape)}"
+        )
+    if x.dtype != fused.dtype:
+        raise TypeError(f"{label}: got dtype {x.dtype}, expected that of the fused logits, {fused.dtype}")
+    if x.device != fused.device:
+        raise ValueError(f"{label}: got device {x.device}, expected that of the fused logits, {fused.device}")
 
 
 def _check_link(link: Tensor, names: Sequence, fused: Tensor) -> None:

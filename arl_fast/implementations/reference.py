@@ -86,11 +86,11 @@ def _is_first_largest(x: Tensor, label: Tensor, below: Tensor) -> Tensor:
     if not _on_host(x):
         return x.argmax(-1, keepdim=True) == label
     first = below.gather(-1, label) == 0
-    # How many are as large, without a search, which would take as long as two softmaxes. It is too many for
-    # elements that almost are, and NaN for a row with NaN or an infinity.
-    ties = torch.add(1.0, below, alpha=_LARGE[x.dtype]).clamp_min_(0).sum(-1, keepdim=True)
-    if not (single := ties <= 1).all():
-        rows = single.logical_not_().squeeze(-1).nonzero(as_tuple=True)
+    # How many are the largest of their row, without a search, which would take as long as two softmaxes. It
+    # is too many for elements that almost are, and NaN for a row with NaN or an infinity.
+    largest = torch.add(1.0, below, alpha=_LARGE[x.dtype]).clamp_min_(0)
+    if not largest.sum().item() <= label.numel():
+        rows = (largest.sum(-1) <= 1).logical_not_().nonzero(as_tuple=True)
         first[rows] = x[rows].argmax(-1, keepdim=True) == label[rows]
     return first
 
@@ -105,13 +105,13 @@ def _rows(
 ) -> tuple[Tensor, Tensor | None]:
     """What is known of each row of logits x [..., C], and its gradient; y: classes [..., 1] or probabilities.
 
-    Known are the log likelihood, whether the prediction is correct, minus the entropy, and the dependence,
-    [..., 4]. The gradient [..., C], for which there may be a place, ``out``, is that of minus the log
-    likelihood. Weights of class indices without smoothing are left to the caller, who multiplies both.
+    Known are the loss, whether the prediction is correct, the entropy, and the dependence, [..., 4]. The
+    gradient [..., C], for which there may be a place, ``out``, is that of the loss. Weights of class indices
+    without smoothing are left to the caller, who multiplies both.
     """
     soft = y.is_floating_point()
     smoothing = options.label_smoothing
-    p = torch.softmax(x, -1) if out is None else torch.softmax(x, -1, out=out)
+    p = torch.softmax(x, -1, out=out)
     log_p = x - x.amax(-1, keepdim=True)  # and log Z, below
     log_z = p.amax(-1, keepdim=True).log_().neg_()  # the largest p is 1 / Z
     correct = _is_first_largest(x, y.argmax(-1, keepdim=True) if soft else y, log_p)
@@ -119,22 +119,22 @@ def _rows(
     if soft:
         confidence = (y * p).sum(-1, keepdim=True)
     else:
-        log_likelihood = log_p.gather(-1, y).sub_(log_z)
+        loss = log_z - log_p.gather(-1, y)
         confidence = p.gather(-1, y)
     if soft or smoothing:
         u = y if soft else torch.zeros_like(p).scatter_(-1, y, 1.0)
         u = u * (1 - smoothing) + smoothing / p.shape[-1] if smoothing else u
         u = u if weight is None else u * weight
-        log_likelihood = (u * (log_p - log_z)).sum(-1, keepdim=True)
+        loss = (u * (log_z - log_p)).sum(-1, keepdim=True)
     dependence = confidence if options.dependence == "confidence" else x.abs().sum(-1, keepdim=True)
-    # sum_c p_c log p_c, with 0 log 0 = 0
-    minus_entropy = log_p.clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1, keepdim=True).sub_(log_z)
-    known = torch.cat([log_likelihood, correct.to(p.dtype), minus_entropy, dependence], -1)
+    # -sum_c p_c log p_c, with 0 log 0 = 0
+    entropy = log_z - log_p.clamp_min_(torch.finfo(p.dtype).min).mul_(p).sum(-1, keepdim=True)
+    known = torch.cat([loss, correct.to(p.dtype), entropy, dependence], -1)
     if not grad:
         return known, None
     if u is not None:
         return known, p.mul_(u.sum(-1, keepdim=True)).sub_(u)  # p sum_c u_c - u
-    return known, p.scatter_(-1, y, torch.expm1(log_likelihood))  # p_y - 1 at y
+    return known, p.scatter_(-1, y, torch.expm1(-loss))  # p_y - 1 at y
 
 
 def _torch_cross_entropy(
@@ -257,11 +257,11 @@ def forward(
     if poison is not None:
         rows = rows + poison
     _clear_rows(rows, keep)
-    log_likelihood, correct, minus_entropy, dependence = rows.sum(1).unbind(1)
-    sums = torch.stack([-log_likelihood, divisors, count, correct, -minus_entropy, dependence])
+    loss, *others = rows.sum(1).unbind(1)
+    sums = torch.stack([loss, divisors, count, *others])
     total, packed = finish(sums, schedule, options)
     if options.reduction == "none":
-        total = -rows[0, :, 0] - weighted_sum(gamma, rows[1:, :, 0])
+        total = rows[0, :, 0] + weighted_sum(gamma, rows[1:, :, 0])
 
     # the baseline of comparisons
     if is_plain(options, schedule) and divisor is None and not torch.compiler.is_compiling():
