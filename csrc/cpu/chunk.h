@@ -5,6 +5,14 @@
 #include "loss.h"
 #include "vec.h"
 
+// A form of the row kernel. With 32 registers it is a function of its own, in which all constants of an
+// exponential stay in registers; with 16 they do not anyway.
+#if ARL_VECTOR_BYTES == 64
+#define ARL_ROWS static __attribute__((noinline))
+#else
+#define ARL_ROWS ARL_INLINE
+#endif
+
 namespace arl::ARL_ISA {
 
 using cpu::ChunkSums;

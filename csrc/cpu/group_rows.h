@@ -41,8 +41,8 @@ ARL_INLINE V<T> fold_each(V<T>* v, Join join) {
 
 // Class indices, L classes or more. The gradient is written if `Keep`.
 template <class T, class S, class G, bool Keep>
-ARL_INLINE void group_rows(const Loss& loss, int branch, int64_t begin, int rows, T* scratch, Chunk<T>& chunk,
-                           int first) {
+ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, T* scratch, Chunk<T>& chunk,
+                         int first) {
   constexpr int L = Vector<T>::lanes, kTile = kTileRows < L ? kTileRows : L;
   const int64_t classes = loss.classes, padded = (classes + L - 1) / L * L;
   const S* logits = static_cast<const S*>(loss.logits[branch]) + begin * loss.row_stride[branch];

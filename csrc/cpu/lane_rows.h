@@ -55,8 +55,8 @@ enum class Layout {
 // Class indices and few classes, or columns: lane l of every vector belongs to row begin + l. The gradient is
 // written if `Keep`.
 template <class T, class S, class G, Layout layout, bool Keep>
-ARL_INLINE void lane_rows(const Loss& loss, int branch, int64_t begin, int rows, T* scratch, Chunk<T>& chunk,
-                          int first) {
+ARL_ROWS void lane_rows(const Loss& loss, int branch, int64_t begin, int rows, T* scratch, Chunk<T>& chunk,
+                        int first) {
   constexpr int L = Vector<T>::lanes;
   constexpr bool kFew = layout == Layout::kFew, kColumns = layout == Layout::kColumns;
   const int64_t classes = loss.classes;

@@ -9,8 +9,8 @@ namespace arl::ARL_ISA {
 // its place. `General`: soft targets or label smoothing, whose target distribution is kept in scratch as
 // well. The gradient is written if `Keep`.
 template <class T, class S, class G, bool General, bool Keep>
-ARL_INLINE void wide_row(const Loss& loss, int branch, int64_t row, bool more, T* top_of_row, T* scratch,
-                         T* target_row, Chunk<T>& chunk, int i) {
+ARL_ROWS void wide_row(const Loss& loss, int branch, int64_t row, bool more, T* top_of_row, T* scratch,
+                       T* target_row, Chunk<T>& chunk, int i) {
   constexpr int L = Vector<T>::lanes;
   const int64_t classes = loss.classes;
   const int64_t rest = classes % L;
