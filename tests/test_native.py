@@ -90,6 +90,8 @@ def test_every_instruction_set(isa, dtype, batch, classes):
                 want = reference.forward(logits, Targets(y, mask, weight), Schedule(2.0, 8.0), options, True)
                 torch.testing.assert_close(got[0], want[0], rtol=exact, atol=exact, equal_nan=True)
                 torch.testing.assert_close(got[1], want[1], rtol=exact, atol=exact, equal_nan=True)
+                alone = native.forward(logits, Targets(y, mask, weight), Schedule(2.0, 8.0), options, False)
+                torch.testing.assert_close(alone[:2], want[:2], rtol=exact, atol=exact, equal_nan=True)
                 for g, w in zip(got[2], want[2], strict=True):
                     torch.testing.assert_close(g, w, rtol=rounding, atol=rounding, equal_nan=True)
 
@@ -136,6 +138,8 @@ def test_infinities_and_nan_agree_with_reference(isa):
                 torch.testing.assert_close(got[0], want[0], equal_nan=True)
                 torch.testing.assert_close(unpack_sums(got[1]), unpack_sums(want[1]), equal_nan=True)
                 torch.testing.assert_close(got[2][0], want[2][0], equal_nan=True)
+                alone = native.forward([x, x], Targets(target), Schedule(1.0, 8.0), options, False)
+                torch.testing.assert_close(unpack_sums(alone[1]), unpack_sums(want[1]), equal_nan=True)
                 impossible = (x == -inf) & got[2][0].isfinite() & (torch.arange(width) != y)
                 assert (got[2][0][impossible] == 0).all()
 
@@ -160,11 +164,11 @@ def test_which_is_the_first_largest(isa, classes):
         soft,
         torch.where(soft.isnan(), soft, x.nan_to_num(5.0)),
     ):
-        _, packed, _ = native.forward([x, x], Targets(target), Schedule(1.0, 8.0), options, True)
         label = target if target.dim() == 1 else target.argmax(1)
-        assert (
-            unpack_sums(packed)[SUMS.index("correct")].tolist() == [float((x.argmax(1) == label).sum())] * 2
-        )
+        correct = float((x.argmax(1) == label).sum())
+        for grad in (True, False):
+            _, packed, _ = native.forward([x, x], Targets(target), Schedule(1.0, 8.0), options, grad)
+            assert unpack_sums(packed)[SUMS.index("correct")].tolist() == [correct] * 2
 
 
 @pytest.mark.parametrize("isa", ISAS)
