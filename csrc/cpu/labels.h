@@ -50,7 +50,7 @@ ARL_INLINE Pairs<T> take(V<T> x, V<T> t, V<T> yes_weight, V<T> no_weight, T scal
   }
   const V<T> a = absolute<T>(x);
   V<T> d = -a;
-  const V<T> e = exp_nonpositive<T, Use::kResult>(d);  // d is bounded now: d e is 0 where a is infinite
+  const V<T> e = exp_nonpositive<T>(d);  // d is bounded now: d e is 0 where a is infinite
   const V<T> l = log_one_plus<T>(e);
   const V<T> larger_p = one / (one + e), smaller_p = e * larger_p;
 

@@ -341,98 +341,95 @@ constexpr bool kAnyPower = true;  // an instruction multiplies by 2^n even where
 constexpr bool kAnyPower = false;
 #endif
 
-// exp(x) = 2^n 2^r with n = round(x / ln 2): adding `round` leaves n, and the bias of an exponent, in the low
-// bits. exp of `lowest` is 0, or taken for 0, since it is below 2e-38.
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2. Adding `round` leaves n, and the bias of an
+// exponent, in the low bits. exp of `lowest` is 0, or taken for 0, since it is below 2e-38.
 template <class T>
 struct Exp;
 
 template <>
 struct Exp<float> {
   static constexpr float lowest = kAnyPower ? -110.0f : -88.0296919f;  // -127 ln 2
-  static constexpr float per_ln2 = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float per_ln2 = 1.44269504f, ln2 = 0.693147181f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float round = 0x1.8p23f + 127;
   static constexpr int mantissa = 23;
-  // 2^r, |r| <= 1/2: minimax, relative error 3e-9. The first coefficient is 1, so that exp(0) = 1 exactly.
-  ARL_INLINE V<float> power(V<float> r) {
-    V<float> p = 1.5326471e-4f * r + 1.3390806e-3f;
-    p = p * r + 9.618506e-3f;
-    p = p * r + 0.0555036f;
-    p = p * r + 0.24022648f;
-    p = p * r + 0.6931472f;
-    return p * r + 1.0f;
+  // Minimax on |r| <= ln 2 / 2, relative error 3e-9; the first two coefficients are 1, so that exp(0) = 1
+  // exactly.
+  ARL_INLINE V<float> polynomial(V<float> r) {
+    V<float> p = 0.0013814594f * r + 0.0083687175f;
+    p = p * r + 0.04166839f;
+    p = p * r + 0.16666521f;
+    p = p * r + 0.49999994f;
+    return (p * r + 1.0f) * r + 1.0f;
   }
 };
 
 template <>
 struct Exp<double> {
   static constexpr double lowest = kAnyPower ? -750.0 : -709.08956571282405;  // -1023 ln 2
-  static constexpr double per_ln2 = 1.4426950408889634, ln2 = 0.69314718055994531,
-                          ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
+  static constexpr double per_ln2 = 1.4426950408889634, ln2 = 0.69314718055994531;
+  static constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
   static constexpr double round = 0x1.8p52 + 1023;
   static constexpr int mantissa = 52;
-  ARL_INLINE V<double> power(V<double> r) {  // Taylor; the first term left out is below 5e-18
-    const V<double> s = r * ln2;
-    V<double> p = 1.0 / 6227020800 * s + 1.0 / 479001600;
-    p = p * s + 1.0 / 39916800;
-    p = p * s + 1.0 / 3628800;
-    p = p * s + 1.0 / 362880;
-    p = p * s + 1.0 / 40320;
-    p = p * s + 1.0 / 5040;
-    p = p * s + 1.0 / 720;
-    p = p * s + 1.0 / 120;
-    p = p * s + 1.0 / 24;
-    p = p * s + 1.0 / 6;
-    p = p * s + 0.5;
-    return (p * s + 1.0) * s + 1.0;
+  ARL_INLINE V<double> polynomial(V<double> r) {  // Taylor; the first term left out is below 5e-18
+    V<double> p = 1.0 / 6227020800 * r + 1.0 / 479001600;
+    p = p * r + 1.0 / 39916800;
+    p = p * r + 1.0 / 3628800;
+    p = p * r + 1.0 / 362880;
+    p = p * r + 1.0 / 40320;
+    p = p * r + 1.0 / 5040;
+    p = p * r + 1.0 / 720;
+    p = p * r + 1.0 / 120;
+    p = p * r + 1.0 / 24;
+    p = p * r + 1.0 / 6;
+    p = p * r + 0.5;
+    return (p * r + 1.0) * r + 1.0;
   }
 };
 
-// What an exponential is for: a term of a sum whose largest term is 1, which may have the relative error of
-// rounding x / ln 2, or a result by itself.
-enum class Use { kTerm, kResult };
-
-// x / ln 2 - n
-template <class T, Use use>
+// x - n ln 2. A float's ln 2 is exact to 3e-9, which will do where the product is not rounded; else ln 2
+// comes in two pieces, and n times the first is exact.
+template <class T>
 ARL_INLINE V<T> remainder(V<T> x, V<T> n) {
   typedef Exp<T> E;
-  if constexpr (use == Use::kTerm) return x * E::per_ln2 - n;
-  // n times the first of two pieces of ln 2 is exact
-  return ((x - n * E::ln2_high) - n * E::ln2_low) * E::per_ln2;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  if constexpr (sizeof(T) == 4) return x - n * E::ln2;
+#endif
+  return (x - n * E::ln2_high) - n * E::ln2_low;
 }
 
 #if ARL_VECTOR_BYTES == 64
-// 2^(x / ln 2) by a table of 2^(i/16), which an instruction looks up by the low bits of a lane: n is rounded
-// to sixteenths, and what remains, |r| <= 1/32, needs a polynomial of degree 3 (relative error 1e-9).
-template <Use use>
+// 2^(i/16) by a table, which an instruction looks up by the low bits of a lane: n is rounded to sixteenths,
+// and what remains, |r| <= ln 2 / 32, needs a polynomial of degree 3 (relative error 9e-9).
 ARL_INLINE V<float> exp_by_table(V<float> x) {
   constexpr float round = 0x1.8p19f;
   const V<float> sixteenths = {1.0f,       1.0442737f, 1.0905077f, 1.1387886f, 1.1892071f, 1.2418578f,
                                1.2968396f, 1.3542556f, 1.4142135f, 1.4768262f, 1.5422108f, 1.6104903f,
                                1.6817929f, 1.7562522f, 1.8340081f, 1.9152066f};
   const V<float> shifted = x * Exp<float>::per_ln2 + round;
-  const V<float> n = shifted - round, r = remainder<float, use>(x, n);
+  const V<float> n = shifted - round, r = remainder<float>(x, n);
   const V<float> power = _mm512_permutexvar_ps(bit_cast<__m512i>(shifted), sixteenths);
-  const V<float> more = ((0.055505f * r + 0.24022651f) * r + 0.6931472f) * r;  // 2^r - 1
+  const V<float> more = ((0.16666667f * r + 0.5f) * r + 1.0f) * r;  // exp(r) - 1
   return _mm512_scalef_ps(power * more + power, n);
 }
 #endif
 
 // exp of a value that is not above 0. `x` is raised to the lowest argument, so that exp(x) * x is 0 where x
 // was -inf (0 log 0 = 0). NaN stays NaN.
-template <class T, Use use = Use::kTerm>
+template <class T>
 ARL_INLINE V<T> exp_nonpositive(V<T>& x) {
   typedef Exp<T> E;
   x = larger<T>(splat<T>(E::lowest), x);
 #if ARL_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return exp_by_table<use>(x);
+  if constexpr (sizeof(T) == 4) return exp_by_table(x);
 #endif
   const V<T> shifted = x * E::per_ln2 + E::round;
   const V<T> n = shifted - E::round;
-  const V<T> power = E::power(remainder<T, use>(x, n));
+  const V<T> p = E::polynomial(remainder<T>(x, n));
 #if ARL_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 8) return _mm512_scalef_pd(power, n);
+  if constexpr (sizeof(T) == 8) return _mm512_scalef_pd(p, n);
 #endif
-  return power * bit_cast<V<T>>(bit_cast<Bits<T>>(shifted) << E::mantissa);  // 0 at the lowest
+  return p * bit_cast<V<T>>(bit_cast<Bits<T>>(shifted) << E::mantissa);  // 0 at the lowest
 }
 
 // log of a finite normal value > 0; NaN and infinity come out as NaN or infinity.
