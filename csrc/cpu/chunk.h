@@ -35,6 +35,20 @@ ARL_INLINE void skip_row(Chunk<T>& chunk, int i) {
   chunk.partition[i] = T(1);
 }
 
+// Rows first, first + 1, ..., one per lane.
+template <class T>
+ARL_INLINE void keep_rows(Chunk<T>& chunk, int first, Bits<T> valid, V<T> a, V<T> b, V<T> partition,
+                          V<T> energy, V<T> confidence, V<T> l1, Bits<T> correct) {
+  const V<T> zero{}, one = splat<T>(T(1));
+  store<T>(chunk.a + first, valid ? a : zero);
+  store<T>(chunk.b + first, valid ? b : zero);
+  store<T>(chunk.partition + first, valid ? partition : one);
+  store<T>(chunk.energy + first, valid ? energy : zero);
+  store<T>(chunk.confidence + first, valid ? confidence : zero);
+  store<T>(chunk.l1 + first, valid ? l1 : zero);
+  store<T>(chunk.correct + first, valid & correct ? one : zero);
+}
+
 // Cross-entropy A log Z - B and entropy H = log Z - E / Z of all rows of the chunk, and their sums.
 template <class T>
 ARL_INLINE void finish_rows(const Loss& loss, int branch, int64_t begin, int rows, Chunk<T>& chunk,
@@ -97,6 +111,13 @@ struct LaneRows {
       for (int l = 0; l < rows; ++l) valid[l] &= loss.present(branch, begin + l) ? -1 : 0;
     }
     y &= valid;
+  }
+
+  // What the targets give the classes y: the rest of label smoothing, times the weights.
+  ARL_LAMBDA V<T> weighted(const Loss& loss) const {
+    V<T> t = splat<T>(T(1 - loss.label_smoothing));
+    for (int l = 0; l < L && loss.weight != nullptr; ++l) t[l] *= weight_of<T>(loss, y[l]);
+    return t;
   }
 };
 

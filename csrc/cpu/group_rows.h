@@ -50,10 +50,8 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
   const S* const* x = lanes.x;
   const Bits<T> valid = lanes.valid;
   const int32_t* target = loss.target + begin;
-  V<T> weighted = splat<T>(T(1 - loss.label_smoothing)), l1{};
-  if (loss.weight != nullptr) {
-    for (int l = 0; l < L; ++l) weighted[l] *= weight_of<T>(loss, lanes.y[l]);
-  }
+  const V<T> weighted = lanes.weighted(loss);
+  V<T> l1{};
   if (loss.logit_l1) {
     for (int l = 0; l < rows; ++l) l1[l] = row_l1<T>(x[l], classes);
   }
@@ -134,13 +132,7 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
     smooth_b = smooth * fold_each<T>(sums, add);
   }
   const V<T> a = weighted + smooth * T(loss.weight_total);
-  store<T>(chunk.a + first, valid ? a : zero);
-  store<T>(chunk.b + first, valid ? weighted * d_y + smooth_b : zero);
-  store<T>(chunk.partition + first, valid ? partition : one);
-  store<T>(chunk.energy + first, valid ? energy : zero);
-  store<T>(chunk.confidence + first, valid ? p_y : zero);
-  store<T>(chunk.l1 + first, valid ? l1 : zero);
-  store<T>(chunk.correct + first, valid & right ? one : zero);
+  keep_rows<T>(chunk, first, valid, a, weighted * d_y + smooth_b, partition, energy, p_y, l1, right);
 
   // d(row loss)/dx_c = A p_c - t_c
   if (!Keep) return;

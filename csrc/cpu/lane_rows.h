@@ -140,19 +140,9 @@ ARL_ROWS void lane_rows(const Loss& loss, int branch, int64_t begin, int rows, T
     }
   }
 
-  V<T> weighted = splat<T>(T(1 - loss.label_smoothing));
-  if (loss.weight != nullptr) {
-    for (int l = 0; l < L; ++l) weighted[l] *= weight_of<T>(loss, y[l]);
-  }
-  const V<T> zero{}, one = splat<T>(T(1));
+  const V<T> weighted = lanes.weighted(loss);
   const V<T> a = weighted + smooth * T(loss.weight_total);
-  store<T>(chunk.a + first, valid ? a : zero);
-  store<T>(chunk.b + first, valid ? weighted * d_y + smooth_b : zero);
-  store<T>(chunk.partition + first, valid ? partition : one);
-  store<T>(chunk.energy + first, valid ? energy : zero);
-  store<T>(chunk.confidence + first, valid ? p_y : zero);
-  store<T>(chunk.l1 + first, valid ? l1 : zero);
-  store<T>(chunk.correct + first, valid & (where == y) ? one : zero);
+  keep_rows<T>(chunk, first, valid, a, weighted * d_y + smooth_b, partition, energy, p_y, l1, where == y);
 
   // d(row loss)/dx_c = A p_c - t_c
   if (!Keep) return;
@@ -164,7 +154,7 @@ ARL_ROWS void lane_rows(const Loss& loss, int branch, int64_t begin, int rows, T
   const auto gradient = [&](int64_t c) ARL_LAMBDA {
     V<T> g = y == Lane<T>(c) ? g_y : load<T>(scratch + c * L) * factor;
     if (loss.label_smoothing != 0) g -= smooth * weight_of<T>(loss, c) * scale;
-    return valid ? g : zero;
+    return valid ? g : V<T>{};
   };
   if (kColumns && rows == L) {
     for (int64_t c = 0; c < classes; ++c) store(grad + c * stride, gradient(c));
