@@ -239,7 +239,10 @@ class ARLLoss(nn.Module):
         if dataset not in presets:
             known = ", ".join(map(repr, presets))
             raise ValueError(f"dataset: got {dataset!r}, expected one of {known} for ARLLoss.{kind}")
-        return cls(**{**presets[dataset], **changes})
+        settings = {**presets[dataset], **changes}
+        if settings["rule"] == "ogm" and "temperature" not in changes:
+            del settings["temperature"]  # T is not OGM's alpha
+        return cls(**settings)
 
     @property
     def stats(self) -> BranchStats | None:

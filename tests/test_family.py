@@ -74,6 +74,8 @@ def test_ogm_has_its_own_alpha_and_no_other_gain():
     criterion = ARLLoss(gamma=0.0, rule="ogm")
     assert (criterion.temperature, criterion.options.gain) == (0.1, "plain")
     assert ARLLoss().temperature == 8.0
+    assert ARLLoss.paper("crema-d", rule="ogm").temperature == 0.1
+    assert ARLLoss.paper("crema-d", rule="ogm", temperature=0.5).temperature == 0.5
     for make in (gains, lambda **options: ARLLoss(rule="ogm", **options)):
         with pytest.raises(ValueError, match=r"gain: got 'residual' with rule='ogm'.*leave it out"):
             make(gain="residual")

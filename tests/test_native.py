@@ -216,28 +216,31 @@ def test_gradients_beyond_the_caches_are_the_same(isa, dtype, classes):
 
 def test_large_logits_use_more_threads_than_one():
     """Seen in the CPU time of the process's threads: a parallel loop that is compiled without its runtime
-    still computes.
+    still computes. A second thread's share of the work does not depend on what else the machine does.
     """
     tasks = Path("/proc/self/task")
     if not next(tasks.glob("*/schedstat"), None):
         pytest.skip("needs /proc/self/task/*/schedstat")
+    logits, target = inputs(2048, 1000)
 
     def cpu_time():
         return {task.parent.name: int(task.read_text().split()[0]) for task in tasks.glob("*/schedstat")}
 
-    logits, target = inputs(2048, 1000)
-    before_threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    def spent(threads):
+        torch.set_num_threads(threads)
         with torch.no_grad():
             arl_loss(logits[0], logits[1:], target)
             before = cpu_time()
-            for _ in range(100):
+            for _ in range(50):
                 arl_loss(logits[0], logits[1:], target)
-        spent = sorted((time - before.get(thread, 0) for thread, time in cpu_time().items()), reverse=True)
+        return sorted((time - before.get(thread, 0) for thread, time in cpu_time().items()), reverse=True)
+
+    before_threads = torch.get_num_threads()
+    try:
+        alone, second = spent(1)[0], spent(2)[1]
     finally:
         torch.set_num_threads(before_threads)
-    assert spent[1] > 0.5 * spent[0]
+    assert second > alone / 4
 
 
 def test_rows_of_any_stride():
