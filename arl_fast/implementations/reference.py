@@ -235,7 +235,10 @@ def forward(
             grads = list(g.to(result_dtype).unbind(0))
     else:
         if grad:
-            grads = [torch.empty(n, classes, dtype=result_dtype, device=target.device) for _ in logits]
+            if _on_host(target):  # one block: freed apart, their pages would go back to the system every step
+                grads = list(torch.empty(branches, n, classes, dtype=result_dtype).unbind(0))
+            else:
+                grads = [torch.empty(n, classes, dtype=result_dtype, device=target.device) for _ in logits]
             factor = factor.expand(branches, n, 1)
             keep_rows = None if keep is None else keep.expand(branches, n, 1)
         in_place = grad and result_dtype == dtype and not torch.compiler.is_compiling()
