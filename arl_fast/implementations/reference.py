@@ -235,7 +235,8 @@ def forward(
             grads = list(g.to(result_dtype).unbind(0))
     else:
         if grad:
-            if _on_host(target):  # one block: freed apart, their pages would go back to the system every step
+            # one block where it is large: freed apart, their pages would go back to the system every step
+            if _on_host(target) and branches * n * classes > _BLOCK:
                 grads = list(torch.empty(branches, n, classes, dtype=result_dtype).unbind(0))
             else:
                 grads = [torch.empty(n, classes, dtype=result_dtype, device=target.device) for _ in logits]

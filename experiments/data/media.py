@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def read_frames(path: Path, fps: float, at_least: int, side: int, following: boo
     needed, kept = {i for group in chosen for i in group}, {}
     with _open(path) as container:
         container.streams.video[0].thread_type = "AUTO"
-        for number, frame in enumerate(container.decode(video=0)):
+        for number, frame in enumerate(_pictures(container)):
             if number in needed:
                 kept[number] = _shrink(frame, side)
             if number == max(needed):
@@ -92,6 +93,13 @@ def read_frames(path: Path, fps: float, at_least: int, side: int, following: boo
     last = kept[max(kept)]  # of a damaged file, fewer frames can be decoded than it says it has
     frames = [torch.stack([kept.get(i, last) for i in group]) for group in chosen]
     return torch.stack(frames) if following else torch.cat(frames)
+
+
+def _pictures(container: Any) -> Iterator[Any]:
+    """The frames that can be decoded: for a damaged packet PyAV 19 raises an error where 18 gave none."""
+    for packet in container.demux(video=0):
+        with contextlib.suppress(_av().error.InvalidDataError):
+            yield from packet.decode()
 
 
 def _length(path: Path) -> tuple[int, float]:
