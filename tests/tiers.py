@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
         threads = max(1, (os.cpu_count() or 1) // workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that tests start
         torch.set_num_threads(threads)
-        os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts is no worker
+    os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts is no worker
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
