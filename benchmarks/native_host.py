@@ -11,6 +11,7 @@ kernels' own steps stand beside. Medians of the process's CPU time, taking turns
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -144,4 +145,5 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     main()

@@ -10,6 +10,7 @@ B = 64, C = 6, M = 2.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import statistics
 from collections.abc import Callable
@@ -131,4 +132,5 @@ def main(rounds: int = 60, loops: int = 100) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     main()
