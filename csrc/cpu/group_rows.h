@@ -36,8 +36,8 @@ ARL_INLINE V<T> fold_each(V<T>* v, Join join) {
   return joined(joined(v[0], v[2], lower, upper), joined(v[1], v[3], lower, upper), even, odd);
 }
 
-// The largest logit of a row is found while the exponentials of the row so many before are computed: that
-// row's own would not be known in time.
+// The largest logit of a row is found while the exponentials of the row so many before are computed, since
+// one before would be late; the row behind it is fetched meanwhile.
 constexpr int kAhead = 2;
 
 // Class indices, L classes or more, of `rows` rows, `left` of which the chunk has from here on. `next_tops`
@@ -46,6 +46,7 @@ template <class T, class S, class G, bool Keep>
 ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, int left, T* next_tops,
                          T* scratch, Chunk<T>& chunk, int first) {
   constexpr int L = Vector<T>::lanes;
+  constexpr int kLine = 64 / sizeof(S);  // classes in a line of the cache
   const int64_t classes = loss.classes, padded = (classes + L - 1) / L * L;
   const int64_t row_stride = loss.row_stride[branch];
   const S* logits = static_cast<const S*>(loss.logits[branch]) + begin * row_stride;
@@ -77,9 +78,11 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
       continue;
     }
     const S* next = l + kAhead < left ? x + kAhead * row_stride : x;
+    const S* later = begin + l + kAhead + 1 < loss.rows ? x + (kAhead + 1) * row_stride : x;
     const V<T> own_top = splat<T>(tops[l]);
     V<T> z{}, e{}, next_top = splat<T>(-T(__builtin_inf()));
     each_vector([&](int64_t c, int64_t at, auto last) ARL_LAMBDA {
+      if (L == kLine || c % kLine == 0) prefetch<1>(later + at);
       next_top = larger<T>(load<T>(next + at), next_top);
       V<T> d = load<T>(x + at) - own_top;
       V<T> p = exp_nonpositive<T>(d);
