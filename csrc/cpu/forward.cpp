@@ -195,7 +195,7 @@ void* thread_scratch(size_t bytes) {
 // order, so that the result does not depend on the number of threads.
 void run_rows(const Loss& loss, RowsFn rows, size_t element, ChunkSums* totals) {
   const bool columns = loss.positions > 0;
-  const int64_t chunk = std::clamp<int64_t>(8192 / loss.classes, columns ? kMostLanes : 1, kChunkRows);
+  const int64_t chunk = std::clamp<int64_t>(16384 / loss.classes, columns ? kMostLanes : 1, kChunkRows);
   const int64_t span = columns ? loss.positions : loss.rows;  // no chunk reaches past one
   const int64_t per_span = (span + chunk - 1) / chunk;
   const int64_t chunks = per_span * (loss.rows / span);

@@ -1,5 +1,5 @@
-// Some vectors of classes: as many rows together as a vector has lanes, so that what is left in the lanes of
-// each row is brought together for all of them at once.
+// Some vectors of classes, or many without a gradient: row after row, and what is left in the lanes of as
+// many rows as a vector has lanes is brought together for all of them at once.
 #pragma once
 
 #include <type_traits>
@@ -7,9 +7,6 @@
 #include "chunk.h"
 
 namespace arl::ARL_ISA {
-
-// So many rows at a time get their exponentials: the registers hold two sums for each.
-constexpr int kTileRows = ARL_VECTOR_BYTES == 64 ? 8 : 4;
 
 // The lanes of each of L vectors joined: lane i of the result belongs to vector i.
 template <class T, class Join>
@@ -39,21 +36,27 @@ ARL_INLINE V<T> fold_each(V<T>* v, Join join) {
   return joined(joined(v[0], v[2], lower, upper), joined(v[1], v[3], lower, upper), even, odd);
 }
 
-// Class indices, L classes or more. The gradient is written if `Keep`.
+// The largest logit of a row is found while the exponentials of the row so many before are computed, since
+// one before would be late; the row behind it is fetched meanwhile.
+constexpr int kAhead = 2;
+
+// Class indices, L classes or more, of `rows` rows, `left` of which the chunk has from here on. `next_tops`
+// holds the largest logits of the first kAhead, and then of those behind. The gradient is written if `Keep`.
 template <class T, class S, class G, bool Keep>
-ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, T* scratch, Chunk<T>& chunk,
-                         int first) {
-  constexpr int L = Vector<T>::lanes, kTile = kTileRows < L ? kTileRows : L;
+ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, int left, T* next_tops,
+                         T* scratch, Chunk<T>& chunk, int first) {
+  constexpr int L = Vector<T>::lanes;
+  constexpr int kLine = 64 / sizeof(S);  // classes in a line of the cache
   const int64_t classes = loss.classes, padded = (classes + L - 1) / L * L;
-  const S* logits = static_cast<const S*>(loss.logits[branch]) + begin * loss.row_stride[branch];
-  const LaneRows<T, S> lanes(loss, branch, begin, rows, logits, loss.row_stride[branch], 1);
-  const S* const* x = lanes.x;
+  const int64_t row_stride = loss.row_stride[branch];
+  const S* logits = static_cast<const S*>(loss.logits[branch]) + begin * row_stride;
+  const LaneRows<T, S> lanes(loss, branch, begin, rows, logits, row_stride, 1);
   const Bits<T> valid = lanes.valid;
   const int32_t* target = loss.target + begin;
   const V<T> weighted = lanes.weighted(loss);
   V<T> l1{};
   if (loss.logit_l1) {
-    for (int l = 0; l < rows; ++l) l1[l] = row_l1<T>(x[l], classes);
+    for (int l = 0; l < rows; ++l) l1[l] = row_l1<T>(logits + l * row_stride, classes);
   }
   // act(c, at, last) for each vector of classes, the exponentials of which are kept from c on. It lies at
   // `at`: the last one has some classes for a second time.
@@ -62,40 +65,43 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
     act(padded - L, classes - L, std::true_type());
   };
   const auto add = [](V<T> a, V<T> b) ARL_LAMBDA { return a + b; };
-  const auto larger_of = [](V<T> a, V<T> b) ARL_LAMBDA { return larger<T>(a, b); };
-
-  V<T> sums[L], energies[L];
-  for (int l = 0; l < L; ++l) sums[l] = splat<T>(-T(__builtin_inf()));
-  each_vector([&](int64_t, int64_t at, auto) ARL_LAMBDA {
-    for (int l = 0; l < L; ++l) sums[l] = larger<T>(load<T>(x[l] + at), sums[l]);
-  });
-  const V<T> top = fold_each<T>(sums, larger_of);
-  alignas(64) T tops[L];
-  store<T>(tops, top);
 
   // For a gradient the true class is left out of the sums at first: p_y - 1 = -others / Z keeps its digits as
   // p_y goes to 1.
-  for (int from = 0; from < L; from += kTile) {
-    V<T> z[kTile] = {}, e[kTile] = {};
+  V<T> sums[L], energies[L];
+  alignas(64) T tops[L + kAhead] = {};
+  const S* x = logits;
+  for (int l = 0; l < kAhead; ++l) tops[l] = next_tops[l];
+  for (int l = 0; l < L; ++l) {
+    if (l >= rows) {
+      sums[l] = energies[l] = V<T>{};
+      continue;
+    }
+    const S* next = l + kAhead < left ? x + kAhead * row_stride : x;
+    const S* later = begin + l + kAhead + 1 < loss.rows ? x + (kAhead + 1) * row_stride : x;
+    const V<T> own_top = splat<T>(tops[l]);
+    V<T> z{}, e{}, next_top = splat<T>(-T(__builtin_inf()));
     each_vector([&](int64_t c, int64_t at, auto last) ARL_LAMBDA {
-      const Bits<T> number = class_numbers<T>(at);
-#pragma GCC unroll 8  // so that the sums stay in registers
-      for (int k = 0; k < kTile; ++k) {
-        const int l = from + k;
-        V<T> d = load<T>(x[l] + at) - tops[l];
-        V<T> p = exp_nonpositive<T>(d);
+      if (L == kLine || c % kLine == 0) prefetch<1>(later + at);
+      next_top = larger<T>(load<T>(next + at), next_top);
+      V<T> d = load<T>(x + at) - own_top;
+      V<T> p = exp_nonpositive<T>(d);
+      if (Keep || decltype(last)::value) {
+        const Bits<T> number = class_numbers<T>(at);
         if (Keep) p = number == Lane<T>(target[l]) ? V<T>{} : p;
         if (decltype(last)::value) p = number < Lane<T>(c) ? V<T>{} : p;
-        z[k] += p;
-        e[k] += p * d;
-        if (Keep) store<T>(scratch + l * padded + c, p);
       }
+      z += p;
+      e += p * d;
+      if (Keep) store<T>(scratch + l * padded + c, p);
     });
-    for (int k = 0; k < kTile; ++k) {
-      sums[from + k] = z[k];
-      energies[from + k] = e[k];
-    }
+    sums[l] = z;
+    energies[l] = e;
+    tops[l + kAhead] = largest<T>(next_top);
+    x += row_stride;
   }
+  for (int l = 0; l < kAhead; ++l) next_tops[l] = tops[L + l];
+  const V<T> top = load<T>(tops);
   V<T> partition = fold_each<T>(sums, add), energy = fold_each<T>(energies, add);
   const V<T> d_y = load<T>(lanes.x_y) - top;
   V<T> bounded = d_y;
@@ -108,23 +114,23 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
   const V<T> inverse = T(1) / partition, p_y = e_y * inverse;
 
   const V<T> zero{}, one = splat<T>(T(1));
-  Bits<T> right = d_y == zero;
-  const Bits<T> unsure = valid & ((right & ~(others < one)) | (partition != partition));
-  if (any<T>(unsure)) {
-    for (int l = 0; l < rows; ++l) {
-      if (!unsure[l]) continue;
-      right[l] =
-          first_largest_is<T, S>(x[l], classes, target[l], tops[l], partition[l] != partition[l]) ? -1 : 0;
-    }
+  uint32_t right = mask_of<T>(d_y == zero);
+  const uint32_t lost = mask_of<T>(partition != partition);
+  uint32_t unsure = mask_of<T>(valid) & (lost | (right & ~mask_of<T>(others < one)));
+  for (; unsure != 0; unsure &= unsure - 1) {
+    const int l = __builtin_ctz(unsure);
+    const bool is_first =
+        first_largest_is<T, S>(logits + l * row_stride, classes, target[l], tops[l], lost >> l & 1);
+    right = (right & ~(1u << l)) | uint32_t(is_first) << l;
   }
 
   const T smooth = T(loss.label_smoothing / double(classes));
   V<T> smooth_b{};
   if (loss.label_smoothing != 0) {
-    for (int l = 0; l < L; ++l) {
-      sums[l] = zero;
+    for (int l = 0; l < L; ++l) sums[l] = zero;
+    for (int l = 0; l < rows; ++l) {
       each_vector([&](int64_t c, int64_t at, auto last) ARL_LAMBDA {
-        V<T> b = weights_of<T>(loss, at) * (load<T>(x[l] + at) - tops[l]);
+        V<T> b = weights_of<T>(loss, at) * (load<T>(logits + l * row_stride + at) - tops[l]);
         if (decltype(last)::value) b = class_numbers<T>(at) < Lane<T>(c) ? zero : b;
         sums[l] += b;
       });
@@ -132,7 +138,8 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
     smooth_b = smooth * fold_each<T>(sums, add);
   }
   const V<T> a = weighted + smooth * T(loss.weight_total);
-  keep_rows<T>(chunk, first, valid, a, weighted * d_y + smooth_b, partition, energy, p_y, l1, right);
+  keep_rows<T>(chunk, first, valid, a, weighted * d_y + smooth_b, partition, energy, p_y, l1,
+               lanes_of<T>(right));
 
   // d(row loss)/dx_c = A p_c - t_c
   if (!Keep) return;

@@ -13,7 +13,7 @@ namespace arl::cpu {
 constexpr int kMaxBranches = 64;          // M+1; more modalities than this are served by the reference
 constexpr int kChunkRows = 64;            // most rows of one unit of work
 constexpr int64_t kChunkPairs = 4096;     // pairs of a row and a label of one unit of work
-constexpr int64_t kNarrowClasses = 128;   // most that any instruction set takes as more than a row at a time
+constexpr int64_t kNarrowClasses = 128;   // most whose gradients are written for several rows at a time
 constexpr int64_t kColumnClasses = 1024;  // most that are read where the positions lie side by side
 constexpr int64_t kSingleClasses = 4;     // up to here logits are read and written one by one
 constexpr int kMostLanes = 16;

@@ -14,8 +14,8 @@
 
 namespace arl::ARL_ISA {
 
-// Up to so many vectors of classes each row gets a lane, then rows are taken in groups; longer ones cost less
-// one by one (measured).
+// Up to so many vectors of classes each row gets a lane, then rows are taken in groups; with a gradient
+// longer ones cost less one by one (measured).
 constexpr int kLaneVectors = ARL_VECTOR_BYTES == 64 ? 3 : 2, kGroupVectors = ARL_VECTOR_BYTES == 64 ? 8 : 16;
 static_assert(kGroupVectors * Vector<float>::lanes <= cpu::kNarrowClasses);
 
@@ -34,15 +34,21 @@ ARL_INLINE void chunk_rows(const Loss& loss, int branch, int64_t begin, int coun
   if (loss.positions > 0) return by_lane(std::integral_constant<Layout, Layout::kColumns>());
   if (indices && classes < L) return by_lane(std::integral_constant<Layout, Layout::kFew>());
   if (indices && classes <= kLaneVectors * L) return by_lane(std::integral_constant<Layout, Layout::kRows>());
-  if (indices && classes <= kGroupVectors * L) {
+  const auto top_of = [&](int i) ARL_LAMBDA {
+    const int64_t row = begin + (i < count ? i : 0);
+    return row_top<T>(static_cast<const S*>(loss.logits[branch]) + row * loss.row_stride[branch], classes);
+  };
+  if (indices && (!Keep || classes <= kGroupVectors * L)) {
+    T tops[kAhead];
+    for (int i = 0; i < kAhead; ++i) tops[i] = top_of(i);
     for (int i = 0; i < count; i += L) {
       const int rows = count - i < L ? count - i : L;
-      group_rows<T, S, G, Keep>(loss, branch, begin + i, rows, scratch, chunk, i);
+      group_rows<T, S, G, Keep>(loss, branch, begin + i, rows, count - i, tops, scratch, chunk, i);
     }
     return;
   }
 
-  T top = row_top<T>(static_cast<const S*>(loss.logits[branch]) + begin * loss.row_stride[branch], classes);
+  T top = top_of(0);
   T* target_row = scratch + (classes + 15) / 16 * 16;
   const bool general = !indices || loss.label_smoothing != 0;
   if (general && indices) {
@@ -51,10 +57,10 @@ ARL_INLINE void chunk_rows(const Loss& loss, int branch, int64_t begin, int coun
   }
   for (int i = 0; i < count; ++i) {
     const bool more = i + 1 < count;
-    if (general) {
+    if (!Keep || general) {
       wide_row<T, S, G, true, Keep>(loss, branch, begin + i, more, &top, scratch, target_row, chunk, i);
     } else {
-      wide_row<T, S, G, false, Keep>(loss, branch, begin + i, more, &top, scratch, nullptr, chunk, i);
+      wide_row<T, S, G, false, true>(loss, branch, begin + i, more, &top, scratch, nullptr, chunk, i);
     }
   }
 }

@@ -330,16 +330,36 @@ ARL_INLINE T largest(V<T> x) {
   return fold<T, Vector<T>::lanes>(x, [](auto a, auto b) ARL_LAMBDA { return a > b ? a : b; });
 }
 
+// Bit l: whether lane l, which is 0 or -1, is set.
 template <class T>
-ARL_INLINE bool any(Bits<T> lanes) {
-  return fold<Lane<T>, Vector<T>::lanes>(lanes, [](auto a, auto b) ARL_LAMBDA { return a | b; }) != 0;
+ARL_INLINE uint32_t mask_of(Bits<T> lanes) {
+  constexpr bool single = sizeof(T) == 4;
+#if ARL_VECTOR_BYTES == 64
+  return single ? _mm512_movepi32_mask(bit_cast<__m512i>(lanes))
+                : _mm512_movepi64_mask(bit_cast<__m512i>(lanes));
+#elif ARL_VECTOR_BYTES == 32
+  return single ? _mm256_movemask_ps(bit_cast<__m256>(lanes)) : _mm256_movemask_pd(bit_cast<__m256d>(lanes));
+#elif defined(__SSE2__)
+  return single ? _mm_movemask_ps(bit_cast<__m128>(lanes)) : _mm_movemask_pd(bit_cast<__m128d>(lanes));
+#else
+  uint32_t mask = 0;
+  for (int l = 0; l < Vector<T>::lanes; ++l) mask |= uint32_t(lanes[l] != 0) << l;
+  return mask;
+#endif
 }
 
-#if ARL_VECTOR_BYTES == 64
-constexpr bool kAnyPower = true;  // an instruction multiplies by 2^n even where 2^n is no normal number
-#else
-constexpr bool kAnyPower = false;
-#endif
+// The reverse.
+template <class T>
+ARL_INLINE Bits<T> lanes_of(uint32_t mask) {
+  Bits<T> bits{};
+  for (int l = 0; l < Vector<T>::lanes; ++l) bits[l] = 1 << l;
+  return ((Bits<T>{} + Lane<T>(mask)) & bits) != 0;
+}
+
+template <class T>
+ARL_INLINE bool any(Bits<T> lanes) {
+  return mask_of<T>(lanes) != 0;
+}
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2. Adding `round` leaves n, and the bias of an
 // exponent, in the low bits. exp of `lowest` is 0, or taken for 0, since it is below 2e-38.
@@ -348,7 +368,7 @@ struct Exp;
 
 template <>
 struct Exp<float> {
-  static constexpr float lowest = kAnyPower ? -110.0f : -88.0296919f;  // -127 ln 2
+  static constexpr float lowest = -88.0296919f;  // -127 ln 2
   static constexpr float per_ln2 = 1.44269504f, ln2 = 0.693147181f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float round = 0x1.8p23f + 127;
@@ -366,7 +386,7 @@ struct Exp<float> {
 
 template <>
 struct Exp<double> {
-  static constexpr double lowest = kAnyPower ? -750.0 : -709.08956571282405;  // -1023 ln 2
+  static constexpr double lowest = -709.08956571282405;  // -1023 ln 2
   static constexpr double per_ln2 = 1.4426950408889634, ln2 = 0.69314718055994531;
   static constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
   static constexpr double round = 0x1.8p52 + 1023;
@@ -398,19 +418,38 @@ ARL_INLINE V<T> remainder(V<T> x, V<T> n) {
   return (x - n * E::ln2_high) - n * E::ln2_low;
 }
 
-#if ARL_VECTOR_BYTES == 64
-// 2^(i/16) by a table, which an instruction looks up by the low bits of a lane: n is rounded to sixteenths,
-// and what remains, |r| <= ln 2 / 32, needs a polynomial of degree 3 (relative error 9e-9).
+#if ARL_VECTOR_BYTES >= 32
+// 2^(i/L) by a table, which an instruction looks up by the low bits of a lane: n is rounded to multiples of
+// 1/L, and what remains, |r| <= ln 2 / 2L, needs a polynomial of degree 3 (minimax, relative error 2e-9, with
+// eight lanes 3e-8). Added to an exponent, n carries i along, which the table has less: entry i holds the
+// bits of 2^(i/L) - (i << below).
 ARL_INLINE V<float> exp_by_table(V<float> x) {
-  constexpr float round = 0x1.8p19f;
-  const V<float> sixteenths = {1.0f,       1.0442737f, 1.0905077f, 1.1387886f, 1.1892071f, 1.2418578f,
-                               1.2968396f, 1.3542556f, 1.4142135f, 1.4768262f, 1.5422108f, 1.6104903f,
-                               1.6817929f, 1.7562522f, 1.8340081f, 1.9152066f};
+  typedef Bits<float> B;
+#if ARL_VECTOR_BYTES == 64
+  constexpr int below = 19;  // bits of a mantissa behind those of i
+  constexpr float square = 0.50001651f, cube = 0.16666865f;
+  const B table = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
+                   0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
+                   0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+  const auto look_up = [&table](B i) ARL_LAMBDA {
+    return bit_cast<B>(_mm512_permutexvar_epi32(bit_cast<__m512i>(i), bit_cast<__m512i>(table)));
+  };
+#else
+  constexpr int below = 20;
+  constexpr float square = 0.5000658f, cube = 0.16666906f;
+  const B table = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                   0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+  const auto look_up = [&table](B i) ARL_LAMBDA {
+    return bit_cast<B>(_mm256_permutevar8x32_epi32(bit_cast<__m256i>(table), bit_cast<__m256i>(i)));
+  };
+#endif
+  constexpr float round = 3 << (below - 1);
   const V<float> shifted = x * Exp<float>::per_ln2 + round;
   const V<float> n = shifted - round, r = remainder<float>(x, n);
-  const V<float> power = _mm512_permutexvar_ps(bit_cast<__m512i>(shifted), sixteenths);
-  const V<float> more = ((0.16666667f * r + 0.5f) * r + 1.0f) * r;  // exp(r) - 1
-  return _mm512_scalef_ps(power * more + power, n);
+  const B bits = bit_cast<B>(shifted);
+  const V<float> power = bit_cast<V<float>>(look_up(bits) + (bits << below));
+  const V<float> more = (cube * r + square) * (r * r) + r;  // exp(r) - 1, by a short chain
+  return power * more + power;
 }
 #endif
 
@@ -420,15 +459,12 @@ template <class T>
 ARL_INLINE V<T> exp_nonpositive(V<T>& x) {
   typedef Exp<T> E;
   x = larger<T>(splat<T>(E::lowest), x);
-#if ARL_VECTOR_BYTES == 64
+#if ARL_VECTOR_BYTES >= 32
   if constexpr (sizeof(T) == 4) return exp_by_table(x);
 #endif
   const V<T> shifted = x * E::per_ln2 + E::round;
   const V<T> n = shifted - E::round;
   const V<T> p = E::polynomial(remainder<T>(x, n));
-#if ARL_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 8) return _mm512_scalef_pd(p, n);
-#endif
   return p * bit_cast<V<T>>(bit_cast<Bits<T>>(shifted) << E::mantissa);  // 0 at the lowest
 }
 

@@ -1,4 +1,4 @@
-// Many classes, or soft targets: one row at a time.
+// Many classes with a gradient, or soft targets: one row at a time.
 #pragma once
 
 #include "chunk.h"
@@ -60,10 +60,9 @@ ARL_ROWS void wide_row(const Loss& loss, int branch, int64_t row, bool more, T* 
   }
 
   // The exponentials; meanwhile the largest logit of the next row is found, the one after it is fetched, and
-  // where the next gradient goes. For a gradient the class index is left out of the sum at first: p_y - 1 =
-  // -others / Z keeps its digits as p_y goes to 1.
+  // where the next gradient goes. The class index is left out of the sum at first: p_y - 1 = -others / Z
+  // keeps its digits as p_y goes to 1.
   constexpr T lowest = -T(__builtin_inf());
-  constexpr bool kApart = Keep || General;  // the class index is left out of the sums at first
   V<T> d_y = splat<T>(to_float(x[y]) - top);
   const bool is_top = d_y[0] == T(0);
   const T e_y = exp_nonpositive<T>(d_y)[0];
@@ -72,10 +71,9 @@ ARL_ROWS void wide_row(const Loss& loss, int branch, int64_t row, bool more, T* 
     const V<T> p = left_out ? V<T>{} : exp_nonpositive<T>(d);
     z += p;
     e += p * d;
-    if (kApart) store<T>(scratch + at, p);
+    store<T>(scratch + at, p);
   };
-  const auto is_y = [y](Bits<T> number, int64_t from)
-                        ARL_LAMBDA { return kApart ? number == Lane<T>(y - from) : Bits<T>{}; };
+  const auto is_y = [y](Bits<T> number, int64_t from) ARL_LAMBDA { return number == Lane<T>(y - from); };
   Bits<T> number = class_numbers<T>(0);
   int64_t c = 0;
   for (; c + 2 * L <= classes; c += 2 * L) {
@@ -100,9 +98,7 @@ ARL_ROWS void wide_row(const Loss& loss, int branch, int64_t row, bool more, T* 
     exponentials(v - top, (number < Lane<T>(c)) | is_y(number, 0), c, z1, e1);
   }
   if (more) *top_of_row = largest<T>(larger<T>(next_top0, next_top1));
-  const T sums = sum<T>(z0 + z1);
-  const T partition = kApart ? sums + e_y : sums;
-  const T others = kApart ? sums : sums - e_y;
+  const T others = sum<T>(z0 + z1), partition = others + e_y;
   const T inverse = T(1) / partition;
 
   const T p_y = e_y * inverse;
@@ -116,7 +112,7 @@ ARL_ROWS void wide_row(const Loss& loss, int branch, int64_t row, bool more, T* 
   chunk.a[i] = a;
   chunk.b[i] = b;
   chunk.partition[i] = partition;
-  chunk.energy[i] = sum<T>(e0 + e1) + (kApart ? e_y * d_y[0] : T(0));
+  chunk.energy[i] = sum<T>(e0 + e1) + e_y * d_y[0];
   chunk.confidence[i] = confidence;
   chunk.l1[i] = loss.logit_l1 ? row_l1<T>(x, classes) : T(0);
   const bool lost = partition != partition;
