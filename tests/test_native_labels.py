@@ -284,7 +284,7 @@ def step(logits, target, upstream=None, **options):
 
 OPTIONS = [
     dict(),
-    dict(rule="paper", dependence="logit_l1", gain="mean_one", temperature=1.0),
+    dict(rule="paper", dependence="logit_l1", gain="mean_one"),
     dict(rule="none", reduction="sum", gamma=0.5),
     dict(warming=True, gamma=(0.5, 2.0)),
     dict(gamma=torch.tensor([0.5, 2.0]), temperature=torch.tensor(3), warming=torch.tensor(False)),

@@ -52,6 +52,7 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
   const S* logits = static_cast<const S*>(loss.logits[branch]) + begin * row_stride;
   const LaneRows<T, S> lanes(loss, branch, begin, rows, logits, row_stride, 1);
   const Bits<T> valid = lanes.valid;
+  const uint32_t counted = mask_of<T>(valid);
   const int32_t* target = loss.target + begin;
   const V<T> weighted = lanes.weighted(loss);
   V<T> l1{};
@@ -78,6 +79,12 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
       continue;
     }
     const S* next = l + kAhead < left ? x + kAhead * row_stride : x;
+    if (!Keep && (counted >> l & 1) == 0) {  // ignored or absent
+      sums[l] = energies[l] = V<T>{};
+      tops[l + kAhead] = row_top<T>(next, classes);
+      x += row_stride;
+      continue;
+    }
     const S* later = begin + l + kAhead + 1 < loss.rows ? x + (kAhead + 1) * row_stride : x;
     const V<T> own_top = splat<T>(tops[l]);
     V<T> z{}, e{}, next_top = splat<T>(-T(__builtin_inf()));
@@ -116,7 +123,7 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
   const V<T> zero{}, one = splat<T>(T(1));
   uint32_t right = mask_of<T>(d_y == zero);
   const uint32_t lost = mask_of<T>(partition != partition);
-  uint32_t unsure = mask_of<T>(valid) & (lost | (right & ~mask_of<T>(others < one)));
+  uint32_t unsure = counted & (lost | (right & ~mask_of<T>(others < one)));
   for (; unsure != 0; unsure &= unsure - 1) {
     const int l = __builtin_ctz(unsure);
     const bool is_first =
