@@ -72,20 +72,21 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
   V<T> sums[L], energies[L];
   alignas(64) T tops[L + kAhead] = {};
   const S* x = logits;
+  const int ahead = rows == 1 ? 0 : kAhead;  // a chunk of one long row has none behind it
   for (int l = 0; l < kAhead; ++l) tops[l] = next_tops[l];
   for (int l = 0; l < L; ++l) {
     if (l >= rows) {
       sums[l] = energies[l] = V<T>{};
       continue;
     }
-    const S* next = l + kAhead < left ? x + kAhead * row_stride : x;
+    const S* next = l + ahead < left ? x + ahead * row_stride : x;
     if (!Keep && (counted >> l & 1) == 0) {  // ignored or absent
       sums[l] = energies[l] = V<T>{};
       tops[l + kAhead] = row_top<T>(next, classes);
       x += row_stride;
       continue;
     }
-    const S* later = begin + l + kAhead + 1 < loss.rows ? x + (kAhead + 1) * row_stride : x;
+    const S* later = begin + l + ahead + 1 < loss.rows ? x + (ahead + 1) * row_stride : x;
     const V<T> own_top = splat<T>(tops[l]);
     V<T> z{}, e{}, next_top = splat<T>(-T(__builtin_inf()));
     each_vector([&](int64_t c, int64_t at, auto last) ARL_LAMBDA {
