@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from ._core.branches import as_branch_logits
 from ._core.spec import BranchStats
+from .heads import ZeroedHead
 from .history import History
 
 
@@ -59,11 +60,19 @@ class DGL(nn.Module):
 
     Args:
         head: a module from features to BranchLogits, or a tuple or dict of that form: the heads of this
-            package.
+            package. All parameters that it uses must be its own.
+
+    Raises:
+        TypeError: a ZeroedHead around a callable that is no module.
     """
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
+        if isinstance(head, ZeroedHead) and not isinstance(head.fusion, nn.Module):
+            raise TypeError(
+                f"head: got a ZeroedHead around a {type(head.fusion).__name__}, whose parameters are not the "
+                "head's, so that they cannot be detached: pass an nn.Module as its fusion"
+            )
         self.head = head
 
     def forward(
@@ -76,13 +85,18 @@ class DGL(nn.Module):
         # copies, so that running statistics are updated once, not twice
         state |= {name: b.clone() for name, b in self.head.named_buffers()}
         output = torch.func.functional_call(self.head, state, (features, *args), kwargs)
+        if isinstance(output, Mapping):  # it may have a mask
+            return {**output, "fused": fused}
         return as_branch_logits(output)._replace(fused=fused)
 
 
 def _detached(features: Any) -> Any:
+    """The features without their graph: a tensor, None, or several of them in containers."""
     if isinstance(features, Mapping):
-        return {name: None if z is None else z.detach() for name, z in features.items()}
-    return [None if z is None else z.detach() for z in features]
+        return {name: _detached(z) for name, z in features.items()}
+    if isinstance(features, (list, tuple)):
+        return [_detached(z) for z in features]
+    return None if features is None else features.detach()
 
 
 def gradient_blending(

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._core.branches import as_branch_logits
+from ._core.branches import as_branch_logits, mask_of
 from ._fusion.fit import fit_weights
 from ._fusion.formula import Formula
 from ._fusion.report import FusionReport, make_report
 from ._fusion.rows import Rows, as_batches
-from .heads import ConcatHead, SharedHead, SumHead, ZeroedHead
+from .heads import ConcatHead, SharedHead, SumHead, ZeroedHead, is_plain_linear
 from .loss import ARLLoss
 
 
@@ -94,7 +94,7 @@ class FusionWeights(nn.Module):
             target: class indices [B, d1, ...] or probabilities of the shape of the logits; for task
                 "multilabel" labels of that shape in [0, 1], NaN where one is not known.
             method: "branch" or "joint".
-            mask: [B, M] of bool, False where a modality is absent.
+            mask: [B, M] of bool, False where a modality is absent; None: the one that came with the output.
             weight: [C] class weights of the cross-entropy, or weights of the labels.
             ignore_index: a class that is left out.
             guard: how many times the noise is taken off; None or 0: the fitted weights as they are.
@@ -138,9 +138,12 @@ class FusionWeights(nn.Module):
     def forward(self, out: Any, mask: Tensor | None = None) -> Tensor:
         """BranchLogits -> weighted logits of their shape; each row from the modalities that it has.
 
-        With a mask [B, M], a linear head's logits are b plus the evidence of the modalities that are present,
-        whatever the features of the absent ones were. A pool leaves their branches out, not the fused one.
+        With a mask [B, M], given or come with the output, a linear head's logits are b plus the evidence of
+        the modalities that are present, whatever the features of the absent ones were. A pool leaves their
+        branches out, not the fused one.
         """
+        if mask is None:
+            mask = mask_of(out)
         out = as_branch_logits(out)
         branches = self._formula.ordered(out)
         dtype = torch.promote_types(out.fused.dtype, torch.float32)
@@ -176,10 +179,11 @@ class FusionWeights(nn.Module):
         too, to b_m + w_m (x_m - b_m).
 
         Raises:
-            TypeError: for a head that is not linear.
+            TypeError: for a head that is not linear, or whose layers are wrapped or parametrised.
         """
         head = self._formula.head
         if isinstance(head, SharedHead):
+            _parameter_of(head.layer)
             features = dict(zip(head.names, head.dims, strict=True)) if head.names else head.dims
             own = SumHead(features, head.layer.out_features, bias=head.layer.bias is not None)
             own.to(head.layer.weight).train(head.training)
@@ -188,9 +192,9 @@ class FusionWeights(nn.Module):
                 layer.weight.mul_(w)  # type: ignore[operator, union-attr]
             return own
         if isinstance(head, ConcatHead):
-            pieces = head.weight.split(head.dims, 1)
+            pieces = _parameter_of(head.linear).split(head.dims, 1)
         elif isinstance(head, SumHead):
-            pieces = [layer.weight for layer in head.layers]
+            pieces = [_parameter_of(layer) for layer in head.layers]
         else:
             raise TypeError(
                 f"head: got {type(head).__name__}, expected ConcatHead, SumHead or SharedHead: a pool has no "
@@ -204,3 +208,14 @@ class FusionWeights(nn.Module):
     def extra_repr(self) -> str:
         names = ["fused", *self.names] if self._formula.pool else self.names
         return ", ".join(f"{name}={w:.3g}" for name, w in zip(names, self.weights.tolist(), strict=True))
+
+
+def _parameter_of(layer: nn.Module) -> nn.Parameter:
+    """The weight of a layer that computes W z + b with it and nothing else, and can be written to."""
+    weight = layer._parameters.get("weight")
+    if weight is None or not is_plain_linear(layer, weight):
+        raise TypeError(
+            f"head: got a {type(layer).__name__} in the head, whose weight alone does not tell what it "
+            "computes: keep calling this FusionWeights, or merge the layer into an nn.Linear"
+        )
+    return weight

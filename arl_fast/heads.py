@@ -517,6 +517,8 @@ class ZeroedHead(nn.Module):
                 link.mask = mask  # type: ignore[attr-defined]
 
         def fused_of(values: list[Any], alone: int | None) -> Tensor:
+            # containers of its own, which the fusion may change
+            values = [list(z) if isinstance(z, list) else z for z in values]
             arguments: list[Any] = [dict(zip(names, values, strict=True)) if by_name else values]
             if self.absent == "mask":
                 present = (
@@ -528,7 +530,13 @@ class ZeroedHead(nn.Module):
                 arguments.append(present)
             return self.fusion(*arguments)
 
+        versions = _versions(given)
         fused = fused_of(given, None)
+        if _versions(given) != versions:
+            raise RuntimeError(
+                "fusion: wrote into its features in place, which the unimodal branches read after it: write "
+                "x = x + y for x += y"
+            )
         frozen = [] if self.track_unimodal or not self.training else _tracking(self.fusion)
         for layer in frozen:
             layer.track_running_stats = False
@@ -566,6 +574,14 @@ def _chosen(mask: Tensor, m: int, z: Any, other: Any) -> Any:
     if isinstance(z, list):
         return [_chosen(mask, m, x, o) for x, o in zip(z, other, strict=True)]
     return torch.where(absent(mask, m, z), other, z)
+
+
+def _versions(features: list[Any]) -> list[int]:
+    """How often each tensor was written to; none when compiled, and in inference mode, which do not count."""
+    if torch.compiler.is_compiling():
+        return []
+    flat = [x for z in features for x in (z if isinstance(z, list) else [z])]
+    return [x._version for x in flat if not x.is_inference()]
 
 
 def _tracking(fusion: Callable) -> list[Any]:

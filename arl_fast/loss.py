@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ._autograd.linear import linear_loss_and_packed
 from ._autograd.loss import loss_and_packed
@@ -59,7 +58,7 @@ def arl_loss(
         target: class indices [B, d1, ...] (int64, int32) or class probabilities of the logits' shape; for
             task "multilabel" labels of the logits' shape in [0, 1], NaN where one is not known.
         link: the second result of ``modulate``; while gradients are recorded required by every rule but
-            "none".
+            "none". Whether it leads to an encoder only ``ARLLoss`` looks.
         gamma: weight of the unimodal losses: a number >= 0, one per modality, or a tensor [] or [M].
         temperature: T of the rule, a number or a 0-d tensor; None: 8. 0 gives uniform coefficients, below 0
             reverses the rule. For rule "ogm" it is alpha >= 0; None: 0.1.
@@ -70,8 +69,8 @@ def arl_loss(
         mask: [B, M] bool, False where a modality is absent: those rows leave its loss and its statistics.
         warming: True, or a 0-d bool tensor, while the warm-up lasts: gamma = 1 and all gains 1.
         sync_stats: True, or a process group: statistics and mean over all processes (torch.distributed).
-        implementation: one that fulfils docs/architecture.md; None: the one that ``python -m arl_fast``
-            names.
+        implementation: an object with the functions of docs/architecture.md; None: the one that ``python -m
+            arl_fast`` names.
         task: "multiclass", one class per row, or "multilabel", a yes or no for every label (C = 1: binary).
         dependence: "confidence", the mean true-class probability, or "logit_l1", the mean sum of absolute
             logits.
@@ -299,22 +298,12 @@ class ARLLoss(nn.Module):
     def _plain(self, fused: Tensor, target: Tensor) -> Tensor:
         """The cross-entropy of fused logits alone, as a model may return in evaluation. No statistics."""
         self._packed = self.modalities = None
-        options = self.options
-        if options.task == "multilabel":  # torch's loss does not know of labels that are not known
-            return loss_and_packed(
-                BranchLogits(fused, [fused.detach()], None),
-                Targets(target, weight=self.weight, pos_weight=self.pos_weight),
-                Schedule(0.0, 1.0),
-                options._replace(rule="none"),
-            )[0]
-        return F.cross_entropy(
-            fused,
-            target,
-            self.weight,
-            ignore_index=options.ignore_index,
-            label_smoothing=options.label_smoothing,
-            reduction=options.reduction,
-        )
+        return loss_and_packed(
+            BranchLogits(fused, [fused.detach()], None),
+            self._targets(target, None),
+            Schedule(0.0, 1.0),
+            self.options._replace(rule="none"),
+        )[0]
 
     def linear(
         self,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._core import wiring
-from ._core.branches import BranchLogits, as_branch_logits
+from ._core.branches import BranchLogits, as_branch_logits, mask_of
 from ._core.dtypes import compute_dtype
 from .loss import ARLLoss
 
@@ -33,6 +33,7 @@ def detach_link(output: Any) -> BranchLogits:
     detached: Any = link.detach()
     if not torch.compiler.is_compiling():
         detached.__dict__.update(link.__dict__)  # the names of the modalities
+        detached.mask = mask_of(output)
         detached.detached = True  # for wiring.look
     return BranchLogits(fused, unimodal, detached)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import arl_fast
 from arl_fast.diagnose import decide
@@ -208,6 +208,13 @@ def test_halves_share_nothing_and_are_all():
     assert set(seen[0]) | set(seen[1]) == everything
     assert not set(seen[0]) & set(seen[1])
     assert [list(half) for half in halves([1, 2, 3, 4, 5])] == [[1, 3, 5], [2, 4]]
+
+
+def test_halves_are_of_the_rows_that_the_loader_draws():
+    loader = DataLoader(TensorDataset(torch.arange(100)), 4, sampler=SubsetRandomSampler(range(80, 100)))
+    parts = [{int(row) for (batch,) in part for row in batch} for part in halves(loader)]
+    assert parts[0] | parts[1] == set(range(80, 100))
+    assert list(map(len, parts)) == [10, 10]
 
 
 def test_wrong_input_is_named():

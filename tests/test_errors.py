@@ -38,6 +38,7 @@ CASES = {
         ValueError,
         r"unimodal\[0\]: got device meta, expected .* cpu",
     ),
+    "link dtype": (dict(link=torch.zeros(2, dtype=torch.int64)), TypeError, r"link: got dtype torch.int64"),
     "target type": (dict(target=[0, 1, 2, 0]), TypeError, r"target: got list, expected a Tensor"),
     "target shape": (
         dict(target=Y[:2]),
@@ -165,6 +166,28 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_arl_loss(implementation, name):
     arguments, error, message = CASES[name]
+    with pytest.raises(error, match=message):
+        call(**arguments)
+
+
+ARGUMENTS = {  # which ARLLoss does not have
+    "implementation": (
+        dict(implementation="reference"),
+        TypeError,
+        r"implementation: got 'reference', expected an object with the functions of docs/architecture.md",
+    ),
+    "warming number": (dict(warming=-1), TypeError, r"warming: got -1, expected a bool or a 0-d tensor"),
+    "warming shape": (
+        dict(warming=torch.tensor([True])),
+        TypeError,
+        r"warming: got shape \[1\], expected a bool or a 0-d tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_of_the_function_alone(implementation, name):
+    arguments, error, message = ARGUMENTS[name]
     with pytest.raises(error, match=message):
         call(**arguments)
 
@@ -301,3 +324,10 @@ def test_linear_loss_looks_at_the_sums_too():
     features = [torch.randn(5, 4), torch.randn(5, 4)]
     with pytest.raises(ValueError, match=r"sum to 3 .*multilabel"):
         head.loss(features, torch.ones(5, 3))
+
+
+def test_a_wrong_type_is_an_error_whatever_came_before():
+    """0 == False, but only one of them is a number."""
+    ARLLoss(label_smoothing=0, ignore_index=-77)
+    with pytest.raises(TypeError, match="label_smoothing: got bool False"):
+        ARLLoss(label_smoothing=False, ignore_index=-77)

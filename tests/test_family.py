@@ -60,6 +60,31 @@ def test_ogm_scales_the_encoders_of_a_joint_loss(implementation, names, alpha):
     torch.testing.assert_close(got["linear.weight"], head.linear.weight.grad, rtol=1e-10, atol=1e-14)
 
 
+def test_dgl_refuses_a_fusion_whose_parameters_it_cannot_detach():
+    layer = nn.Linear(4, 3)
+    with pytest.raises(TypeError, match="head: got a ZeroedHead around a function, whose parameters are not"):
+        DGL(ZeroedHead(lambda parts: layer(parts[0] + parts[1])))
+    DGL(ZeroedHead(nn.Sequential(layer)))
+
+
+def test_dgl_takes_several_features_per_modality_and_keeps_a_mask():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, features, mask):
+            audio, visual = (sum(map(self.layer, z)) for z in features)
+            return {"fused": audio + visual, "audio": audio, "visual": visual, "mask": mask}
+
+    mask = torch.tensor([[True, False], [True, True]])
+    z = [[torch.randn(2, 4, requires_grad=True) for _ in range(2)] for _ in range(2)]
+    criterion = ARLLoss(rule="none")
+    criterion(DGL(Head())(z, mask), torch.tensor([0, 2])).backward()
+    assert criterion.stats.count.tolist() == [2, 2, 1]
+    assert all(x.grad is not None for own in z for x in own)
+
+
 def test_ogm_has_its_own_alpha_and_no_other_gain():
     """alpha is 0.1, or a tensor if it shall change; a wrong one, or another form of gain, is an error."""
     logits, y = [torch.randn(8, 3, dtype=torch.float64) for _ in range(3)], torch.randint(3, (8,))

@@ -496,6 +496,39 @@ def test_folding(name, named):
 
 
 @pytest.mark.parametrize("name", LINEAR)
+def test_folding_refuses_a_layer_whose_weight_is_computed(name):
+    """Writing to it would change nothing, and the weights would be lost."""
+    head = LINEAR[name]([4, 4])
+    for module in [m for m in head.modules() if isinstance(m, torch.nn.Linear)]:
+        torch.nn.utils.parametrizations.weight_norm(module)
+    fusion = FusionWeights(head)
+    fusion.weights.copy_(torch.tensor([0.5, 2.0]))
+    with pytest.raises(TypeError, match="head: got a ParametrizedLinear in the head, whose weight alone"):
+        fusion.fold()
+    assert fusion.weights.tolist() == [0.5, 2.0]
+
+
+def test_the_mask_that_comes_with_the_output():
+    """On a head's link, and as a dict's entry: in the fit, batch by batch too, and in the prediction."""
+    head = arl_fast.ConcatHead({"a": 4, "v": 4}, 3)
+    features, y = {m: torch.randn(60, 4) for m in "av"}, torch.randint(3, (60,))
+    mask = torch.rand(60, 2) > torch.tensor([0.0, 0.5])
+    out = head(features, mask)
+    assert out.unimodal["v"].isnan().any()
+    given = BranchLogits(out.fused, out.unimodal)
+    wanted = FusionWeights.fit(head, given, y, mask=mask)
+    entry = {"fused": out.fused, "mask": mask, **out.unimodal}
+    for fitted in (
+        FusionWeights.fit(head, out, y),
+        FusionWeights.fit(head, [(out, y)]),
+        FusionWeights.fit(head, entry, y),
+    ):
+        assert torch.equal(fitted.weights, wanted.weights)
+    for output in (out, entry):
+        assert torch.equal(wanted(output), wanted(given, mask))
+
+
+@pytest.mark.parametrize("name", LINEAR)
 def test_absent_modalities_in_the_prediction(name):
     """A row with a mask is b plus what it has, with its weights: as if the absent features were zero."""
     head, features, out, y = trained(LINEAR[name], modalities=3)

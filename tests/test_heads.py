@@ -117,3 +117,32 @@ def test_modulate_keeps_container_and_values():
     assert link.tolist() == [0, 0]
     out, _ = modulate(tuple(z.values()))
     assert isinstance(out, list)
+
+
+def test_what_a_fusion_does_to_its_containers_stays_its_own():
+    class Fusion(nn.Module):
+        def forward(self, parts):
+            parts[0] = 2 * parts[0]
+            parts[1][0] = 3 * parts[1][0]
+            return parts[0] + parts[1].pop(0)
+
+    a, v = torch.randn(5, 3), torch.randn(5, 3)
+    out = ZeroedHead(Fusion())([a, [v, v]])
+    torch.testing.assert_close(out.fused, 2 * a + 3 * v)
+    torch.testing.assert_close(out.unimodal[0], 2 * a)
+    torch.testing.assert_close(out.unimodal[1], 3 * v)
+
+
+def test_a_fusion_that_writes_into_its_features_is_an_error():
+    """The branches after the first would read what it wrote."""
+
+    def fusion(parts):
+        x = parts[0]
+        x += 1
+        return x + parts[1]
+
+    a, v = torch.randn(5, 3), torch.randn(5, 3)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="fusion: wrote into its features in place"):
+        ZeroedHead(fusion)([a, v])
+    with torch.inference_mode():  # nobody counts what is written there
+        ZeroedHead(lambda parts: parts[0] + parts[1])([a, v])

@@ -579,3 +579,15 @@ def test_data_are_made_once_for_each_seed():
         **OPTIONS,
     )
     assert asked == [0, 1]
+
+
+def test_an_output_with_a_mask_is_refused_before_training():
+    """Tables of branches that are judged on different rows would compare nothing."""
+
+    class Masked(Net):
+        def forward(self, x):
+            x = {m: e(x[m]).relu() for m, e in self.encoders.items()}
+            return self.head(x, torch.ones(len(x["audio"]), 2, dtype=torch.bool))
+
+    with pytest.raises(ValueError, match="forward: got an output with a mask of absent modalities"):
+        climb(Masked, data, Budget(1, (0.1,)), 1, ["joint"], **OPTIONS)

@@ -116,6 +116,17 @@ def test_reference_is_selectable():
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+def test_logits_alone_in_evaluation_are_the_fused_ones(dtype, index):
+    """Whatever the loss takes in training; the same errors as well."""
+    x, target = torch.randn(6, 4, dtype=dtype), torch.randint(4, (6,), dtype=index)
+    criterion = ARLLoss(gamma=0.0, rule="none", weight=torch.rand(4), label_smoothing=0.1).eval()
+    assert torch.equal(criterion(x, target), criterion((x, [x]), target))
+    with pytest.raises(ValueError, match="target: got probabilities that sum to 3"):
+        criterion(x, torch.full((6, 4), 0.75))
+
+
 def test_plain_cross_entropy_goes_to_torch():
     x = torch.randn(2, 3)
     options = ARLLoss(rule="none").options

@@ -274,12 +274,14 @@ def fast_calls(count_served):
 
 
 def step(logits, target, upstream=None, **options):
-    """Loss, statistics and gradients of logits and link by the public way."""
+    """Loss, statistics, gradients of logits, and the gains, of which the link's gradient has the digits
+    behind 1.
+    """
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in logits]
     link = torch.zeros(2, dtype=dtypes.compute_dtype(logits[0].dtype), requires_grad=True)
     loss, stats = arl_loss(leaves[0], leaves[1:], target, link, task="multilabel", **options)
     loss.backward(torch.ones_like(loss) if upstream is None else upstream)
-    return [loss.detach(), *stats, *(x.grad for x in leaves), link.grad]
+    return [loss.detach(), *stats, *(x.grad for x in leaves), 1 + link.grad]
 
 
 OPTIONS = [

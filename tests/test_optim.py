@@ -264,7 +264,16 @@ def test_detach_link_takes_what_the_loss_takes(form):
     assert isinstance(out, BranchLogits)
     assert out.link.shape == (2,)
     assert not out.link.requires_grad
+    assert out.link.mask is None
     ARLLoss()(out, torch.tensor([0, 1, 2])).backward()
+
+
+def test_detach_link_keeps_the_mask_of_a_dict():
+    criterion, mask = ARLLoss(rule="none"), torch.tensor([[True, False], [True, True], [True, True]])
+    out = {"fused": torch.randn(3, 4), "a": torch.randn(3, 4), "v": torch.randn(3, 4), "mask": mask}
+    wanted = criterion(out, torch.tensor([0, 1, 2]))
+    assert torch.equal(criterion(detach_link(out), torch.tensor([0, 1, 2])), wanted)
+    assert criterion.stats.count.tolist() == [3, 3, 2]
 
 
 def test_errors():

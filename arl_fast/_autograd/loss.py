@@ -109,6 +109,11 @@ def loss_and_packed(
         sync_stats: True or a group: the processes among which the batch is divided.
         implementation: of the contract; None: the one that dispatch chooses.
     """
+    if isinstance(implementation, str):
+        raise TypeError(
+            f"implementation: got {implementation!r}, expected an object with the functions of "
+            "docs/architecture.md; ARL_FAST_IMPL in the environment takes a name"
+        )
     if targets.mask is None and (mask := getattr(branches.link, "mask", None)) is not None:
         targets = targets._replace(mask=mask)  # of a head that was given it
     if implementation is None and sync_stats is False and (native := dispatch.native_steps()) is not None:

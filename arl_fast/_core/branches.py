@@ -69,6 +69,13 @@ def as_branch_logits(output: object) -> BranchLogits:
     )
 
 
+def mask_of(output: object) -> Tensor | None:
+    """The mask [B, M] that comes with an output: a dict's entry "mask", or what a head left on its link."""
+    if isinstance(output, Mapping) and output.get("mask") is not None:
+        return output["mask"]
+    return getattr(as_branch_logits(output).link, "mask", None)
+
+
 def to_rows(x: Tensor) -> Tensor:
     """[B, C, d1, ...] -> [B d1 ..., C]; a view where the memory allows it (channels-last)."""
     return x if x.dim() == 2 else x.movedim(1, -1).reshape(-1, x.shape[1])

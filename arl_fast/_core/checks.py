@@ -198,6 +198,8 @@ def _check_like_fused(label: str, x: object, fused: Tensor) -> None:
 def _check_link(link: Tensor, names: Sequence, fused: Tensor) -> None:
     if not isinstance(link, Tensor):
         raise TypeError(f"link: got {type(link).__name__}, expected the second result of arl_fast.modulate")
+    if not link.is_floating_point():
+        raise TypeError(f"link: got dtype {link.dtype}, expected the second result of arl_fast.modulate")
     if (link.dim() != 1 or link.shape[0] != len(names)) and not graph.is_gathered(link, len(names)):
         raise ValueError(
             f"link: got shape {list(link.shape)}, expected [{len(names)}], one entry per modality. Give "

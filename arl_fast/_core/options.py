@@ -121,7 +121,7 @@ def _checked(**given: Any) -> Options:
     return options
 
 
-_cached = functools.lru_cache(maxsize=256)(_checked)
+_cached = functools.lru_cache(maxsize=256, typed=True)(_checked)
 
 
 def make_options(**given: Any) -> Options:
@@ -181,6 +181,9 @@ def make_schedule(gamma: Any, temperature: Any, warming: bool | Tensor, rule: An
     """The schedule of a call that says itself whether it belongs to the warm-up."""
     gamma = tuple(gamma) if isinstance(gamma, list) else gamma
     temperature = make_temperature(temperature, rule)
+    if not isinstance(warming, bool) and not (isinstance(warming, Tensor) and warming.dim() == 0):
+        got = f"shape {list(warming.shape)}" if isinstance(warming, Tensor) else repr(warming)
+        raise TypeError(f"warming: got {got}, expected a bool or a 0-d tensor")
     if isinstance(warming, Tensor):
         return Schedule(gamma, temperature, 1, warming.logical_not().to(torch.int64))
     return Schedule(gamma, temperature, int(warming))

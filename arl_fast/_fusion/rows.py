@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._core.branches import BranchLogits, as_branch_logits
+from .._core.branches import BranchLogits, as_branch_logits, mask_of
 from ..loss import ARLLoss
 from .formula import Formula
 
@@ -42,7 +42,7 @@ class Chunk(NamedTuple):
 def as_batches(out: Any, target: Tensor | None, mask: Tensor | None) -> Iterable:
     """An iterable of (out, target, mask or None) that can be passed over again."""
     if target is not None:
-        return [(as_branch_logits(out), target, mask)]
+        return [(as_branch_logits(out), target, mask_of(out) if mask is None else mask)]
     if isinstance(out, BranchLogits) or not isinstance(out, Iterable):
         got = type(out).__name__
         raise TypeError(f"target: got None for {got}, expected one, or an iterable of (BranchLogits, target)")
@@ -62,7 +62,8 @@ class _Named:
             if type(batch) not in (tuple, list) or len(batch) not in (2, 3):
                 got = type(batch).__name__
                 raise TypeError(f"out: got {got} as batch {i}, expected (BranchLogits, target[, mask])")
-            yield as_branch_logits(batch[0]), batch[1], batch[2] if len(batch) == 3 else None
+            out, target, mask = (*batch, None)[:3]
+            yield as_branch_logits(out), target, mask_of(out) if mask is None else mask
 
 
 class Rows:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 
 from ..ladder import Budget, Data, Results, climb
 from ..ladder.training import Forward, forward, head_of, sgd
@@ -178,11 +178,14 @@ def halves(loader: Iterable) -> tuple[Iterable, Iterable]:
         and hasattr(dataset, "__len__")
         and loader.batch_size
     ):
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-        if len(order) < 2:
+        whole = isinstance(loader.sampler, (SequentialSampler, RandomSampler))
+        samples = list(range(len(dataset))) if whole else sorted(set(loader.sampler))
+        if len(samples) < 2:
             raise ValueError(
-                f"val_loader: got a dataset of {len(order)} samples, expected at least 2, to be halved"
+                f"val_loader: got a dataset of {len(samples)} samples, expected at least 2, to be halved"
             )
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+        order = [samples[i] for i in order]
         options: dict[str, Any] = dict(
             batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
         )

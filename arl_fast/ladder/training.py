@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._core.branches import BranchLogits, as_branch_logits
+from .._core.branches import BranchLogits, as_branch_logits, mask_of
 from ..family import gammas
 from ..fusion import FusionWeights
 from ..heads import BilinearHead, ConcatHead, GatedHead, SharedHead, SumHead, ZeroedHead
@@ -129,6 +129,7 @@ def train(
     for _ in range(epochs):
         for batch in data.train:
             output, target = setup.forward(model, to_device(batch, setup.device))
+            _refuse_mask(output)
             if only is not None:
                 alone = by_name(output)[only]
                 output = BranchLogits(alone, {only: alone})
@@ -171,6 +172,15 @@ def with_head(model: nn.Module, head: nn.Module, wrap: Callable[[nn.Module], nn.
             if child is head:
                 setattr(module, name, wrapped)
     return model
+
+
+def _refuse_mask(output: Any) -> None:
+    """The tables compare branches on the same rows, and late fusion adds up all of them."""
+    if mask_of(output) is not None:
+        raise ValueError(
+            "forward: got an output with a mask of absent modalities, which the ladder does not take: give "
+            "it rows in which all modalities are present"
+        )
 
 
 def by_name(output: Any) -> dict[str, Tensor]:
