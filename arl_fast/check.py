@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._autograd.link import for_replicas
 from ._autograd.loss import loss_and_packed
 from ._core import graph, wiring
-from ._core.branches import Targets, as_branch_logits
+from ._core.branches import Targets, as_branch_logits, mask_of
 from ._core.options import Schedule
 from ._core.stats import unpack
 from .loss import ARLLoss
@@ -151,8 +151,8 @@ class _Measured:
         self, model: nn.Module, criterion: ARLLoss, output: Any, targets: Targets, leaves: list[Tensor]
     ) -> None:
         branches = as_branch_logits(output)
-        if targets.mask is None and isinstance(output, Mapping):
-            targets = targets._replace(mask=output.get("mask"))
+        if targets.mask is None:
+            targets = targets._replace(mask=mask_of(output))
         fused, unimodal, link = branches
         by_name = isinstance(unimodal, Mapping)
         self.names: list[Any] = list(unimodal) if by_name else list(range(len(unimodal)))

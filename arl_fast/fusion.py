@@ -183,7 +183,7 @@ class FusionWeights(nn.Module):
         """
         head = self._formula.head
         if isinstance(head, SharedHead):
-            _parameter_of(head.layer)
+            _writable_weight(head.layer)
             features = dict(zip(head.names, head.dims, strict=True)) if head.names else head.dims
             own = SumHead(features, head.layer.out_features, bias=head.layer.bias is not None)
             own.to(head.layer.weight).train(head.training)
@@ -192,9 +192,9 @@ class FusionWeights(nn.Module):
                 layer.weight.mul_(w)  # type: ignore[operator, union-attr]
             return own
         if isinstance(head, ConcatHead):
-            pieces = _parameter_of(head.linear).split(head.dims, 1)
+            pieces = _writable_weight(head.linear).split(head.dims, 1)
         elif isinstance(head, SumHead):
-            pieces = [_parameter_of(layer) for layer in head.layers]
+            pieces = [_writable_weight(layer) for layer in head.layers]
         else:
             raise TypeError(
                 f"head: got {type(head).__name__}, expected ConcatHead, SumHead or SharedHead: a pool has no "
@@ -210,7 +210,7 @@ class FusionWeights(nn.Module):
         return ", ".join(f"{name}={w:.3g}" for name, w in zip(names, self.weights.tolist(), strict=True))
 
 
-def _parameter_of(layer: nn.Module) -> nn.Parameter:
+def _writable_weight(layer: nn.Module) -> nn.Parameter:
     """The weight of a layer that computes W z + b with it and nothing else, and can be written to."""
     weight = layer._parameters.get("weight")
     if weight is None or not is_plain_linear(layer, weight):

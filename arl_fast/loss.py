@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._autograd.linear import linear_loss_and_packed
 from ._autograd.loss import loss_and_packed
 from ._core import wiring
-from ._core.branches import BranchLogits, Targets, Unimodal, as_branch_logits
+from ._core.branches import BranchLogits, Targets, Unimodal, as_branch_logits, mask_of
 from ._core.checks import LinearHead
 from ._core.options import (
     LossOptions,
@@ -281,8 +281,8 @@ class ARLLoss(nn.Module):
                 return loss
         if not self.training and isinstance(output, Tensor):
             return self._plain(output, target)
-        if mask is None and isinstance(output, dict):
-            mask = output.get("mask")
+        if mask is None:
+            mask = mask_of(output)
         branches = as_branch_logits(output)
         schedule = self._schedule(branches.fused)
         loss, packed = loss_and_packed(

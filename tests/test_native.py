@@ -454,7 +454,6 @@ def test_autograd_steals_the_buffers():
     for rows in (50, 100):
         other = [torch.randn(rows, 6000, requires_grad=True) for _ in range(3)]
         arl_loss(other[0], other[1:], torch.zeros(rows, dtype=torch.int64), rule="none")[0].backward()
-        assert native._C.kept_memory() == 0
         assert rows > 50 or {x.grad.data_ptr() for x in other} == pointers
         assert native._C.kept_memory() == 0
 

@@ -184,8 +184,8 @@ def halves(loader: Iterable) -> tuple[Iterable, Iterable]:
             raise ValueError(
                 f"val_loader: got a dataset of {len(samples)} samples, expected at least 2, to be halved"
             )
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
-        order = [samples[i] for i in order]
+        shuffled = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
+        order = [samples[i] for i in shuffled.tolist()]
         options: dict[str, Any] = dict(
             batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
         )
