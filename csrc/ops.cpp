@@ -16,7 +16,7 @@ namespace arl {
 Results forward(at::TensorList logits, const Targets& targets, const Schedule& schedule,
                 const Options& options, bool grad) {
   cpu::Inputs inputs;
-  inputs.logits = logits;
+  for (const at::Tensor& x : logits) inputs.logits.push_back(&x);
   inputs.targets = targets;
   inputs.numbers = cpu::read(schedule);
   inputs.wanted = grad ? ~uint64_t(0) : 0;

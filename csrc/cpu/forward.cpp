@@ -63,7 +63,16 @@ struct Indices {
   const void* given = nullptr;
   bool is_int64 = false;
   int64_t ignore_index = 0;
-  std::unique_ptr<int32_t[]> read;
+  int32_t* read = nullptr;
+  int32_t few[64 + kMostLanes];
+  std::unique_ptr<int32_t[]> many;
+
+  void make_room(int64_t rows) {
+    const int64_t count = rows + kMostLanes;
+    if (count > int64_t(std::size(few))) many.reset(new int32_t[count]);
+    read = many != nullptr ? many.get() : few;
+    std::fill_n(read + rows, kMostLanes, -1);
+  }
 };
 
 // Valid rows of each branch and what "mean" divides by, before any gradient is written; reads and checks the
@@ -72,7 +81,7 @@ template <class T, class Index>
 void count_chunk(const Loss& loss, const Indices& indices, int64_t begin, int64_t end, RowCount* counts) {
   const Index* target = static_cast<const Index*>(indices.given);
   const T* weight = static_cast<const T*>(loss.weight);
-  int32_t* read = indices.read.get();
+  int32_t* read = indices.read;
   if (target != nullptr) {
     const int64_t ignore_index = indices.ignore_index, classes = loss.classes;
     bool bad = false;
@@ -110,9 +119,8 @@ void count_chunk(const Loss& loss, const Indices& indices, int64_t begin, int64_
 template <class T>
 void count_rows(Loss& loss, Indices& indices, RowCount* counts) {
   if (indices.given != nullptr) {
-    indices.read.reset(new int32_t[loss.rows + kMostLanes]);
-    std::fill_n(indices.read.get() + loss.rows, kMostLanes, -1);
-    loss.target = indices.read.get();
+    indices.make_room(loss.rows);
+    loss.target = indices.read;
   }
   const auto count = indices.is_int64 ? &count_chunk<T, int64_t> : &count_chunk<T, int32_t>;
   if (loss.rows <= kCountRows) return count(loss, indices, 0, loss.rows, counts);
@@ -200,7 +208,7 @@ void run_rows(const Loss& loss, RowsFn rows, size_t element, ChunkSums* totals) 
   const int64_t per_span = (span + chunk - 1) / chunk;
   const int64_t chunks = per_span * (loss.rows / span);
   const int64_t items = chunks * loss.branches;
-  std::vector<ChunkSums> parts(items);
+  c10::SmallVector<ChunkSums, 4> parts(items);
   const size_t scratch = size_t(scratch_elements(loss.classes, columns)) * element;
   const auto run = [&](int64_t begin, int64_t end) {
     void* memory = thread_scratch(scratch);
@@ -348,7 +356,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   TORCH_CHECK_VALUE(gammas == 1 || gammas == size_t(branches - 1), "gamma: got ", gammas,
                     " values, expected one, or one for each of the ", branches - 1, " modalities");
   const Targets& given = inputs.targets;
-  const at::Tensor& fused = inputs.logits[0];
+  const at::Tensor& fused = *inputs.logits[0];
   const at::ScalarType type = fused.scalar_type();
   const at::ScalarType compute = type == at::kDouble ? at::kDouble : at::kFloat;
 
@@ -364,7 +372,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   c10::SmallVector<at::Tensor, 4> copies;
   Gradients gradients(loss, type == at::kHalf ? at::kFloat : type, inputs.wanted, inputs.shared);
   for (int b = 0; b < branches; ++b) {
-    const at::Tensor* x = &inputs.logits[b];
+    const at::Tensor* x = inputs.logits[b];
     TORCH_CHECK_VALUE((x->dim() == 2 || loss.positions > 0) && x->sizes() == fused.sizes() &&
                           x->scalar_type() == type && x->is_cpu(),
                       "logits: expected tensors of one shape [N, C] or [B, C, P] and one dtype on the CPU");
@@ -390,20 +398,21 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   loss.streams = written >= kStreamBytes;
 
   const bool labels = options.task == kMultilabel;
-  at::Tensor target = *given.target, weight, pos_weight, label_weight, mask, divisor, row_loss;
+  const at::Tensor& target = *given.target;
+  at::Tensor own_target, weight, pos_weight, label_weight, divisor, row_loss;
   TORCH_CHECK_TYPE(!labels || target.is_floating_point(), "target: expected labels of floating point");
   TORCH_CHECK_VALUE(labels || given.pos_weight == nullptr, "pos_weight: expected None without labels");
   if (target.is_floating_point()) {
     TORCH_CHECK_VALUE(loss.positions == 0 && target.sizes() == fused.sizes(), "target: expected ",
                       labels ? "labels" : "probabilities", " of the shape of logits [N, C]");
-    target = target.to(compute).contiguous();
-    loss.soft_target = target.const_data_ptr();
+    own_target = target.to(compute).contiguous();
+    loss.soft_target = own_target.const_data_ptr();
   } else {
     TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == loss.rows, "target: expected [N] class indices");
     TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
                      "target: expected int64 or int32 class indices");
-    if (!target.is_contiguous()) target = target.contiguous();
-    indices.given = target.const_data_ptr();
+    if (!target.is_contiguous()) own_target = target.contiguous();
+    indices.given = own_target.defined() ? own_target.const_data_ptr() : target.const_data_ptr();
     indices.is_int64 = target.scalar_type() == at::kLong;
     indices.ignore_index = options.ignore_index;
   }
@@ -426,7 +435,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
     loss.no_weight = label_weight[1].const_data_ptr();
   }
   if (given.mask != nullptr) {
-    mask = *given.mask;
+    const at::Tensor& mask = *given.mask;
     TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool && mask.dim() == 2 && mask.size(0) == fused.size(0) &&
                           mask.size(1) == branches - 1,
                       "mask: expected bool [N, M]");

@@ -23,10 +23,10 @@ struct Numbers {
 // Reads the tensors of a schedule, which are on the CPU.
 Numbers read(const Schedule& schedule);
 
-// Arguments as in arl_fast/implementations/reference.py, which documents them. Logits are 2-D tensors on the
-// CPU.
+// Arguments as in arl_fast/implementations/reference.py, which documents them. Logits are tensors on the CPU,
+// borrowed, since a reference to a tensor of Python's costs more than reading it.
 struct Inputs {
-  at::TensorList logits;
+  c10::SmallVector<const at::Tensor*, 4> logits;
   Targets targets;
   Numbers numbers;
   uint64_t wanted = 0;    // bit b: the gradient of branch b is to be written

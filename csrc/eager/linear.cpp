@@ -367,7 +367,7 @@ PyObject* fast_linear_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
       x = x.view({modalities + 1, rows, classes});
       make_logits(head, x);
       const variable_list logits = x.unbind(0);
-      inputs.logits = logits;
+      for (const at::Tensor& own : logits) inputs.logits.push_back(&own);
       inputs.wanted = record ? ~uint64_t(0) : 0;
       inputs.in_place = true;
       outputs = cpu::forward(inputs, *options);

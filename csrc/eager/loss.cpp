@@ -108,6 +108,11 @@ struct LossBackward final : Node {
   }
 };
 
+// To where a gradient of a tensor goes, if it needs one.
+torch::autograd::Edge edge_of(const at::Tensor& tensor) {
+  return tensor.requires_grad() ? torch::autograd::impl::gradient_edge(tensor) : torch::autograd::Edge();
+}
+
 // torch's own cross-entropy of the fused logits, recorded by torch: value and gradient to the last bit. It
 // does not depend on the unimodal logits and the link, which get no gradient, as in a plain step.
 at::Tensor torch_cross_entropy(const at::Tensor& fused, const cpu::Inputs& inputs, const Options& options,
@@ -133,13 +138,13 @@ struct Flat {
 
   Flat(cpu::Inputs* inputs, bool labels) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const at::Tensor& fused = inputs->logits[0];
+    const at::Tensor& fused = *inputs->logits[0];
     const int64_t rows = fused.size(0), positions = c10::multiply_integers(fused.sizes().slice(2));
     const int64_t columns = fused.size(1) * positions;
-    for (const at::Tensor& x : inputs->logits) {
-      logits.push_back(labels ? x.view({rows, columns}) : x.view({rows, fused.size(1), positions}));
+    for (const at::Tensor* x : inputs->logits) {
+      logits.push_back(labels ? x->view({rows, columns}) : x->view({rows, fused.size(1), positions}));
     }
-    inputs->logits = logits;
+    for (size_t b = 0; b < logits.size(); ++b) inputs->logits[b] = &logits[b];
     const at::Tensor& given = *inputs->targets.target;
     target = labels ? given.reshape({rows, columns}) : given.view({rows * positions});
     inputs->targets.target = &target;
@@ -228,7 +233,8 @@ std::optional<cpu::Outputs> usual_loss(PyObject* options_object, PyObject* outpu
   }
   if ((cuda::serves(*fused) || dense) && is_plain_loss(schedule, *options)) return std::nullopt;
 
-  c10::SmallVector<at::Tensor, 4> logits;
+  c10::SmallVector<const at::Tensor*, 4> logits;
+  c10::SmallVector<pybind11::object, 4> held;  // another thread may change a list while the GIL is released
   const bool record = at::GradMode::is_enabled();
   for (int64_t b = 0; b <= modalities; ++b) {
     const at::Tensor* x = b == 0 ? fused : plain(values[b - 1]);
@@ -237,7 +243,8 @@ std::optional<cpu::Outputs> usual_loss(PyObject* options_object, PyObject* outpu
       return std::nullopt;
     }
     if (record && x->requires_grad()) inputs.wanted |= uint64_t(1) << b;
-    logits.push_back(*x);
+    logits.push_back(x);
+    if (b > 0) held.push_back(pybind11::reinterpret_borrow<pybind11::object>(values[b - 1]));
   }
   inputs.logits = logits;
 
@@ -263,9 +270,10 @@ std::optional<cpu::Outputs> usual_loss(PyObject* options_object, PyObject* outpu
     if (dense) flat.emplace(&inputs, labels);
     if (on_cuda) {
       if constexpr (cuda::kBuilt) {
-        variable_list grads;
+        variable_list given, grads;
+        for (const at::Tensor* x : inputs.logits) given.push_back(*x);
         std::tie(results.loss, results.packed, grads) = cuda::forward(
-            inputs.logits, inputs.targets, schedule, *options, inputs.wanted != 0, cuda::Memory::kShared);
+            given, inputs.targets, schedule, *options, inputs.wanted != 0, cuda::Memory::kShared);
         results.grads.assign(grads.begin(), grads.end());
       }
     } else {
@@ -286,8 +294,8 @@ std::optional<cpu::Outputs> usual_loss(PyObject* options_object, PyObject* outpu
       const auto node = make_node<LossBackward>();
       node->dtype = type;
       const bool has_link = link != nullptr && link->requires_grad();
-      node->set_next_edges(
-          torch::autograd::collect_next_edges(at::TensorList(logits), has_link ? *link : at::Tensor()));
+      for (const at::Tensor* x : logits) node->add_next_edge(edge_of(*x));
+      node->add_next_edge(has_link ? edge_of(*link) : torch::autograd::Edge());
       if (at::SavedTensorDefaultHooks::get_hooks().has_value()) {
         for (const at::Tensor& grad : results.grads) node->hooked.emplace_back(grad, /*is_output=*/false);
       } else {
