@@ -69,7 +69,9 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
 
   // For a gradient the true class is left out of the sums at first: p_y - 1 = -others / Z keeps its digits as
   // p_y goes to 1.
+  const V<T> zero{}, one = splat<T>(T(1)), two = one + one;
   V<T> sums[L], energies[L];
+  uint32_t ties = 0;  // bit l: a class may be as large as another that is the largest of row l
   alignas(64) T tops[L + kAhead] = {};
   const S* x = logits;
   const int ahead = rows == 1 ? 0 : kAhead;  // a chunk of one long row has none behind it
@@ -106,6 +108,10 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
     sums[l] = z;
     energies[l] = e;
     tops[l + kAhead] = largest<T>(next_top);
+    // The largest adds 1 to the sum of its lane, so that a second one has a lane of its own or makes it 2.
+    const uint32_t full = mask_of<T>(z >= one);
+    const bool tie = Keep ? full != 0 : (full & (full - 1)) != 0 || any<T>(z >= two);
+    ties |= uint32_t(tie) << l;
     x += row_stride;
   }
   for (int l = 0; l < kAhead; ++l) next_tops[l] = tops[L + l];
@@ -121,10 +127,9 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
   }
   const V<T> inverse = T(1) / partition, p_y = e_y * inverse;
 
-  const V<T> zero{}, one = splat<T>(T(1));
   uint32_t right = mask_of<T>(d_y == zero);
   const uint32_t lost = mask_of<T>(partition != partition);
-  uint32_t unsure = counted & (lost | (right & ~mask_of<T>(others < one)));
+  uint32_t unsure = counted & (lost | (right & ties));
   for (; unsure != 0; unsure &= unsure - 1) {
     const int l = __builtin_ctz(unsure);
     const bool is_first =

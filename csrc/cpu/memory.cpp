@@ -123,6 +123,19 @@ struct LargeBlocks final : c10::Allocator {
   }
 };
 
+// A few statistics need no alignment, and malloc serves them faster than posix_memalign, which torch calls.
+struct SmallBlocks final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* memory = std::malloc(bytes);
+    TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes");
+    return {memory, memory, &std::free, c10::Device(c10::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &std::free; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+};
+
 at::Tensor& fill_if_asked(at::Tensor& tensor) {
   auto& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) tensor.fill_(NAN);
@@ -133,6 +146,13 @@ at::Tensor& fill_if_asked(at::Tensor& tensor) {
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   at::Tensor tensor = at::detail::empty_cpu(sizes, dtype);
+  return fill_if_asked(tensor);
+}
+
+at::Tensor empty_statistics(int64_t count, at::ScalarType dtype) {
+  static SmallBlocks small_blocks;
+  constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
+  at::Tensor tensor = at::detail::empty_generic({count}, &small_blocks, keys, dtype, std::nullopt);
   return fill_if_asked(tensor);
 }
 

@@ -108,6 +108,22 @@ struct LossBackward final : Node {
   }
 };
 
+// References to objects of Python's while a call lasts, during which another thread may change what they were
+// found in.
+class Held {
+ public:
+  ~Held() {
+    for (PyObject* object : objects) Py_DECREF(object);
+  }
+  void hold(PyObject* object) {
+    Py_INCREF(object);
+    objects.push_back(object);
+  }
+
+ private:
+  c10::SmallVector<PyObject*, 9> objects;
+};
+
 // To where a gradient of a tensor goes, if it needs one.
 torch::autograd::Edge edge_of(const at::Tensor& tensor) {
   return tensor.requires_grad() ? torch::autograd::impl::gradient_edge(tensor) : torch::autograd::Edge();
@@ -186,7 +202,8 @@ const Names& names() {
 // An attribute of a tensor's own, borrowed, or null.
 PyObject* attribute_of(PyObject* tensor, PyObject* name) {
   PyObject** attributes = _PyObject_GetDictPtr(tensor);
-  return attributes == nullptr || *attributes == nullptr ? nullptr : PyDict_GetItem(*attributes, name);
+  return attributes == nullptr || *attributes == nullptr ? nullptr
+                                                         : PyDict_GetItemWithError(*attributes, name);
 }
 
 // Whether the modalities' names, if unimodal has any, come in the order that modulate has left on its link.
@@ -234,7 +251,7 @@ std::optional<cpu::Outputs> usual_loss(PyObject* options_object, PyObject* outpu
   if ((cuda::serves(*fused) || dense) && is_plain_loss(schedule, *options)) return std::nullopt;
 
   c10::SmallVector<const at::Tensor*, 4> logits;
-  c10::SmallVector<pybind11::object, 4> held;  // another thread may change a list while the GIL is released
+  Held held;
   const bool record = at::GradMode::is_enabled();
   for (int64_t b = 0; b <= modalities; ++b) {
     const at::Tensor* x = b == 0 ? fused : plain(values[b - 1]);
@@ -244,7 +261,7 @@ std::optional<cpu::Outputs> usual_loss(PyObject* options_object, PyObject* outpu
     }
     if (record && x->requires_grad()) inputs.wanted |= uint64_t(1) << b;
     logits.push_back(x);
-    if (b > 0) held.push_back(pybind11::reinterpret_borrow<pybind11::object>(values[b - 1]));
+    if (b > 0) held.hold(values[b - 1]);
   }
   inputs.logits = logits;
 
@@ -330,15 +347,15 @@ PyObject* fast_criterion(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != Py_ssize_t(std::size(kFastCriterion)) || !PyDict_CheckExact(args[0])) Py_RETURN_NONE;
   PyObject *own = args[0], *mask = args[3];
   PyObject* const* branches = items_of(args[1], std::size(kBranchLogitsFields));
-  PyObject* buffers = PyDict_GetItem(own, names().buffers);
-  PyObject* options = PyDict_GetItem(own, names().options);
-  PyObject* warmup = PyDict_GetItem(own, names().warmup);
+  PyObject* buffers = PyDict_GetItemWithError(own, names().buffers);
+  PyObject* options = PyDict_GetItemWithError(own, names().options);
+  PyObject* warmup = PyDict_GetItemWithError(own, names().warmup);
   const bool record = at::GradMode::is_enabled();
   if (branches == nullptr || buffers == nullptr || !PyDict_Check(buffers) || options == nullptr ||
       warmup == nullptr || !PyLong_CheckExact(warmup) ||
-      PyDict_GetItem(own, names().sync_stats) != Py_False ||
-      PyDict_GetItem(own, names().history) != Py_None ||
-      (record && PyDict_GetItem(own, names().unseen) != Py_False)) {
+      PyDict_GetItemWithError(own, names().sync_stats) != Py_False ||
+      PyDict_GetItemWithError(own, names().history) != Py_None ||
+      (record && PyDict_GetItemWithError(own, names().unseen) != Py_False)) {
     Py_RETURN_NONE;
   }
   PyObject *unimodal = branches[1], *link = branches[2];
@@ -347,16 +364,16 @@ PyObject* fast_criterion(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (of_head != nullptr) mask = of_head;
   }
   const bool warms = PyObject_IsTrue(warmup) == 1;
-  PyObject* steps = warms ? PyDict_GetItem(buffers, names().steps) : Py_None;
-  PyObject* const targets[] = {args[2], mask, PyDict_GetItem(buffers, names().weight), /*divisor=*/Py_None,
-                               PyDict_GetItem(buffers, names().pos_weight)};
-  PyObject* const schedule[] = {PyDict_GetItem(own, names().gamma), PyDict_GetItem(own, names().temperature),
-                                warmup, steps};
-  c10::SmallVector<pybind11::object, 9> held;  // another thread may change the criterion meanwhile
+  PyObject* steps = warms ? PyDict_GetItemWithError(buffers, names().steps) : Py_None;
+  PyObject* const targets[] = {args[2], mask, PyDict_GetItemWithError(buffers, names().weight),
+                               /*divisor=*/Py_None, PyDict_GetItemWithError(buffers, names().pos_weight)};
+  PyObject* const schedule[] = {PyDict_GetItemWithError(own, names().gamma),
+                                PyDict_GetItemWithError(own, names().temperature), warmup, steps};
+  Held held;
   for (const auto fields : {c10::ArrayRef<PyObject*>(targets), c10::ArrayRef<PyObject*>(schedule)}) {
     for (PyObject* object : fields) {
       if (object == nullptr) Py_RETURN_NONE;
-      held.push_back(pybind11::reinterpret_borrow<pybind11::object>(object));
+      held.hold(object);
     }
   }
   std::optional<cpu::Outputs> outputs = usual_loss(options, args[1], targets, schedule);
@@ -368,7 +385,7 @@ PyObject* fast_criterion(PyObject*, PyObject* const* args, Py_ssize_t count) {
       PyDict_SetItem(own, names().modalities, modalities) != 0) {
     return nullptr;
   }
-  if (warms && record && PyDict_GetItem(own, names().training) == Py_True) {
+  if (warms && record && PyDict_GetItemWithError(own, names().training) == Py_True) {
     at::Tensor(THPVariable_Unpack(steps)).add_(1);  // after the loss has read it
   }
   return THPVariable_Wrap(std::move(outputs->loss));
