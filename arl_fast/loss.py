@@ -276,7 +276,7 @@ class ARLLoss(nn.Module):
     def forward(self, output: Any, target: Tensor, mask: Tensor | None = None) -> Tensor:
         native = dispatch.native_steps()
         if native is not None:
-            loss = native.fast_criterion(self.__dict__, output, target, mask)
+            loss = native.fast_criterion(self, output, target, mask)
             if loss is not None:  # None where anything is unusual or wrong
                 return loss
         if not self.training and isinstance(output, Tensor):

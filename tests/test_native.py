@@ -15,7 +15,7 @@ import arl_fast
 from arl_fast import ARLLoss, BranchLogits, arl_loss, modulate
 from arl_fast._core import dtypes
 from arl_fast._core.branches import Targets
-from arl_fast._core.options import Options, Schedule
+from arl_fast._core.options import Options, Schedule, make_options
 from arl_fast._core.spec import SUMS
 from arl_fast._core.stats import unpack_sums
 from arl_fast.implementations import dispatch, reference
@@ -169,6 +169,19 @@ def test_which_is_the_first_largest(isa, classes):
         for grad in (True, False):
             _, packed, _ = native.forward([x, x], Targets(target), Schedule(1.0, 8.0), options, grad)
             assert unpack_sums(packed)[SUMS.index("correct")].tolist() == [correct] * 2
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("classes", [3, 17, 60, 140])
+@pytest.mark.parametrize("grad", [True, False])
+def test_one_class_is_as_large_as_the_true_one(isa, classes, grad):
+    """It counts if it comes first, wherever both lie in the vectors of their row."""
+    native._C.set_isa(isa)
+    true = torch.arange(40 * classes) % classes
+    other = (true + 1 + torch.arange(40 * classes) // classes % (classes - 1)) % classes
+    x = torch.rand(40 * classes, classes).scatter_(1, torch.stack([true, other], 1), 9.0)
+    _, packed, _ = native.forward([x, x], Targets(true), Schedule(1.0, 8.0), make_options(), grad)
+    assert unpack_sums(packed)[SUMS.index("correct")].tolist() == [float((true < other).sum())] * 2
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -35,7 +35,7 @@ def _expected() -> dict[str, Any]:
     for function in (reference.forward, reference.scale, reference.modulate_backward):
         facts[function.__name__] = tuple(inspect.signature(function).parameters)
     facts["fast_loss"] = ("options", "branches", "targets", "schedule")
-    facts["fast_criterion"] = ("attributes", "output", "target", "mask")
+    facts["fast_criterion"] = ("criterion", "output", "target", "mask")
     facts["fast_linear_loss"] = ("options", "head", "targets", "schedule", "budget")
     facts["fast_modulate"] = ("features",)
     facts["fast_unpack"] = ("packed",)
@@ -72,7 +72,7 @@ else:
 # Usual eager steps, checked, computed and recorded for autograd in one call (csrc/eager/steps.h), the linear
 # head's on a CPU only:
 #   fast_loss(options, branches, targets, schedule) -> (loss, packed)
-#   fast_criterion(attributes, output, target, mask) -> loss, with the attributes as after ARLLoss.forward
+#   fast_criterion(criterion, output, target, mask) -> loss, with the attributes as after ARLLoss.forward
 #   fast_linear_loss(options, head, targets, schedule, budget) -> (loss, packed)
 #   fast_modulate([z_1, ...]) -> ([z_1, ...], link)
 #   fast_unpack(packed) -> what BranchStats holds

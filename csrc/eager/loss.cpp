@@ -344,8 +344,10 @@ PyObject* fast_loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* fast_criterion(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != Py_ssize_t(std::size(kFastCriterion)) || !PyDict_CheckExact(args[0])) Py_RETURN_NONE;
-  PyObject *own = args[0], *mask = args[3];
+  if (count != Py_ssize_t(std::size(kFastCriterion))) Py_RETURN_NONE;
+  THPObjectPtr attributes(PyObject_GenericGetDict(args[0], nullptr));
+  if (!attributes) return nullptr;
+  PyObject *own = attributes, *mask = args[3];
   PyObject* const* branches = items_of(args[1], std::size(kBranchLogitsFields));
   PyObject* buffers = PyDict_GetItemWithError(own, names().buffers);
   PyObject* options = PyDict_GetItemWithError(own, names().options);

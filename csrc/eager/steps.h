@@ -18,8 +18,8 @@ inline constexpr const char* kLinearHeadFields[] = {"features", "weights",   "bi
 inline constexpr const char* kFastLoss[] = {"options", "branches", "targets", "schedule"};
 PyObject* fast_loss(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
-// -> the loss of a criterion by its __dict__, in which the call leaves what ARLLoss.forward does.
-inline constexpr const char* kFastCriterion[] = {"attributes", "output", "target", "mask"};
+// -> the loss of an ARLLoss, in whose attributes the call leaves what its forward does.
+inline constexpr const char* kFastCriterion[] = {"criterion", "output", "target", "mask"};
 PyObject* fast_criterion(PyObject* module, PyObject* const* args, Py_ssize_t count);
 
 // -> (loss, packed), if all rows are one chunk; `budget` in bytes holds where the head names no chunk.
