@@ -50,7 +50,7 @@ const Isa*& chosen() {
 }
 
 constexpr int64_t kStreamBytes = 64 << 20;  // gradients of all branches from which on no cache keeps them
-constexpr int64_t kGrain = 16384;           // fewest logits worth another thread
+constexpr int64_t kGrain = 32768;           // fewest logits worth another thread, whose start costs 3 to 5 us
 constexpr int64_t kCountRows = 1 << 15;
 constexpr int64_t kSharedBytes = 256 << 10;  // gradients of all branches up to which they share memory
 

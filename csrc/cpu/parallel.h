@@ -9,14 +9,15 @@
 
 namespace arl::cpu {
 
-// run(begin, end) over parts of [0, items) that together are all of it, of about `grain` items or more.
+// run(begin, end) over parts of [0, items) that together are all of it, of about `grain` items or more: at
+// once if two of these are not to be had.
 //
 // Not at::parallel_for: it is a template, and compiled here it runs on one thread without -fopenmp, with it
 // on an OpenMP runtime other than that of torch's wheels, which does not know of torch.set_num_threads. A
 // loop of TensorIterator is torch's own.
 template <class Run>
 void parallel(int64_t items, int64_t grain, const Run& run) {
-  if (items <= grain || at::get_num_threads() == 1) return run(0, items);
+  if (items < 2 * grain || at::get_num_threads() == 1) return run(0, items);
   at::Tensor numbers = at::detail::empty_cpu({items}, at::kLong);
   int64_t* first = numbers.mutable_data_ptr<int64_t>();
   std::iota(first, first + items, int64_t(0));
