@@ -49,6 +49,7 @@ const Isa*& chosen() {
   return isa;
 }
 
+constexpr int64_t kFarBytes = 1 << 20;  // logits and gradients from which on no core's own cache keeps them
 constexpr int64_t kStreamBytes = 64 << 20;  // gradients of all branches from which on no cache keeps them
 constexpr int64_t kGrain = 32768;           // fewest logits worth another thread, whose start costs 3 to 5 us
 constexpr int64_t kCountRows = 1 << 15;
@@ -395,6 +396,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
   release_unused_memory();
   int64_t written = 0;
   for (const at::Tensor& grad : outputs.grads) written += grad.defined() ? int64_t(grad.nbytes()) : 0;
+  loss.far = branches * int64_t(fused.nbytes()) + written >= kFarBytes;
   loss.streams = written >= kStreamBytes;
 
   const bool labels = options.task == kMultilabel;

@@ -37,8 +37,10 @@ ARL_INLINE V<T> fold_each(V<T>* v, Join join) {
 }
 
 // The largest logit of a row is found while the exponentials of the row so many before are computed, since
-// one before would be late; the row behind it is fetched meanwhile.
+// one before would be late.
 constexpr int kAhead = 2;
+// Logits are fetched so many elements before that, in whole rows. Gradients need room in the cache as well.
+constexpr int64_t kFetchAhead = 4096, kFetchAheadWithGradient = 2048;
 
 // Class indices, L classes or more, of `rows` rows, `left` of which the chunk has from here on. `next_tops`
 // holds the largest logits of the first kAhead, and then of those behind. The gradient is written if `Keep`.
@@ -67,6 +69,10 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
   };
   const auto add = [](V<T> a, V<T> b) ARL_LAMBDA { return a + b; };
 
+  G* grad = Keep ? static_cast<G*>(loss.grad[branch]) + begin * classes : nullptr;
+  if (Keep && loss.far) prefetch(grad, rows * classes);
+  const int64_t fetched_rows = kAhead + 1 + (Keep ? kFetchAheadWithGradient : kFetchAhead) / classes;
+
   // For a gradient the true class is left out of the sums at first: p_y - 1 = -others / Z keeps its digits as
   // p_y goes to 1.
   const V<T> zero{}, one = splat<T>(T(1)), two = one + one;
@@ -88,7 +94,7 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
       x += row_stride;
       continue;
     }
-    const S* later = begin + l + ahead + 1 < loss.rows ? x + (ahead + 1) * row_stride : x;
+    const S* later = x + fetched_rows * row_stride;
     const V<T> own_top = splat<T>(tops[l]);
     V<T> z{}, e{}, next_top = splat<T>(-T(__builtin_inf()));
     each_vector([&](int64_t c, int64_t at, auto last) ARL_LAMBDA {
@@ -110,8 +116,8 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
     tops[l + kAhead] = largest<T>(next_top);
     // The largest adds 1 to the sum of its lane, so that a second one has a lane of its own or makes it 2.
     const uint32_t full = mask_of<T>(z >= one);
-    const bool tie = Keep ? full != 0 : (full & (full - 1)) != 0 || any<T>(z >= two);
-    ties |= uint32_t(tie) << l;
+    const uint32_t second = Keep ? full : (full & (full - 1)) | mask_of<T>(z >= two);
+    ties |= uint32_t(second != 0) << l;
     x += row_stride;
   }
   for (int l = 0; l < kAhead; ++l) next_tops[l] = tops[L + l];
@@ -160,7 +166,6 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
   alignas(64) T factors[L], g_ys[L];
   store<T>(factors, a * scale * inverse);
   store<T>(g_ys, ((a - weighted) * p_y - weighted * (others * inverse)) * scale);
-  G* grad = static_cast<G*>(loss.grad[branch]) + begin * classes;
   for (int l = 0; l < rows; ++l, grad += classes) {
     if (!loss.valid(branch, begin + l)) {
       for (int64_t c = 0; c < classes; ++c) grad[c] = G{};

@@ -70,6 +70,13 @@ ARL_ROWS void lane_rows(const Loss& loss, int branch, int64_t begin, int rows, T
   const S* const* x = lanes.x;
   const Bits<T> y = lanes.y, valid = lanes.valid;
 
+  G* grad = Keep ? static_cast<G*>(loss.grad[branch]) : nullptr;
+  if (Keep) grad += kColumns ? begin / stride * stride * classes + begin % stride : begin * classes;
+  if (!kColumns && loss.far) {
+    prefetch(logits + L * loss.row_stride[branch], rows * classes);  // of the rows behind these
+    if (Keep) prefetch(grad, rows * classes);
+  }
+
   // The first largest logit. A NaN is seen at the end.
   V<T> top = splat<T>(-T(__builtin_inf()));
   Bits<T> where{};
@@ -87,6 +94,7 @@ ARL_ROWS void lane_rows(const Loss& loss, int branch, int64_t begin, int rows, T
   if (kColumns && rows == L) {
     for (int64_t c = 0; c < classes; ++c) {
       prefetch<L>(x[0] + c * stride + L);
+      if (Keep && loss.far) prefetch<L>(grad + c * stride);
       take(c, load<T>(x[0] + c * stride));
     }
   } else if (kColumns || (kFew && classes <= kSingleClasses)) {
@@ -149,8 +157,6 @@ ARL_ROWS void lane_rows(const Loss& loss, int branch, int64_t begin, int rows, T
   const T scale = T(loss.grad_scale[branch]);
   const V<T> factor = a * scale / partition;
   const V<T> g_y = ((a - weighted) * p_y - weighted * (others / partition)) * scale;
-  G* grad = static_cast<G*>(loss.grad[branch]);
-  grad += kColumns ? begin / stride * stride * classes + begin % stride : begin * classes;
   const auto gradient = [&](int64_t c) ARL_LAMBDA {
     V<T> g = y == Lane<T>(c) ? g_y : load<T>(scratch + c * L) * factor;
     if (loss.label_smoothing != 0) g -= smooth * weight_of<T>(loss, c) * scale;

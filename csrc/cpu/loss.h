@@ -31,7 +31,8 @@ struct Loss {
   const void* logits[kMaxBranches];  // class stride 1, or `positions`
   int64_t row_stride[kMaxBranches];  // in elements; of the batch where there are positions
   void* grad[kMaxBranches];          // null: not wanted
-  bool streams;                      // the gradients are more than the caches keep
+  bool far;                          // logits and gradients are more than the cache of a core keeps
+  bool streams;                      // the gradients are more than all caches keep
   double grad_scale[kMaxBranches];   // of the branch's term in the loss: gamma and the divisor of the mean
 
   const int32_t* target;    // [rows + kMostLanes], -1 where a row is ignored and behind the last one, or null
