@@ -39,7 +39,7 @@ ARL_INLINE V<T> fold_each(V<T>* v, Join join) {
 // The largest logit of a row is found while the exponentials of the row so many before are computed, since
 // one before would be late.
 constexpr int kAhead = 2;
-// Logits are fetched so many elements before that, in whole rows. Gradients need room in the cache as well.
+// Logits are asked from memory so many ahead of those in work, in whole rows. A gradient needs cache as well.
 constexpr int64_t kFetchAhead = 4096, kFetchAheadWithGradient = 2048;
 
 // Class indices, L classes or more, of `rows` rows, `left` of which the chunk has from here on. `next_tops`
@@ -77,7 +77,7 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
   // p_y goes to 1.
   const V<T> zero{}, one = splat<T>(T(1)), two = one + one;
   V<T> sums[L], energies[L];
-  uint32_t ties = 0;  // bit l: a class may be as large as another that is the largest of row l
+  uint32_t ties = 0;  // bit l: row l may have more than one largest logit
   alignas(64) T tops[L + kAhead] = {};
   const S* x = logits;
   const int ahead = rows == 1 ? 0 : kAhead;  // a chunk of one long row has none behind it
@@ -114,7 +114,8 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
     sums[l] = z;
     energies[l] = e;
     tops[l + kAhead] = largest<T>(next_top);
-    // The largest adds 1 to the sum of its lane, so that a second one has a lane of its own or makes it 2.
+    // A largest logit adds 1 to the sum of its lane: a second one makes another lane's sum 1, or this one's
+    // 2. With a gradient the true class adds nothing. No branch: it would be mispredicted.
     const uint32_t full = mask_of<T>(z >= one);
     const uint32_t second = Keep ? full : (full & (full - 1)) | mask_of<T>(z >= two);
     ties |= uint32_t(second != 0) << l;
