@@ -58,7 +58,7 @@ def arl_loss(
         target: class indices [B, d1, ...] (int64, int32) or class probabilities of the logits' shape; for
             task "multilabel" labels of the logits' shape in [0, 1], NaN where one is not known.
         link: the second result of ``modulate``; while gradients are recorded required by every rule but
-            "none". Whether it leads to an encoder only ``ARLLoss`` looks.
+            "none". Only ``ARLLoss`` looks whether it leads to an encoder.
         gamma: weight of the unimodal losses: a number >= 0, one per modality, or a tensor [] or [M].
         temperature: T of the rule, a number or a 0-d tensor; None: 8. 0 gives uniform coefficients, below 0
             reverses the rule. For rule "ogm" it is alpha >= 0; None: 0.1.

@@ -456,7 +456,7 @@ Outputs forward(const Inputs& inputs, const Options& options) {
     row_loss = empty({branches, outputs.loss.numel()}, compute);
     loss.row_loss = row_loss.mutable_data_ptr();
   } else if (inputs.shared) {  // the loss behind the statistics
-    outputs.packed = empty_statistics(length + 1, compute);
+    outputs.packed = empty({length + 1}, compute);
     outputs.loss = part_of(outputs.packed, length, {});
     outputs.packed.unsafeGetTensorImpl()->set_sizes_contiguous({length});
   } else {

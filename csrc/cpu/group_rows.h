@@ -98,7 +98,7 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
     const V<T> own_top = splat<T>(tops[l]);
     V<T> z{}, e{}, next_top = splat<T>(-T(__builtin_inf()));
     each_vector([&](int64_t c, int64_t at, auto last) ARL_LAMBDA {
-      if (L == kLine || c % kLine == 0) prefetch<1>(later + at);
+      if (L == kLine || c % kLine == 0) prefetch(later + at, 1);
       next_top = larger<T>(load<T>(next + at), next_top);
       V<T> d = load<T>(x + at) - own_top;
       V<T> p = exp_nonpositive<T>(d);
@@ -127,7 +127,7 @@ ARL_ROWS void group_rows(const Loss& loss, int branch, int64_t begin, int rows, 
   const V<T> d_y = load<T>(lanes.x_y) - top;
   V<T> bounded = d_y;
   const V<T> e_y = exp_nonpositive<T>(bounded);
-  const V<T> others = Keep ? partition : partition - e_y;
+  const V<T> others = partition;  // than the true class, where a gradient is written
   if (Keep) {
     partition += e_y;
     energy += e_y * bounded;

@@ -107,9 +107,9 @@ ARL_INLINE void take_all(const Loss& loss, T scale, Stretch<T, S, G> s, PairSums
   int64_t i = 0;
   for (; i + L <= s.count; i += L) {
     if (i + ahead < s.count) {
-      prefetch<L>(s.x + i + ahead);
-      prefetch<L>(s.t + i + ahead);
-      if (s.grad != nullptr) prefetch<L>(s.grad + i + ahead);
+      prefetch(s.x + i + ahead, L);
+      prefetch(s.t + i + ahead, L);
+      if (s.grad != nullptr) prefetch(s.grad + i + ahead, L);
     }
     next_weights();
     const Pairs<T> pairs =

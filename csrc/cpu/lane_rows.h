@@ -93,8 +93,8 @@ ARL_ROWS void lane_rows(const Loss& loss, int branch, int64_t begin, int rows, T
   };
   if (kColumns && rows == L) {
     for (int64_t c = 0; c < classes; ++c) {
-      prefetch<L>(x[0] + c * stride + L);
-      if (Keep && loss.far) prefetch<L>(grad + c * stride);
+      prefetch(x[0] + c * stride + L, L);
+      if (Keep && loss.far) prefetch(grad + c * stride, L);
       take(c, load<T>(x[0] + c * stride));
     }
   } else if (kColumns || (kFew && classes <= kSingleClasses)) {

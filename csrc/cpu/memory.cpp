@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,6 +18,7 @@
 namespace arl::cpu {
 namespace {
 
+constexpr size_t kSmall = 1 << 10;                  // larger ones may be worth an alignment
 constexpr size_t kLarge = size_t(1) << 20;          // smaller blocks are malloc's business
 constexpr size_t kPage = size_t(2) << 20;           // a huge page
 constexpr size_t kKeep = size_t(2) << 30;           // most bytes kept for later
@@ -123,7 +125,7 @@ struct LargeBlocks final : c10::Allocator {
   }
 };
 
-// A few statistics need no alignment, and malloc serves them faster than posix_memalign, which torch calls.
+// A few numbers need no alignment, and malloc serves them faster than posix_memalign, which torch calls.
 struct SmallBlocks final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     void* memory = std::malloc(bytes);
@@ -145,14 +147,11 @@ at::Tensor& fill_if_asked(at::Tensor& tensor) {
 }  // namespace
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  at::Tensor tensor = at::detail::empty_cpu(sizes, dtype);
-  return fill_if_asked(tensor);
-}
-
-at::Tensor empty_statistics(int64_t count, at::ScalarType dtype) {
   static SmallBlocks small_blocks;
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
-  at::Tensor tensor = at::detail::empty_generic({count}, &small_blocks, keys, dtype, std::nullopt);
+  const bool small = size_t(c10::multiply_integers(sizes)) * c10::elementSize(dtype) < kSmall;
+  at::Tensor tensor = small ? at::detail::empty_generic(sizes, &small_blocks, keys, dtype, std::nullopt)
+                            : at::detail::empty_cpu(sizes, dtype);
   return fill_if_asked(tensor);
 }
 

@@ -12,7 +12,6 @@ namespace arl::cpu {
 
 // Uninitialised tensors; NaN everywhere while torch fills uninitialised memory for determinism.
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);
-at::Tensor empty_statistics(int64_t count, at::ScalarType dtype);
 at::Tensor empty_gradient(int64_t rows, int64_t classes, at::ScalarType dtype);
 
 // Gives kept blocks back to the system: all of them, returning their bytes, or those that nobody has used for

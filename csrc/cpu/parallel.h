@@ -9,8 +9,8 @@
 
 namespace arl::cpu {
 
-// run(begin, end) over parts of [0, items) that together are all of it, of about `grain` items or more: at
-// once if two of these are not to be had.
+// run(begin, end) over parts of [0, items) that together are all of it, of about `grain` items or more; one
+// call on this thread if there are fewer than two such parts.
 //
 // Not at::parallel_for: it is a template, and compiled here it runs on one thread without -fopenmp, with it
 // on an OpenMP runtime other than that of torch's wheels, which does not know of torch.set_num_threads. A

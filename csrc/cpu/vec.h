@@ -275,12 +275,7 @@ ARL_INLINE void transpose(V<T>* v) {
   }
 }
 
-// The cache lines of N elements, or of some.
-template <int N, class S>
-ARL_INLINE void prefetch(const S* from) {
-  constexpr int line = 64 / sizeof(S);
-  for (int i = 0; i < N; i += line) __builtin_prefetch(from + i);
-}
+// The cache lines of some elements.
 template <class S>
 ARL_INLINE void prefetch(const S* from, int64_t count) {
   constexpr int line = 64 / sizeof(S);

@@ -77,12 +77,12 @@ ARL_ROWS void wide_row(const Loss& loss, int branch, int64_t row, bool more, T* 
   Bits<T> number = class_numbers<T>(0);
   int64_t c = 0;
   for (; c + 2 * L <= classes; c += 2 * L) {
-    prefetch<2 * L>(after_next + c);
+    prefetch(after_next + c, 2 * L);
     if (more) {
       next_top0 = larger<T>(load<T>(next + c), next_top0);
       next_top1 = larger<T>(load<T>(next + c + L), next_top1);
     }
-    if (Keep && !streams) prefetch<2 * L>(next_grad + c);
+    if (Keep && !streams) prefetch(next_grad + c, 2 * L);
     exponentials(load<T>(x + c) - top, is_y(number, 0), c, z0, e0);
     exponentials(load<T>(x + c + L) - top, is_y(number, L), c + L, z1, e1);
     number += 2 * L;
